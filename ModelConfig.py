@@ -1,0 +1,277 @@
+"""Validated configuration: the parameters of a notebook run and of the model it trains.
+
+Everything is checked once, here; the rest of the project trusts it. Assigning a bad value to a
+field raises just as constructing with one does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Mapping
+from dataclasses import asdict, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from ImageData import InputError
+
+Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large"]
+Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]  # of a whole
+SampleShare = Annotated[float, Field(gt=0, le=1)]
+Proportion = Annotated[float, Field(gt=0, lt=1)]
+FileName = Annotated[str, Field(min_length=1)]
+
+_STRICT = ConfigDict(validate_assignment=True, extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(config=_STRICT)
+class TrainConfig:
+    """How the weights are learned."""
+
+    epochs: Positive = 3
+    lr: PositiveFloat = 1e-3  # peak learning rate, reached after the warm-up
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    momentum: Share = 0.9  # SGD only
+    warmup_share: Share = 0.1  # of all steps, learning rate rising linearly
+    gradient_clip: PositiveFloat = 5.0  # largest L2 norm of all gradients together
+    augment: bool = True  # random mirror, gain and offset of training tiles
+
+
+@dataclass(config=_STRICT)
+class EvaluationConfig:
+    """How detections are compared with the truth."""
+
+    iou_threshold: SampleShare = 0.5  # a detection finds an object from this IoU on
+    score_threshold: Share = 0.05  # detections below it are never kept
+
+
+@dataclass(config=_STRICT)
+class ValidationConfig(EvaluationConfig):
+    """The same, and how often it happens while training."""
+
+    pr_compute_interval: Positive = 1  # epochs between two measurements of AP, precision and recall
+
+
+@dataclass(config=_STRICT)
+class ModelConfig:
+    """Everything that decides how a model is built, trained and measured.
+
+    `train`, `validation` and `test` hold the parts that belong to one stage.
+    """
+
+    batch_size: Positive = 4  # tiles per optimiser step
+    workers: Annotated[int, Field(ge=0)] = 0  # processes that read tiles; 0 reads in the main one
+    accelerator: str = "auto"  # Lightning's: auto, cpu, gpu, mps, ...
+    devices: int | str | list[int] = "auto"  # Lightning's: how many, or which
+    precision: Precision = "auto"  # auto: bf16-mixed where hardware computes in it
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    backbone: Backbone = "resnet18"
+    weights: str | None = None  # torchvision's name of weights, or a file; None: from scratch
+    fpn_channels: Annotated[int, Field(ge=8, multiple_of=8)] = 128  # width of pyramid and head
+    nms_threshold: Share = 0.3  # IoU above which the weaker of two same-label detections goes
+    fg_iou_threshold: Share = 0.45  # anchors above this IoU with an object learn to find it
+    bg_iou_threshold: Share = 0.35  # anchors below it with every object learn background
+    train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    test: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as plain nested dictionaries, fit for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """Rebuild what `to_dict` returned."""
+        return TypeAdapter(cls).validate_python(dict(values))
+
+
+@dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True))
+class RunParameters:
+    """The parameters of one run of the notebook, named as in its `parameters` cell.
+
+    The notebook holds the defaults and the explanations; this class holds the types and ranges.
+    """
+
+    DF_FILENAMES: list[FileName]
+    IMAGE_FILENAMES: list[FileName]
+    DF_DIR: Path
+    IMG_DIR: Path
+    DIAMETER_COLUMN_NAME: str
+    LABEL_COLUMN_NAME: str
+    BOX_SOURCE: Literal["diameter", "columns"]
+    DEFAULT_OBJECT_DIAMETER: PositiveFloat
+    DIAMETER_SCALE: PositiveFloat
+    MAX_DIAMETER: PositiveFloat
+    CLIP_TO_RASTER: bool
+    LABEL_PERCENTILE: Annotated[float, Field(gt=0, le=100)]
+    ROTATION_ANGLES: list[Literal[90, 180, 270]]
+    IMAGE_OUTPUT_DIRECTORY: Path | None
+    SPLIT_BY: Literal["block", "raster"]
+    BLOCK_SIZE: Positive | None
+    TEST_PROPORTION: Proportion
+    VALIDATION_PROPORTION: Proportion
+    TEST_FILENAMES: list[FileName] | None
+    PATCH_SIZES: Annotated[list[Annotated[int, Field(ge=32)]], Field(min_length=1)]
+    TILING_DIRECTORY: Path
+    TILE_OVERLAP: Annotated[int, Field(ge=0)]
+    MIN_VISIBLE: SampleShare
+    EMPTY_TILE_RATIO: Annotated[float, Field(ge=0)]
+    CENSORED_PIXELS_LIMIT: Annotated[int, Field(ge=0)]
+    MATERIALIZE_TILES: bool
+    FORCE_CREATION: bool
+    BATCH_SIZES: Annotated[list[Positive], Field(min_length=1)]
+    N_EPOCHS: Annotated[list[Positive], Field(min_length=1)]
+    SAMPLE_SIZES: Annotated[list[SampleShare], Field(min_length=1)]
+    LEARNING_RATES: Annotated[list[PositiveFloat], Field(min_length=1)]
+    RETRY_FAILED: bool
+    BACKBONE: Backbone
+    WEIGHTS: str | None
+    FPN_CHANNELS: Annotated[int, Field(ge=8, multiple_of=8)]
+    OPTIMIZER: Literal["adamw", "sgd"]
+    PR_COMPUTE_INTERVAL: Positive
+    IOU_THRESHOLD: SampleShare
+    SCORE_THRESHOLD: Share
+    ACCELERATOR: str
+    DEVICES: int | str | list[int]
+    PRECISION: Precision
+    WORKERS: Annotated[int, Field(ge=0)] | None
+    SEED: Annotated[int, Field(ge=0, lt=2**32)]
+    RUN_NAME: Annotated[str, Field(pattern=r"^[\w][\w.+-]*$")]
+    RUNS_DIR: Path
+    WANDB_ACTIVE: bool
+    WANDB_PROJECT: str
+    PLOT_IMAGE: bool
+    INTERACTIVE: bool
+
+    def __post_init__(self) -> None:
+        """Check what no single field can tell."""
+        rasters, tables = len(self.IMAGE_FILENAMES), len(self.DF_FILENAMES)
+        if rasters != tables:
+            raise InputError(
+                f"IMAGE_FILENAMES and DF_FILENAMES pair up by position, but name {rasters} rasters "
+                f"and {tables} tables; give each raster its table"
+            )
+        if not rasters:
+            raise InputError("IMAGE_FILENAMES is empty; name at least one raster and its table")
+        names = [Path(name).stem for name in self.IMAGE_FILENAMES]
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
+            raise InputError(
+                f"IMAGE_FILENAMES must differ in their stems, which name the rasters; "
+                f"{doubled} occur more than once"
+            )
+        if self.BLOCK_SIZE is not None and max(self.PATCH_SIZES) > self.BLOCK_SIZE:
+            raise InputError(
+                f"BLOCK_SIZE must be >= the largest of PATCH_SIZES ({max(self.PATCH_SIZES)} px), "
+                f"got {self.BLOCK_SIZE}; a tile lies within one block"
+            )
+        if min(self.PATCH_SIZES) <= self.TILE_OVERLAP:
+            raise InputError(
+                f"TILE_OVERLAP must be < the smallest of PATCH_SIZES ({min(self.PATCH_SIZES)} px), "
+                f"got {self.TILE_OVERLAP}"
+            )
+        if self.TEST_FILENAMES and self.SPLIT_BY != "raster":
+            raise InputError(
+                "TEST_FILENAMES names whole rasters for the test, which needs SPLIT_BY = 'raster', "
+                f"got {self.SPLIT_BY!r}"
+            )
+        if strangers := sorted(set(self.TEST_FILENAMES or []) - set(self.IMAGE_FILENAMES)):
+            raise InputError(
+                f"TEST_FILENAMES must be among IMAGE_FILENAMES, these are not: {strangers}"
+            )
+
+    @classmethod
+    def from_notebook(cls, namespace: Mapping[str, Any]) -> RunParameters:
+        """Collect the parameters from a notebook's global names.
+
+        Every upper-case name is taken for a parameter, so that a misspelt one is found.
+
+        Raises:
+            InputError: A name is unknown, missing, or its value is out of range.
+        """
+        known = {f.name for f in fields(cls)}
+        given = {k: v for k, v in namespace.items() if k.isupper() and not k.startswith("_")}
+        problems = []
+        for name in sorted(set(given) - known):
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "own variables go in lower case"
+            problems.append(f"unknown parameter {name}; {hint}")
+        problems += [f"parameter {name} is missing" for name in sorted(known - set(given))]
+        if problems:
+            raise InputError("\n".join(problems))
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            lines = [
+                f"{'.'.join(map(str, e['loc'])) or 'parameters'}: {e['msg']}, got {e['input']!r}"
+                for e in error.errors()
+                if not isinstance(e.get("ctx", {}).get("error"), InputError)
+            ]
+            lines += [
+                str(e["ctx"]["error"])
+                for e in error.errors()
+                if isinstance(e.get("ctx", {}).get("error"), InputError)
+            ]
+            raise InputError("\n".join(lines)) from None
+
+    @property
+    def run_dir(self) -> Path:
+        """Directory of all results of this run."""
+        return self.RUNS_DIR / self.RUN_NAME
+
+    @property
+    def tiling_dir(self) -> Path:
+        """Directory of the tile indexes; a relative path lies in the run's directory."""
+        return self.run_dir / self.TILING_DIRECTORY
+
+    @property
+    def image_paths(self) -> list[Path]:
+        """Paths of the rasters."""
+        return [self.IMG_DIR / name for name in self.IMAGE_FILENAMES]
+
+    @property
+    def df_paths(self) -> list[Path]:
+        """Paths of the annotation tables, in the order of the rasters."""
+        return [self.DF_DIR / name for name in self.DF_FILENAMES]
+
+    @property
+    def search_space(self) -> dict[str, list[int | float]]:
+        """The grid of the search: hyperparameter -> its distinct values."""
+        grid = {
+            "patch_size": self.PATCH_SIZES,
+            "n_epochs": self.N_EPOCHS,
+            "sample_size": self.SAMPLE_SIZES,
+            "learning_rate": self.LEARNING_RATES,
+            "batch_size": self.BATCH_SIZES,
+        }
+        return {name: list(dict.fromkeys(values)) for name, values in grid.items()}
+
+    @property
+    def trial_count(self) -> int:
+        """Number of combinations in the grid."""
+        return len(list(itertools.product(*self.search_space.values())))
+
+    def model_config(self) -> ModelConfig:
+        """Return what all trials share; each trial then sets its own hyperparameters."""
+        conf = ModelConfig(
+            workers=self.WORKERS or 0,
+            accelerator=self.ACCELERATOR,
+            devices=self.DEVICES,
+            precision=self.PRECISION,
+            seed=self.SEED,
+            backbone=self.BACKBONE,
+            weights=self.WEIGHTS,
+            fpn_channels=self.FPN_CHANNELS,
+        )
+        conf.train.optimizer = self.OPTIMIZER
+        conf.validation.pr_compute_interval = self.PR_COMPUTE_INTERVAL
+        for stage in (conf.validation, conf.test):
+            stage.iou_threshold = self.IOU_THRESHOLD
+            stage.score_threshold = self.SCORE_THRESHOLD
+        return conf

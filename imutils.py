@@ -1,0 +1,135 @@
+"""Pure geometry and pixel maths on arrays: turning boxes and centres, box areas, stretching.
+
+One convention for everything that turns: `np.rot90`, counter-clockwise, in an image whose y axis
+points down. Boxes are `xyxy` pixels, half-open; points share the continuous coordinates of boxes
+(origin at the top-left corner of the top-left pixel). `width` and `height` are always those of the
+image *before* it turns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+TURNS = (0, 90, 180, 270)  # degrees, counter-clockwise
+
+
+def rotate_bbox_90(
+    xmin: np.ndarray, ymin: np.ndarray, xmax: np.ndarray, ymax: np.ndarray, width: int, height: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Turn boxes by 90 degrees counter-clockwise with their (height, width) image."""
+    return ymin, width - xmax, ymax, width - xmin
+
+
+def rotate_bbox_180(
+    xmin: np.ndarray, ymin: np.ndarray, xmax: np.ndarray, ymax: np.ndarray, width: int, height: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Turn boxes by 180 degrees with their (height, width) image."""
+    return width - xmax, height - ymax, width - xmin, height - ymin
+
+
+def rotate_bbox_270(
+    xmin: np.ndarray, ymin: np.ndarray, xmax: np.ndarray, ymax: np.ndarray, width: int, height: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Turn boxes by 270 degrees counter-clockwise with their (height, width) image."""
+    return height - ymax, xmin, height - ymin, xmax
+
+
+def rotate_boxes(boxes_xyxy: np.ndarray, angle: int, width: int, height: int) -> np.ndarray:
+    """Turn boxes (N, 4) by `angle`, one of `TURNS`, with their (height, width) image.
+
+    Raises:
+        ValueError: `angle` is no quarter turn.
+    """
+    turn = {
+        0: lambda *box: box[:4],
+        90: rotate_bbox_90,
+        180: rotate_bbox_180,
+        270: rotate_bbox_270,
+    }.get(angle)
+    if turn is None:
+        raise ValueError(f"angle must be one of {TURNS} degrees, got {angle}")
+    return np.stack(turn(*np.asarray(boxes_xyxy).T, width, height), axis=1)
+
+
+def rotate_center(
+    x: np.ndarray, y: np.ndarray, angle: int, width: int, height: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Turn points by `angle`, one of `TURNS`, with their (height, width) image."""
+    x, y = np.asarray(x), np.asarray(y)
+    turned = rotate_boxes(
+        np.stack([x, y, x, y], axis=-1).reshape(-1, 4), angle, width, height
+    ).reshape(*x.shape, 4)
+    return turned[..., 0], turned[..., 1]
+
+
+def box_area(boxes_xyxy: np.ndarray) -> np.ndarray:
+    """Area of boxes (..., 4) in px^2; an inverted box has none."""
+    return (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).clip(0).prod(axis=-1)
+
+
+def clip_boxes(boxes_xyxy: np.ndarray, limits_xyxy: np.ndarray) -> np.ndarray:
+    """Clamp boxes (N, 4) to limits (4,) or (N, 4); a box outside them collapses to zero area."""
+    limits = np.asarray(limits_xyxy)
+    low, high = limits[..., [0, 1, 0, 1]], limits[..., [2, 3, 2, 3]]
+    return np.clip(boxes_xyxy, low, high)
+
+
+@dataclass(frozen=True)
+class Radiometry:
+    """How raw pixel values become the model's input, per band; recorded in every checkpoint.
+
+    Values are stretched linearly so that `low` becomes 0 and `high` becomes 1, in float and without
+    clipping; `mean` and `std` are those of the stretched valid pixels of the training ground.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def stretch(self, image: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
+        """Stretch an image (bands, H, W) to float32; invalid pixels become the mean."""
+        low = np.asarray(self.low, dtype=np.float32)[:, None, None]
+        span = np.asarray(self.high, dtype=np.float32)[:, None, None] - low
+        stretched = (image.astype(np.float32) - low) / span
+        if valid is not None and not valid.all():
+            mean = np.asarray(self.mean, dtype=np.float32)[:, None, None]
+            stretched = np.where(valid, stretched, mean)
+        return stretched
+
+
+def measure_radiometry(samples: list[np.ndarray], percentiles: tuple[float, float]) -> Radiometry:
+    """Fit a `Radiometry` to valid pixels.
+
+    Args:
+        samples: One array of finite raw values per band, any length above zero. 8-bit values keep
+            the fixed range 0-255, so that dark and bright rasters stay comparable.
+        percentiles: Lower and upper percentile (0-100) that become 0 and 1 for other types.
+    """
+    low, high, mean, std = [], [], [], []
+    for values in samples:
+        lo, hi = (0.0, 255.0) if values.dtype == np.uint8 else np.percentile(values, percentiles)
+        if hi <= lo:  # a constant band carries nothing, but must not divide by zero
+            hi = lo + 1.0
+        scaled = (values.astype(np.float64) - lo) / (hi - lo)
+        low.append(float(lo))
+        high.append(float(hi))
+        mean.append(float(scaled.mean()))
+        std.append(float(max(scaled.std(), 1e-3)))
+    return Radiometry(tuple(low), tuple(high), tuple(mean), tuple(std))
+
+
+def preview_stretch(
+    image: np.ndarray, percentiles: tuple[float, float] = (1.0, 99.0)
+) -> np.ndarray:
+    """Stretch an image (bands, H, W) of any type to uint8 (H, W) or (H, W, 3) for looking at it."""
+    bands = image[:3] if image.shape[0] >= 3 else image[:1]
+    planes = []
+    for band in bands.astype(np.float64):
+        finite = band[np.isfinite(band)]
+        lo, hi = np.percentile(finite, percentiles) if finite.size else (0.0, 1.0)
+        scaled = (np.nan_to_num(band) - lo) / max(hi - lo, 1e-12)
+        planes.append((scaled.clip(0, 1) * 255).astype(np.uint8))
+    return np.stack(planes, axis=-1) if len(planes) == 3 else planes[0]
