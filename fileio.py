@@ -31,7 +31,6 @@ from ImageData import InputError, Window
 log = logging.getLogger(__name__)
 
 MAX_OPEN_DATASETS = 32  # per thread; GDAL keeps a file descriptor and buffers for each
-MANIFEST_NAME = "manifest.json"
 
 # ---------------------------------------------------------------------------------------------
 # Atomic artefacts
@@ -137,20 +136,25 @@ def _code(code: CodeType) -> list[object]:
     return [code.co_code.hex(), constants, code.co_names]
 
 
-def is_finished(directory: Path, parameters: Mapping[str, Any]) -> bool:
-    """Tell whether a stage's directory was finished with just these parameters and inputs."""
+def is_finished(path: Path, parameters: Mapping[str, Any]) -> bool:
+    """Tell whether a manifest was left by a stage with just these parameters and inputs."""
     try:
-        manifest = json.loads((Path(directory) / MANIFEST_NAME).read_text(encoding="utf-8"))
+        manifest = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return manifest.get("fingerprint") == fingerprint(dict(parameters))
 
 
-def mark_finished(directory: Path, parameters: Mapping[str, Any]) -> None:
+def mark_finished(path: Path, parameters: Mapping[str, Any]) -> None:
     """Leave the manifest that `is_finished` reads; call it when all else is written."""
     shown = json.loads(json.dumps(dict(parameters), default=repr))
     value = {"fingerprint": fingerprint(dict(parameters)), "parameters": shown}
-    write_json(Path(directory) / MANIFEST_NAME, value)
+    write_json(path, value)
+
+
+def hash_rows(df: pd.DataFrame, seed: int) -> np.ndarray:
+    """Hash each row's values and a seed to uint64: a random order that depends on nothing else."""
+    return pd.util.hash_pandas_object(df.assign(seed=seed), index=False).to_numpy()
 
 
 # ---------------------------------------------------------------------------------------------

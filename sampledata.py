@@ -1,0 +1,415 @@
+"""Synthetic rasters with annotation catalogues: shaded ground with craters, boulders and cones.
+
+A scene is a height field (smooth noise plus objects) lit by a fixed sun. Every pixel and every
+object is a function of the seed and its place alone, so any window can be rendered on its own:
+rasters of any size are written in flat memory, and neighbouring windows join without a seam.
+
+The catalogue lists every object that lies whole in the raster, and dirt as found in real tables:
+rows without a usable diameter or centre, absurd sizes, one-off labels, objects cut by the edge.
+
+Make the two samples of the quickstart: `python sampledata.py --output data --seed 0`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import shapely
+from rasterio import Affine
+from rasterio.crs import CRS
+from rasterio.windows import Window as RasterioWindow
+
+import fileio
+from ImageData import InputError, Window
+
+log = logging.getLogger(__name__)
+
+SAMPLES = {"sample_1": (2048, 1536), "sample_2": (1536, 1536)}  # px, width and height
+DENSITY = 250.0  # objects per megapixel
+MAX_DENSITY = 400.0  # crowding already suppresses a sixth there
+DIAMETER_SCALE = 3.0  # px per unit of the diameter column
+BLOCK = 512  # px, side of the windows in which a raster is written
+CRS_CODE, PIXEL_SIZE, ORIGIN = 32633, 0.5, (500_000.0, 5_400_000.0)  # UTM 33N; m; easting, northing
+
+SUN_AZIMUTH, SUN_ALTITUDE = np.radians(300.0), np.radians(38.0)  # clockwise from up; above horizon
+SUN_XY = np.array([np.sin(SUN_AZIMUTH), -np.cos(SUN_AZIMUTH)])  # unit vector towards the sun
+AMBIENT = 0.12  # light that reaches shadowed ground, as a share of full sun
+GROUND_LEVEL = 108.0  # digital number of level ground
+NOISE_LEVEL = 4.0  # digital numbers, standard deviation of the sensor's noise
+TINTS = (1.0, 0.93, 0.84)  # brightness of the bands
+OCTAVES = {512: 0.16, 256: 0.14, 128: 0.12, 64: 0.10, 32: 0.10, 16: 0.11, 8: 0.12}  # px: steepness
+ELLIPTICITY = 0.05  # largest departure of an outline from a circle, as a share of its radius
+
+CUT_SHARE = 0.25  # of the objects that would cross the raster's edge; the others are left out
+DIRT_SHARE = 0.018  # spurious rows per object
+
+
+class Kind(NamedTuple):
+    """A population of objects: one candidate per cell of a lattice, unless a stronger is near."""
+
+    label: str
+    per_megapixel: float  # candidates at `DENSITY`
+    smallest: float  # px, diameter
+    largest: float  # px, diameter
+    spacing: float  # radii around the centre into which no other object's spacing reaches
+    reach: float  # radii around the centre within which pixels may change
+
+
+# In order of strength: what comes later gives way.
+KINDS = (
+    Kind("cone", 7.5, 24.0, 50.0, 1.15, 1.1),
+    Kind("crater", 16.0, 38.0, 70.0, 1.2, 1.45),
+    Kind("crater", 55.0, 19.0, 38.0, 1.2, 1.45),
+    Kind("boulder", 117.0, 12.0, 24.0, 1.6, 2.6),
+    Kind("crater", 145.0, 11.0, 19.0, 1.25, 1.45),
+)
+SPACING_LIMIT = max(kind.largest / 2 * kind.spacing for kind in KINDS)  # px
+REACH_LIMIT = max(kind.largest / 2 * kind.reach for kind in KINDS) + 4  # px, see `find_objects`
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All that determines a sample's pixels and catalogue; sizes in px."""
+
+    width: int
+    height: int
+    seed: int
+    density: float = DENSITY  # objects per megapixel
+    bands: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the ranges once."""
+        if min(self.width, self.height) < 1 or self.seed < 0:
+            raise InputError(f"width and height must be >= 1 px and seed >= 0, got {self}")
+        if not 0 < self.density <= MAX_DENSITY:
+            raise InputError(f"density must be in (0, {MAX_DENSITY:g}] per Mpx, got {self.density}")
+        if self.bands not in (1, len(TINTS)):
+            raise InputError(f"bands must be 1 or {len(TINTS)}, got {self.bands}")
+
+
+def generate(
+    directory_images: Path, directory_datasets: Path, *, seed: int = 0, force: bool = False
+) -> list[tuple[Path, Path]]:
+    """Write the quickstart's samples, except those that are there already.
+
+    Args:
+        directory_images: Where the rasters go, as `<name>.tif`.
+        directory_datasets: Where the catalogues go, as `<name>.csv`.
+        seed: At least 0; each sample draws its own from it.
+        force: Overwrite what is there.
+
+    Returns:
+        The paths of each sample's raster and catalogue.
+    """
+    paths = []
+    for number, (name, (width, height)) in enumerate(SAMPLES.items()):
+        image_path = Path(directory_images) / f"{name}.tif"
+        csv_path = Path(directory_datasets) / f"{name}.csv"
+        paths.append((image_path, csv_path))
+        if image_path.exists() and csv_path.exists() and not force:
+            log.info("%s and %s exist and stay; force overwrites them", image_path, csv_path)
+            continue
+        scene_seed = seed * len(SAMPLES) + number  # no two samples of any seeds are the same
+        make_sample(image_path, csv_path, width=width, height=height, seed=scene_seed)
+    return paths
+
+
+def make_sample(
+    image_path: Path, csv_path: Path, *,
+    width: int, height: int, seed: int, density: float = DENSITY, bands: int = 1,
+) -> pd.DataFrame:  # fmt: skip
+    """Write one sample, a tiled uint8 GeoTIFF and its CSV; only the table is ever held whole.
+
+    Args:
+        image_path: The raster to write.
+        csv_path: The catalogue to write; it appears after the raster is whole.
+        width: Columns in px.
+        height: Rows in px.
+        seed: At least 0; the same seed gives the same bytes.
+        density: Objects per megapixel, about; at most `MAX_DENSITY`.
+        bands: 1 for grey, 3 for slightly tinted copies.
+
+    Returns:
+        The catalogue, as `make_catalogue` returns it.
+
+    Raises:
+        InputError: A number is out of its range.
+    """
+    scene = Scene(width, height, seed, density, bands)
+    Path(csv_path).unlink(missing_ok=True)  # a raster without its catalogue is unfinished
+    profile = {
+        "width": width, "height": height, "count": bands, "dtype": "uint8",
+        "crs": CRS.from_epsg(CRS_CODE),
+        "transform": Affine(PIXEL_SIZE, 0, ORIGIN[0], 0, -PIXEL_SIZE, ORIGIN[1]),
+        "photometric": "RGB" if bands == 3 else "MINISBLACK",
+    }  # fmt: skip
+    with fileio.create_raster(Path(image_path), **profile) as dst:
+        for window in _blocks(scene):
+            dst.write(render(scene, window), window=RasterioWindow(*window))
+    df = make_catalogue(scene)
+    fileio.write_table(Path(csv_path), df)
+    log.info("wrote %s (%d x %d px) and %s (%d rows)", image_path, width, height, csv_path, len(df))
+    return df
+
+
+def render(scene: Scene, window: Window) -> np.ndarray:
+    """Render a window of a scene as uint8 (bands, height, width), each pixel at least 1.
+
+    Only exactly rounded operations touch the pixels, so a pixel is the same in every window.
+    """
+    x0, y0 = window.x - 1, window.y - 1  # a pixel's slope takes its neighbours' heights
+    rows = np.arange(y0, window.y + window.height + 1)
+    cols = np.arange(x0, window.x + window.width + 1)
+    height = np.zeros((rows.size, cols.size), dtype=np.float32)
+    for period, steepness in OCTAVES.items():
+        height += np.float32(period * steepness) * _smooth_noise(scene.seed, period, rows, cols)
+    albedo = 1 + np.float32(0.25) * _smooth_noise(scene.seed, 200, rows, cols)
+
+    for row in find_objects(scene, window).itertuples():
+        left, top, stamp_height, stamp_albedo = _stamp(row)
+        here = np.s_[max(top - y0, 0) : max(top - y0 + len(stamp_height), 0),
+                     max(left - x0, 0) : max(left - x0 + len(stamp_height), 0)]  # fmt: skip
+        part = height[here].shape
+        there = np.s_[max(y0 - top, 0) :, max(x0 - left, 0) :]
+        height[here] += stamp_height[there][: part[0], : part[1]]
+        albedo[here] *= stamp_albedo[there][: part[0], : part[1]]
+
+    slope_x = (height[1:-1, 2:] - height[1:-1, :-2]) / 2
+    slope_y = (height[2:, 1:-1] - height[:-2, 1:-1]) / 2
+    towards_sun = slope_x * np.float32(SUN_XY[0]) + slope_y * np.float32(SUN_XY[1])
+    sun = np.float32(np.sin(SUN_ALTITUDE)) - np.float32(np.cos(SUN_ALTITUDE)) * towards_sun
+    sun /= np.sqrt(1 + slope_x * slope_x + slope_y * slope_y)
+    level = np.float32(GROUND_LEVEL / (AMBIENT + np.sin(SUN_ALTITUDE)))
+    grey = level * albedo[1:-1, 1:-1] * (np.float32(AMBIENT) + sun.clip(0))
+
+    image = np.empty((scene.bands, window.height, window.width), dtype=np.uint8)
+    for band in range(scene.bands):
+        noise = _gaussian(scene.seed, 1 + band, rows[1:-1], cols[1:-1])
+        value = grey * np.float32(TINTS[band]) + np.float32(NOISE_LEVEL) * noise
+        image[band] = np.rint(value).clip(1, 255)  # 0 often stands for missing pixels
+    return image
+
+
+def find_objects(scene: Scene, window: Window) -> pd.DataFrame:
+    """List the objects whose pixels may reach into a window, in an order that is always the same.
+
+    A candidate stays unless one that is stronger (an earlier kind, then a higher draw) comes too
+    near, whether or not that one stays: the rule looks no further than the nearest neighbours.
+
+    References: Matérn 1960, the second hard-core process; here with several kinds.
+
+    Returns:
+        Columns `x, y, diameter` in px, `label, kind`, the draws `depth, turn` in [0, 1), and
+        `reach`, half the side of the square in px whose pixels change.
+    """
+    margin = REACH_LIMIT + 2 * SPACING_LIMIT
+    parts = [_candidates(scene, kind, window, margin) for kind in range(len(KINDS))]
+    df = pd.concat(parts, ignore_index=True)
+    radius = df["diameter"].to_numpy() / 2
+    x, y, strength = (df[name].to_numpy() for name in ("x", "y", "strength"))
+    spacing = radius * np.take([k.spacing for k in KINDS], df["kind"])
+    near = np.hypot(x[:, None] - x, y[:, None] - y) < spacing[:, None] + spacing
+    stays = ~(near & (strength[:, None] < strength)).any(axis=1)
+    df["reach"] = np.ceil(radius * np.take([k.reach for k in KINDS], df["kind"])).astype(int) + 1
+    reach = df["reach"] + 2  # the centre's own pixel, and the neighbour that a slope takes
+    touches = (
+        (x + reach > window.x) & (x - reach < window.x + window.width)
+        & (y + reach > window.y) & (y - reach < window.y + window.height)
+    )  # fmt: skip
+    return df[stays & touches].drop(columns="strength").reset_index(drop=True)
+
+
+def make_catalogue(scene: Scene) -> pd.DataFrame:
+    """List a scene's objects and its dirt, shuffled.
+
+    Returns:
+        Columns `pixel_x, pixel_y` in px, `diameter` in units of `DIAMETER_SCALE` px, `label`; the
+        dirty rows put text, NaN and nonsense among them.
+    """
+    parts = []
+    for window in _blocks(scene):
+        df = find_objects(scene, window)
+        own_x = df["x"].between(window.x, window.x + window.width, inclusive="left")
+        own_y = df["y"].between(window.y, window.y + window.height, inclusive="left")
+        parts.append(df[own_x & own_y])
+    objects = pd.concat(parts, ignore_index=True)
+    df = pd.DataFrame(
+        {
+            "pixel_x": objects["x"].round(2),
+            "pixel_y": objects["y"].round(2),
+            "diameter": (objects["diameter"] / DIAMETER_SCALE).round(3),
+            "label": objects["label"],
+        }
+    )
+    rng = np.random.default_rng([scene.seed, scene.width, scene.height])
+    df = pd.concat([df.astype(object), _make_dirt(scene, df, rng)], ignore_index=True)
+    return df.iloc[rng.permutation(len(df))].reset_index(drop=True)
+
+
+def _make_dirt(scene: Scene, good: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
+    """Invent rows that a cleaning must find: on empty ground, or doubling a good row."""
+    often = ["unknown", -2.0, 400.0, "n/a", np.nan, -0.5, 1250.0]  # in units, like the column
+    once = [0.0, 0.0, 5.0]
+    count = max(len(often), round(DIRT_SHARE * len(good)) - len(once))
+    diameters = once + [often[i % len(often)] for i in range(count)]
+
+    places = rng.uniform(0, (scene.width, scene.height), size=(8 * len(diameters), 2)).round(2)
+    if len(good):
+        tree = shapely.STRtree(shapely.points(good[["pixel_x", "pixel_y"]].to_numpy()))
+        _, distance = tree.query_nearest(
+            shapely.points(places), return_distance=True, all_matches=False
+        )
+        places = places[np.argsort(-distance, kind="stable")]
+    dirt = pd.DataFrame(places[: len(diameters)], columns=["pixel_x", "pixel_y"]).astype(object)
+    dirt["diameter"] = pd.Series(diameters, dtype=object)
+    dirt["label"] = rng.choice(["crater", "boulder"], size=len(dirt))
+    dirt.loc[len(once) - 1, "pixel_x"] = "see map"
+
+    doubts = good.sample(min(2, len(good)), random_state=rng)
+    doubts["label"] = ["dune?", "ridge?"][: len(doubts)]
+    return pd.concat([dirt, doubts.astype(object)], ignore_index=True)
+
+
+def _candidates(scene: Scene, number: int, window: Window, margin: float) -> pd.DataFrame:
+    """Draw a kind's candidates around a window, one per cell of its lattice."""
+    kind = KINDS[number]
+    cell = 1000.0 / np.sqrt(kind.per_megapixel * scene.density / DENSITY)  # px
+    rows, cols = (
+        np.arange((start - margin) // cell, (start + length + margin) // cell + 1)
+        for start, length in ((window.y, window.height), (window.x, window.width))
+    )
+    draws = [_uniform(scene.seed, 1000 + 10 * number + i, rows, cols).ravel() for i in range(7)]
+    narrowing = 1 - (kind.smallest / kind.largest) ** 2
+    df = pd.DataFrame(
+        {
+            "x": (np.tile(cols, rows.size) + draws[0]) * cell,
+            "y": (np.repeat(rows, cols.size) + draws[1]) * cell,
+            # Truncated power law: four times fewer objects at twice the size.
+            "diameter": kind.smallest / np.sqrt(1 - narrowing * draws[2]),
+            "label": kind.label,
+            "kind": number,
+            "depth": draws[3],
+            "turn": draws[4],
+            "strength": draws[5] - number,
+        }
+    )
+    radius = df["diameter"] / 2
+    edge = np.minimum.reduce([df["x"], df["y"], scene.width - df["x"], scene.height - df["y"]])
+    return df[(edge >= radius) | ((edge > radius / 4) & (draws[6] < CUT_SHARE))]
+
+
+def _stamp(row: NamedTuple) -> tuple[int, int, np.ndarray, np.ndarray]:
+    """Shape one object: left and top in px, added height and albedo factor, float32 (side, side).
+
+    The annotated diameter is the crater's rim from crest to crest, the bright blob of a boulder
+    without its shadow, and the foot of a cone.
+    """
+    radius, half = row.diameter / 2, row.reach
+    left, top = int(np.floor(row.x)) - half, int(np.floor(row.y)) - half
+    dx = (np.arange(left, left + 2 * half + 1) + 0.5 - row.x)[None, :]
+    dy = (np.arange(top, top + 2 * half + 1) + 0.5 - row.y)[:, None]
+    square = dx * dx + dy * dy
+    cosine, sine = np.cos(2 * np.pi * row.turn), np.sin(2 * np.pi * row.turn)
+    oval = ((dx * dx - dy * dy) * cosine + 2 * dx * dy * sine) / np.maximum(square, 1e-9)
+    t = np.sqrt(square) / (radius * (1 + ELLIPTICITY * oval))  # 1 on the outline
+    albedo = np.ones_like(t)
+
+    if row.label == "crater":
+        depth, rim = radius * (0.24 + 0.28 * row.depth), radius * 0.14
+        bowl = t * t * (depth + rim) - depth
+        apron = rim * np.square(((1.35 - t) / 0.35).clip(0))
+        height = np.where(t < 1, bowl, apron)
+        albedo += 0.12 * ((1.25 - t) / 0.3).clip(0, 1)
+    elif row.label == "cone":
+        height = radius * (0.60 + 0.15 * row.depth) * ((1 - t).clip(0) - 2 * (0.35 - t).clip(0))
+    else:
+        height = 0.12 * radius * (1 - t * t).clip(0)
+        length = radius * (1.0 + 0.4 * row.depth)
+        along = -(dx * SUN_XY[0] + dy * SUN_XY[1])  # px, away from the sun
+        across = np.square(dx * SUN_XY[1] - dy * SUN_XY[0])
+        tip = np.square(along - along.clip(0, length))
+        shadow = (radius * 0.95 - np.sqrt(across + tip) + 0.5).clip(0, 1)
+        blob = ((1 - t) * radius + 0.5).clip(0, 1)
+        albedo = (1 - 0.65 * shadow) * (1 - blob) + (1.35 + 0.4 * row.depth) * blob
+    return left, top, height.astype(np.float32), albedo.astype(np.float32)
+
+
+def _blocks(scene: Scene) -> Iterator[Window]:
+    for y in range(0, scene.height, BLOCK):
+        for x in range(0, scene.width, BLOCK):
+            yield Window(x, y, min(BLOCK, scene.width - x), min(BLOCK, scene.height - y))
+
+
+def _smooth_noise(seed: int, period: int, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+    """Noise in (-1, 1), float32 (rows, cols): a cubic B-spline over a lattice of random values."""
+    row_cells, col_cells = (np.arange(i[0] // period, i[-1] // period + 4) for i in (rows, cols))
+    lattice = (2 * _uniform(seed, period, row_cells, col_cells) - 1).astype(np.float32)
+    by_row = sum(
+        weight[:, None] * lattice[rows // period - row_cells[0] + k]
+        for k, weight in enumerate(_spline_weights(rows, period))
+    )
+    return sum(
+        weight * by_row[:, cols // period - col_cells[0] + k]
+        for k, weight in enumerate(_spline_weights(cols, period))
+    )
+
+
+def _spline_weights(index: np.ndarray, period: int) -> tuple[np.ndarray, ...]:
+    t = ((index % period) / period).astype(np.float32)
+    s = 1 - t
+    t2, s2 = t * t, s * s
+    return s * s2 / 6, (4 - 6 * t2 + 3 * t * t2) / 6, (4 - 6 * s2 + 3 * s * s2) / 6, t * t2 / 6
+
+
+def _gaussian(seed: int, stream: int, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+    """Nearly normal noise, mean 0, variance 1, float32 (rows, cols): a sum of four uniforms."""
+    bits = _hash(seed, stream, rows, cols)
+    total = sum(((bits >> shift) & 0xFFFF).astype(np.float32) for shift in (0, 16, 32, 48))
+    return (total / np.float32(65536) - 2) * np.float32(np.sqrt(3))
+
+
+def _uniform(seed: int, stream: int, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+    """Draws in [0, 1), float64 (rows, cols), one for each place."""
+    return (_hash(seed, stream, rows, cols) >> 11) * 2.0**-53
+
+
+def _hash(seed: int, stream: int, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+    """Random bits, uint64 (rows, cols), that depend on nothing but the arguments' values."""
+    bits = _mix(np.full((1, 1), seed, dtype=np.uint64)) ^ stream
+    bits = _mix(bits) ^ rows.astype(np.int64).astype(np.uint64)[:, None]
+    return _mix(_mix(bits) ^ cols.astype(np.int64).astype(np.uint64)[None, :])
+
+
+def _mix(bits: np.ndarray) -> np.ndarray:
+    """Scramble uint64 words. References: Steele et al. 2014, SplitMix64."""
+    bits = bits + 0x9E3779B97F4A7C15
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB
+    return bits ^ (bits >> 31)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the samples from the command line."""
+    parser = argparse.ArgumentParser(description="Write the synthetic sample rasters.")
+    parser.add_argument(
+        "--output", type=Path, default=Path("data"), help="parent of images/, datasets/"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="at least 0")
+    parser.add_argument("--force", action="store_true", help="overwrite existing samples")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    generate(
+        options.output / "images", options.output / "datasets",
+        seed=options.seed, force=options.force,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Which ground trains, which validates, which tests: decided once, before any tile exists.
+
+Blocks of ground, or whole rasters, are ranked by a seeded hash of their place and dealt out by
+proportion. Neither tile sizes nor annotations nor trials enter, so that all of them are measured on
+the same ground. The audit then measures what the tiles of two splits have in common.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import pandas as pd
+import shapely
+
+import fileio
+from ImageData import InputError, RasterHandle
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+MIN_BLOCKS = 12  # below this many blocks, the derived block size shrinks
+
+
+def ground_blocks(
+    rasters: Sequence[RasterHandle],
+    *,
+    split_by: str,
+    max_tile_size: int,
+    block_size: int | None,
+    test_proportion: float,
+    validation_proportion: float,
+    seed: int,
+    test_rasters: Collection[str] = (),
+) -> pd.DataFrame:
+    """Cut the ground of all rasters into blocks and assign each to a split.
+
+    Args:
+        rasters: The rasters.
+        split_by: "block" cuts each raster into equal blocks; "raster" takes each as one.
+        max_tile_size: Largest tile of the run in px; no block is smaller.
+        block_size: Least side of a block in px; None takes twice the largest tile, or less where
+            that leaves too few blocks.
+        test_proportion: Share of the blocks for the test.
+        validation_proportion: Share of the remaining blocks for the validation.
+        seed: Of the hash that ranks the blocks.
+        test_rasters: With "raster", identifiers of the rasters that are the test, instead of a
+            share of them.
+
+    Returns:
+        One row per block: `block` (int), `raster` (identifier), `x, y, width, height` (px), `split`
+        ("train", "validation" or "test"). The blocks of a raster partition it.
+
+    Raises:
+        InputError: A raster is smaller than a tile, or there are fewer than three blocks.
+    """
+    for raster in rasters:
+        for name, side in (("width", raster.width), ("height", raster.height)):
+            if max_tile_size > side:
+                raise InputError(
+                    f"tile_size must be <= {side} px (the {name} of {raster.path.name}), "
+                    f"got {max_tile_size}; lower PATCH_SIZES"
+                )
+    if split_by == "raster":
+        sizes = [None]
+    elif block_size is not None:
+        sizes = [block_size]
+    else:
+        sizes = [2 * max_tile_size, 3 * max_tile_size // 2, max_tile_size]
+    for size in sizes:
+        blocks = pd.concat([_cut(raster, size) for raster in rasters], ignore_index=True)
+        if len(blocks) >= MIN_BLOCKS:
+            break
+    if len(blocks) < len(SPLITS):
+        raise InputError(
+            f"the ground falls into {len(blocks)} blocks, but training, validation and test need "
+            "one each; lower BLOCK_SIZE or PATCH_SIZES, or add rasters"
+        )
+    blocks.insert(0, "block", np.arange(len(blocks)))
+
+    ranked = blocks.iloc[np.argsort(fileio.hash_rows(blocks[["raster", "x", "y"]], seed))]
+    if test_rasters:
+        is_test = ranked["raster"].isin(test_rasters).to_numpy()
+        if is_test.all() or (~is_test).sum() < 2:
+            raise InputError(
+                f"{len(blocks)} rasters with {is_test.sum()} of them in TEST_FILENAMES leave fewer "
+                "than two for training and validation; name fewer"
+            )
+    else:
+        share = min(max(1, round(test_proportion * len(blocks))), len(blocks) - 2)
+        is_test = np.arange(len(blocks)) < share
+    rest = ranked.index[~is_test]
+    share = min(max(1, round(validation_proportion * len(rest))), len(rest) - 1)
+    blocks["split"] = "train"
+    blocks.loc[ranked.index[is_test], "split"] = "test"
+    blocks.loc[rest[:share], "split"] = "validation"
+    return blocks
+
+
+def _cut(raster: RasterHandle, size: int | None) -> pd.DataFrame:
+    columns = max(1, raster.width // size) if size else 1
+    rows = max(1, raster.height // size) if size else 1
+    x_edges = np.linspace(0, raster.width, columns + 1).astype(int)
+    y_edges = np.linspace(0, raster.height, rows + 1).astype(int)
+    y, x = (grid.ravel() for grid in np.meshgrid(y_edges[:-1], x_edges[:-1], indexing="ij"))
+    height, width = (
+        grid.ravel() for grid in np.meshgrid(np.diff(y_edges), np.diff(x_edges), indexing="ij")
+    )
+    return pd.DataFrame(
+        {"raster": raster.path.stem, "x": x, "y": y, "width": width, "height": height}
+    )
+
+
+def audit_splits(tiles: pd.DataFrame) -> pd.DataFrame:
+    """Measure the ground that tiles of different splits share; there must be none.
+
+    Args:
+        tiles: A tile index with `raster, x, y, width, height, split`.
+
+    Returns:
+        One row per pair of splits: `first, second, shared_px`, the summed overlap of their tiles.
+
+    Raises:
+        InputError: Two splits share ground.
+    """
+    windows = tiles.drop_duplicates(["raster", "x", "y", "width", "height", "split"])
+    pairs = [("train", "validation"), ("train", "test"), ("validation", "test")]
+    shared = dict.fromkeys(pairs, 0.0)
+    for _, group in windows.groupby("raster"):
+        boxes = shapely.box(
+            group["x"], group["y"], group["x"] + group["width"], group["y"] + group["height"]
+        )
+        split = group["split"].to_numpy()
+        for first, second in pairs:
+            a, b = boxes[split == first], boxes[split == second]
+            i, j = shapely.STRtree(b).query(a)
+            shared[first, second] += float(shapely.area(shapely.intersection(a[i], b[j])).sum())
+    audit = pd.DataFrame(
+        [(a, b, px) for (a, b), px in shared.items()], columns=["first", "second", "shared_px"]
+    )
+    if (leaks := audit[audit["shared_px"] > 0]).size:
+        raise InputError(
+            "splits share ground, so that no number measured on it is honest: "
+            + "; ".join(f"{a} and {b} {px:.0f} px" for a, b, px in leaks.itertuples(index=False))
+        )
+    return audit
+
+
+def split_dataset_train_test(
+    tiles: pd.DataFrame, sample_size: float, seed: int
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Select the tiles of a trial.
+
+    `sample_size` thins the ground windows of training and validation; a smaller sample is part of a
+    larger one, and the turned twins of a window stay with it. The test ground is never thinned.
+
+    Args:
+        tiles: Tile index of one size; only rows with `kept` are used.
+        sample_size: Share of the training and validation windows, 0 < sample_size <= 1.
+        seed: Of the hash that ranks the windows.
+
+    Returns:
+        The training, validation and test tiles.
+
+    Raises:
+        InputError: A split is left without a tile or without an object.
+    """
+    kept = tiles[tiles["kept"]]
+    selected = []
+    for name in SPLITS:
+        part = kept[kept["split"] == name]
+        if name != "test" and sample_size < 1:
+            windows = part.drop_duplicates("window")
+            order = np.argsort(fileio.hash_rows(windows[["raster", "x", "y"]], seed))
+            count = int(np.ceil(sample_size * len(windows)))
+            part = part[part["window"].isin(windows["window"].iloc[order[:count]])]
+        if part.empty:
+            reasons = tiles.loc[tiles["split"] == name, "reason"].value_counts().to_dict()
+            raise InputError(
+                f"no {name} tile is left after filtering ({reasons}); raise CENSORED_PIXELS_LIMIT "
+                "or EMPTY_TILE_RATIO, or relax your tile filters"
+            )
+        if not part["objects"].sum():
+            raise InputError(
+                f"the {name} split has {len(part)} tiles but no object; change SEED or BLOCK_SIZE, "
+                "raise its proportion or SAMPLE_SIZES, or annotate more ground"
+            )
+        selected.append(part)
+    return tuple(selected)
+
+
+def check_labels(tiles: pd.DataFrame, boxes: pd.DataFrame) -> pd.DataFrame:
+    """Count the objects per label and split, and refuse labels that the training never sees.
+
+    Args:
+        tiles: Tile index of one size.
+        boxes: Its boxes, see `tiling.read_tiles`.
+
+    Returns:
+        One row per label, one column per split.
+
+    Raises:
+        InputError: A label has no object on training ground.
+    """
+    owned = boxes[boxes["owned"]]
+    windows = tiles[tiles["kept"]].drop_duplicates("window").set_index("window")["split"]
+    split = owned["window"].map(windows)
+    counts = pd.crosstab(owned["label"], split).reindex(columns=list(SPLITS), fill_value=0)
+    unseen = counts.index[(counts["train"] == 0) & (counts.sum(axis=1) > 0)]
+    if len(unseen):
+        places = {label: counts.loc[label].drop("train").to_dict() for label in unseen}
+        raise InputError(
+            f"labels without an object on training ground: {places}; lower LABEL_PERCENTILE to "
+            "merge them into Unknown, change SEED or BLOCK_SIZE, or annotate more of them"
+        )
+    return counts

@@ -1,0 +1,595 @@
+"""The tile grid: windows and cores, objects to tiles, tile filters, the tile index on disk.
+
+A tile is a row of a table, not a file: a window of the raster, the core whose objects it owns, an
+angle, a split. Turned tiles are `np.rot90` of the same window. Chips are written only on request.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import rasterio
+import shapely
+
+import fileio
+import imutils
+import parallel
+from ImageData import ImageData, InputError, Window
+
+log = logging.getLogger(__name__)
+
+WINDOW_COLUMNS = ["x", "y", "width", "height"]
+CORE_COLUMNS = ["core_xmin", "core_ymin", "core_xmax", "core_ymax"]
+BOX_COLUMNS = ["xmin", "ymin", "xmax", "ymax"]
+GROUND_BOX_COLUMNS = ["ground_xmin", "ground_ymin", "ground_xmax", "ground_ymax"]
+JOB_WINDOWS = 256  # windows per worker call: long enough to pay for the call, short enough to share
+
+TileFilter = Callable[[np.ndarray, int], bool]  # (image (H, W, bands), pixel_limit) -> keep
+
+
+# ---------------------------------------------------------------------------------------------
+# The grid
+# ---------------------------------------------------------------------------------------------
+
+
+def window_grid(extent: Window, size: int, overlap: int = 0) -> pd.DataFrame:
+    """Cover an extent with equal windows whose cores partition it.
+
+    Windows stay inside the extent: the last row and column shift back. Where two neighbours
+    overlap, their cores meet in the middle. Only an extent smaller than the window is exceeded, to
+    the right and below.
+
+    Args:
+        extent: The ground to cover, in px of its raster.
+        size: Side of the square windows in px.
+        overlap: Least overlap of neighbours in px, 0 <= overlap < size.
+
+    Returns:
+        One row per window: `row, col, x, y, width, height` and the half-open core `core_xmin,
+        core_ymin, core_xmax, core_ymax`, all in px of the raster.
+    """
+    if not 0 <= overlap < size:
+        raise InputError(f"overlap must be >= 0 and < the window's {size} px, got {overlap}")
+    x, x_edges = _grid_axis(extent.width, size, overlap)
+    y, y_edges = _grid_axis(extent.height, size, overlap)
+    row, col = (grid.ravel() for grid in np.indices((len(y), len(x))))
+    return pd.DataFrame(
+        {
+            "row": row, "col": col,
+            "x": extent.x + x[col], "y": extent.y + y[row], "width": size, "height": size,
+            "core_xmin": extent.x + x_edges[col], "core_ymin": extent.y + y_edges[row],
+            "core_xmax": extent.x + x_edges[col + 1], "core_ymax": extent.y + y_edges[row + 1],
+        }
+    )  # fmt: skip
+
+
+def _grid_axis(length: int, size: int, overlap: int) -> tuple[np.ndarray, np.ndarray]:
+    starts = np.append(np.arange(0, length - size, size - overlap), max(length - size, 0))
+    middles = (starts[1:] + starts[:-1] + size) // 2
+    return starts, np.concatenate([[0], middles, [length]])
+
+
+def assign_boxes(windows: pd.DataFrame, df: pd.DataFrame, min_visible: float) -> pd.DataFrame:
+    """Find which objects each window owns or shows.
+
+    The window whose core holds an object's centre owns it. A window also shows a neighbour's object
+    of which at least `min_visible` of the area lies inside it, so that training does not teach it
+    as background.
+
+    Args:
+        windows: Grid of one raster with `window`, its windows and cores (px of the raster), and the
+            extents of their blocks as `block_xmin, block_ymin, block_xmax, block_ymax`.
+        df: Objects of the raster with `label` and boxes.
+        min_visible: Share of a box's area, 0 < min_visible <= 1.
+
+    Returns:
+        One row per window and object: `window`, `object` (row of `df`), `label`, `owned`, the box
+        clamped to the window in its pixels, and the box clamped to the block in pixels of the
+        raster as `ground_xmin` to `ground_ymax`.
+    """
+    boxes = df[BOX_COLUMNS].to_numpy(dtype="float64")
+    ground = windows[WINDOW_COLUMNS].to_numpy()
+    ground = np.concatenate([ground[:, :2], ground[:, :2] + ground[:, 2:]], axis=1)
+    of_object, of_window = shapely.STRtree(shapely.box(*ground.T)).query(shapely.box(*boxes.T))
+    boxes, ground = boxes[of_object], ground[of_window]
+    core = windows[CORE_COLUMNS].to_numpy()[of_window]
+    block = windows[["block_xmin", "block_ymin", "block_xmax", "block_ymax"]].to_numpy()[of_window]
+
+    center = (boxes[:, :2] + boxes[:, 2:]) / 2
+    owned = ((center >= core[:, :2]) & (center < core[:, 2:])).all(axis=1)
+    clamped = imutils.clip_boxes(boxes, ground)
+    visible = imutils.box_area(clamped) >= min_visible * imutils.box_area(boxes)
+    shown = (owned | visible) & (imutils.box_area(clamped) > 0)
+    in_window = clamped - ground[:, [0, 1, 0, 1]]
+    return pd.DataFrame(
+        {
+            "window": windows["window"].to_numpy()[of_window],
+            "object": of_object,
+            "label": df["label"].to_numpy()[of_object],
+            "owned": owned,
+            **dict(zip(BOX_COLUMNS, in_window.T, strict=True)),
+            **dict(zip(GROUND_BOX_COLUMNS, imutils.clip_boxes(boxes, block).T, strict=True)),
+        }
+    )[shown].sort_values(["window", "object"], ignore_index=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Tile filters
+# ---------------------------------------------------------------------------------------------
+
+
+def black_pixel_filter(image_array: np.ndarray, pixel_limit: int) -> bool:
+    """Keep tiles (H, W, bands) with at most `pixel_limit` pixels that are 0 in all bands."""
+    return int((image_array == 0).all(axis=-1).sum()) <= pixel_limit
+
+
+def filter_tiles(
+    raster: fileio.Raster,
+    windows: Sequence[Window],
+    filters: Sequence[TileFilter],
+    pixel_limit: int,
+) -> list[str]:
+    """Try tile filters on windows of a raster, one window in memory at a time.
+
+    Returns:
+        For each window, the name of the first filter that rejects it, or "".
+
+    Raises:
+        InputError: A filter fails (names the window).
+    """
+    rejected_by = []
+    for window in windows:
+        image = np.moveaxis(raster.read(window), 0, -1)
+        reason = ""
+        for tile_filter in filters:
+            name = getattr(tile_filter, "__name__", type(tile_filter).__name__)
+            try:
+                keep = bool(tile_filter(image, pixel_limit))
+            except Exception as error:
+                raise InputError(
+                    f"tile filter {name} failed on window {tuple(window)} of {raster.path}, an "
+                    f"array {image.shape} of {image.dtype}: {error!r}"
+                ) from error
+            if not keep:
+                reason = name
+                break
+        rejected_by.append(reason)
+    return rejected_by
+
+
+# ---------------------------------------------------------------------------------------------
+# Making the index
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TilingOptions:
+    """What a tile index depends on, beside rasters, annotations and ground blocks.
+
+    Attributes:
+        angles: Quarter turns of training tiles in degrees, beside 0.
+        overlap: Least overlap of training tiles in px.
+        evaluation_overlap: The same for validation and test, at most half the tile; the largest
+            object should fit in.
+        min_visible: See `assign_boxes`.
+        empty_tile_ratio: Training tiles without any object, per training tile with one.
+        filters: Tile filters; they apply to training and validation, never to the test ground,
+            which would then depend on the tile size.
+        pixel_limit: Handed to every filter.
+        materialize: Write chips too.
+        seed: Of the hash that picks empty tiles.
+    """
+
+    angles: tuple[int, ...] = ()
+    overlap: int = 0
+    evaluation_overlap: int = 0
+    min_visible: float = 0.5
+    empty_tile_ratio: float = 0.25
+    filters: tuple[TileFilter, ...] = ()
+    pixel_limit: int = 0
+    materialize: bool = False
+    seed: int = 0
+
+
+def make_tiles(
+    images: Sequence[ImageData],
+    blocks: pd.DataFrame,
+    sizes: Sequence[int],
+    tiling_directory: Path,
+    options: TilingOptions,
+    *,
+    force: bool = False,
+    workers: int | None = None,
+    progress: bool = False,
+) -> dict[int, Path]:
+    """Make the tile index of every size, or reuse what was made from the same input.
+
+    Args:
+        images: The annotated rasters.
+        blocks: Ground blocks, see `splits.ground_blocks`.
+        sizes: Tile sides in px.
+        tiling_directory: Each index goes to its folder `tiling_{size}`.
+        options: See `TilingOptions`.
+        force: Make them anew in any case.
+        workers: Processes for filters and chips; None takes all cores.
+        progress: Show bars.
+
+    Returns:
+        The folder of each size; `read_tiles` reads it.
+    """
+    return {
+        size: make_single_size(
+            size, images, blocks, tiling_directory, options,
+            force=force, workers=workers, progress=progress,
+        )
+        for size in sizes
+    }  # fmt: skip
+
+
+def make_single_size(
+    size: int,
+    images: Sequence[ImageData],
+    blocks: pd.DataFrame,
+    tiling_directory: Path,
+    options: TilingOptions,
+    *,
+    force: bool = False,
+    workers: int | None = None,
+    progress: bool = False,
+) -> Path:
+    """Make the tile index of one size; see `make_tiles`."""
+    directory = Path(tiling_directory) / f"tiling_{size}"
+    made_from = {
+        "size": size,
+        "options": vars(options),
+        "blocks": blocks,
+        "rasters": [image.raster.path for image in images],
+        "annotations": [image.df for image in images],
+    }
+    manifest = directory / "manifest.json"
+    if not force and fileio.is_finished(manifest, made_from):
+        log.info("tiles of %d px are up to date in %s", size, directory)
+        return directory
+
+    fileio.recreate_directory(directory)
+    windows, boxes = index_windows(size, images, blocks, options)
+    windows = _reject(windows, boxes, images, options, workers, progress)
+    tiles = _turn(windows, options.angles)
+    fileio.write_table(directory / "tiles.parquet", tiles)
+    fileio.write_table(directory / "boxes.parquet", boxes)
+    if options.materialize:
+        write_chips(directory, tiles, boxes, images, workers=workers, progress=progress)
+    fileio.mark_finished(manifest, made_from)
+    log.info(
+        "tiles of %d px: %d of %d windows kept, %d tiles with turned ones", size,
+        windows["kept"].sum(), len(windows), tiles["kept"].sum(),
+    )  # fmt: skip
+    return directory
+
+
+def read_tiles(directory: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Read a tile index.
+
+    Returns:
+        The tiles: `tile` (int), `window` (int, the same for all angles of a window), `raster, block,
+        row, col, x, y, width, height`, the core, `angle, split, objects` (owned), `kept,
+        reason`; and the boxes, see `assign_boxes`, at angle 0.
+    """
+    return (
+        pd.read_parquet(Path(directory) / "tiles.parquet"),
+        pd.read_parquet(Path(directory) / "boxes.parquet"),
+    )
+
+
+def generate_split_raster_annotation(
+    size: int, image: ImageData, blocks: pd.DataFrame, options: TilingOptions
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Lay the grid over every block of one raster and assign its objects; reads no pixel.
+
+    Returns:
+        The ground windows, numbered from 0, with `objects` (owned); and the boxes, see
+        `assign_boxes`.
+    """
+    grids = []
+    for block in blocks[blocks["raster"] == image.image_identifier].itertuples():
+        overlap = options.overlap if block.split == "train" else options.evaluation_overlap
+        extent = Window(block.x, block.y, block.width, block.height)
+        grids.append(
+            window_grid(extent, size, min(overlap, size // 2)).assign(
+                raster=image.image_identifier, block=block.block, split=block.split,
+                block_xmin=block.x, block_ymin=block.y,
+                block_xmax=block.x + block.width, block_ymax=block.y + block.height,
+            )
+        )  # fmt: skip
+    windows = pd.concat(grids, ignore_index=True)
+    windows["window"] = np.arange(len(windows))
+    boxes = assign_boxes(windows, image.df, options.min_visible)
+    owned = boxes["window"][boxes["owned"]]
+    windows["objects"] = np.bincount(owned, minlength=len(windows))
+    columns = ["window", "raster", "block", "row", "col", *WINDOW_COLUMNS, *CORE_COLUMNS]
+    return windows[[*columns, "split", "objects"]], boxes
+
+
+def index_windows(
+    size: int, images: Sequence[ImageData], blocks: pd.DataFrame, options: TilingOptions
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Index the windows and boxes of all rasters, numbered through; reads no pixel."""
+    all_windows, all_boxes, first = [], [], 0
+    for image in images:
+        windows, boxes = generate_split_raster_annotation(size, image, blocks, options)
+        all_windows.append(windows.assign(window=windows["window"] + first))
+        all_boxes.append(boxes.assign(window=boxes["window"] + first))
+        first += len(windows)
+    return pd.concat(all_windows, ignore_index=True), pd.concat(all_boxes, ignore_index=True)
+
+
+def _reject(
+    windows: pd.DataFrame,
+    boxes: pd.DataFrame,
+    images: Sequence[ImageData],
+    options: TilingOptions,
+    workers: int | None,
+    progress: bool,
+) -> pd.DataFrame:
+    reason = pd.Series("", index=windows.index, dtype=object)
+    train = windows["split"] == "train"
+
+    empty = train & ~windows["window"].isin(boxes["window"])
+    allowed = int(options.empty_tile_ratio * (train & ~empty).sum())
+    order = np.argsort(fileio.hash_rows(windows.loc[empty, ["raster", "x", "y"]], options.seed))
+    reason[windows.index[empty][order[allowed:]]] = "empty, beyond EMPTY_TILE_RATIO"
+
+    if options.filters:
+        candidates = windows[(windows["split"] != "test") & (reason == "")]
+        rasters = {image.image_identifier: image.raster for image in images}
+        jobs, places = [], []
+        for name, group in candidates.groupby("raster", sort=False):
+            for start in range(0, len(group), JOB_WINDOWS):
+                part = group.iloc[start : start + JOB_WINDOWS]
+                places.append(part.index)
+                jobs.append((rasters[name], _windows(part)))
+        answers = parallel.map_ordered(
+            partial(_filter_job, filters=options.filters, pixel_limit=options.pixel_limit),
+            jobs, workers=workers, description="filtering tiles", progress=progress,
+        )  # fmt: skip
+        for place, answer in zip(places, answers, strict=True):
+            reason[place] = answer
+    return windows.assign(kept=(reason == "").to_numpy(), reason=reason.to_numpy())
+
+
+def _filter_job(
+    job: tuple[fileio.Raster, list[Window]], filters: Sequence[TileFilter], pixel_limit: int
+) -> list[str]:
+    return filter_tiles(*job, filters, pixel_limit)
+
+
+def _windows(df: pd.DataFrame) -> list[Window]:
+    return [Window(*map(int, row)) for row in df[WINDOW_COLUMNS].itertuples(index=False)]
+
+
+def _turn(windows: pd.DataFrame, angles: Sequence[int]) -> pd.DataFrame:
+    # Only training tiles turn: evaluation is to see the ground as it lies.
+    train = windows[windows["split"] == "train"]
+    turned = [train.assign(angle=angle) for angle in angles if angle]
+    tiles = pd.concat([windows.assign(angle=0), *turned], ignore_index=True)
+    tiles = tiles.sort_values(["window", "angle"], ignore_index=True)
+    tiles.insert(0, "tile", np.arange(len(tiles)))
+    return tiles
+
+
+def boxes_of_tile(boxes_xyxy: np.ndarray, angle: int, width: int, height: int) -> np.ndarray:
+    """Turn the boxes (N, 4) of a window, as float32, with its tile."""
+    turned = imutils.rotate_boxes(boxes_xyxy, angle, width, height)
+    return np.ascontiguousarray(turned, dtype=np.float32)
+
+
+def read_tile(raster: fileio.Raster, window: Window, angle: int) -> tuple[np.ndarray, np.ndarray]:
+    """Read a tile's pixels (bands, H, W) and their validity (H, W), turned by `angle`."""
+    image = raster.read(window)
+    valid = raster.read_valid(window, image)
+    turns = angle // 90
+    return np.rot90(image, turns, axes=(1, 2)), np.rot90(valid, turns)
+
+
+def sample_radiometry(
+    tiles: pd.DataFrame,
+    rasters: Mapping[str, fileio.Raster],
+    *,
+    seed: int,
+    max_windows: int = 128,
+    pixels_per_window: int = 4096,
+    percentiles: tuple[float, float] = (0.5, 99.5),
+) -> imutils.Radiometry:
+    """Measure the pixel values of the training ground on a sample of its windows.
+
+    Args:
+        tiles: Tile index; only kept training windows are read.
+        rasters: Identifier -> raster; all must have the same number of bands.
+        seed: Of the sample.
+        max_windows: Most windows to read.
+        pixels_per_window: Most valid pixels to take from each.
+        percentiles: See `imutils.measure_radiometry`.
+
+    Raises:
+        InputError: The rasters differ in bands or type, or no sampled pixel is valid.
+    """
+    kinds = {name: (len(r.bands), r.dtype) for name, r in rasters.items()}
+    if len(set(kinds.values())) > 1:
+        raise InputError(f"all rasters of a run need the same bands and type, got {kinds}")
+    windows = tiles[(tiles["split"] == "train") & tiles["kept"]].drop_duplicates("window")
+    order = np.argsort(fileio.hash_rows(windows[["raster", "x", "y"]], seed))[:max_windows]
+    rng = np.random.default_rng(seed)
+    samples = []
+    for place, name in zip(
+        _windows(windows.iloc[order]), windows["raster"].iloc[order], strict=True
+    ):
+        image = rasters[name].read(place)
+        pixels = image[:, rasters[name].read_valid(place, image)]
+        if pixels.shape[1] > pixels_per_window:
+            pixels = pixels[:, rng.integers(pixels.shape[1], size=pixels_per_window)]
+        samples.append(pixels)
+    bands = np.concatenate(samples, axis=1)
+    if not bands.shape[1]:
+        raise InputError(f"none of {len(samples)} sampled training windows has a valid pixel")
+    return imutils.measure_radiometry(list(bands), percentiles)
+
+
+# ---------------------------------------------------------------------------------------------
+# Files, on request
+# ---------------------------------------------------------------------------------------------
+
+
+def write_chips(
+    directory: Path,
+    tiles: pd.DataFrame,
+    boxes: pd.DataFrame,
+    images: Sequence[ImageData],
+    *,
+    workers: int | None = None,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Write every kept tile as an image file, and `tile.csv` with the boxes they show.
+
+    Chips are `tile_{raster}_{window}_{angle}.png`, or `.tif` where PNG cannot hold the pixels' type
+    or number of bands.
+
+    Returns:
+        What `tile.csv` holds: `xmin, ymin, xmax, ymax` (px of the chip), `label`, `tile_path`.
+    """
+    rasters = {image.image_identifier: image.raster for image in images}
+    jobs, rows = [], []
+    by_window = dict(list(boxes.groupby("window")))
+    for tile in tiles[tiles["kept"]].itertuples():
+        raster = rasters[tile.raster]
+        is_png = raster.dtype in ("uint8", "uint16") and len(raster.bands) in (1, 3)
+        name = f"tile_{tile.raster}_{tile.window}_{tile.angle}.{'png' if is_png else 'tif'}"
+        window = Window(tile.x, tile.y, tile.width, tile.height)
+        jobs.append((raster, window, tile.angle, directory / name))
+        if (shown := by_window.get(tile.window)) is not None:
+            turned = imutils.rotate_boxes(
+                shown[BOX_COLUMNS].to_numpy(), tile.angle, tile.width, tile.height
+            )
+            rows.append(
+                pd.DataFrame(turned, columns=BOX_COLUMNS).assign(
+                    label=shown["label"].to_numpy(), tile_path=name
+                )
+            )
+    parallel.map_ordered(
+        split_and_save_tiles,
+        [jobs[i : i + JOB_WINDOWS] for i in range(0, len(jobs), JOB_WINDOWS)],
+        workers=workers, description="writing chips", progress=progress,
+    )  # fmt: skip
+    table = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=BOX_COLUMNS)
+    fileio.write_table(directory / "tile.csv", table)
+    return table
+
+
+def split_and_save_tiles(jobs: Sequence[tuple[fileio.Raster, Window, int, Path]]) -> None:
+    """Write tiles, given as (raster, window, angle, path), as image files of the raster's type."""
+    for raster, window, angle, path in jobs:
+        image = np.rot90(raster.read(window), angle // 90, axes=(1, 2))
+        count, height, width = image.shape
+        profile: dict[str, object] = {"count": count, "height": height, "width": width}
+        if path.suffix == ".png":
+            with (
+                fileio.atomic_path(path) as temporary,
+                rasterio.open(temporary, "w", driver="PNG", dtype=image.dtype, **profile) as dst,
+            ):
+                dst.write(image)
+        else:
+            with fileio.create_raster(path, dtype=image.dtype, **profile) as dst:
+                dst.write(image)
+
+
+def rotate_single_annotation(
+    data: ImageData, output_directory: Path, angles: Sequence[int] = (90, 180, 270)
+) -> list[pd.DataFrame]:
+    """Write turned copies of a whole raster, block by block, and turn its annotations with them.
+
+    The pipeline itself never needs these copies; they are for looking, and for other tools. A
+    georeferenced raster keeps its place: the copies carry a turned geotransform.
+
+    Args:
+        data: The annotated raster.
+        output_directory: Copies go to `{identifier}_{angle}.tif`.
+        angles: Quarter turns in degrees, counter-clockwise.
+
+    Returns:
+        The annotations of the raster itself, then those of each copy; column `image_path` names the
+        file they belong to.
+    """
+    raster, width, height = data.raster, data.raster.width, data.raster.height
+    frames = [data.df.assign(image_path=str(raster.path))]
+    for angle in angles:
+        path = Path(output_directory) / f"{data.image_identifier}_{angle}.tif"
+        manifest = path.with_suffix(".json")
+        made_from = {"raster": raster.path, "angle": angle}
+        if not (path.exists() and fileio.is_finished(manifest, made_from)):
+            _write_turned(raster, angle, path)
+            fileio.mark_finished(manifest, made_from)
+        x, y = imutils.rotate_center(
+            data.df["pixel_x"].to_numpy(), data.df["pixel_y"].to_numpy(), angle, width, height
+        )
+        boxes = imutils.rotate_boxes(data.df[BOX_COLUMNS].to_numpy(), angle, width, height)
+        frames.append(
+            data.df.assign(
+                pixel_x=x, pixel_y=y, **dict(zip(BOX_COLUMNS, boxes.T, strict=True)),
+                image_path=str(path),
+            )
+        )  # fmt: skip
+    return frames
+
+
+def _write_turned(raster: fileio.Raster, angle: int, path: Path) -> None:
+    width, height = raster.width, raster.height
+    turned_width, turned_height = (height, width) if angle in (90, 270) else (width, height)
+    profile: dict[str, object] = {}
+    if raster.crs:
+        # Where the corners (0, 0), (1, 0), (0, 1) of the copy lie on the original.
+        back = imutils.rotate_center(
+            np.array([0, 1, 0]), np.array([0, 0, 1]), -angle % 360, turned_width, turned_height
+        )
+        (ox, ux, vx), (oy, uy, vy) = back
+        to_original = rasterio.Affine(ux - ox, vx - ox, ox, uy - oy, vy - oy, oy)
+        transform = rasterio.Affine(*raster.transform) * to_original
+        profile = {"crs": raster.crs, "transform": transform}
+    with fileio.create_raster(
+        path, width=turned_width, height=turned_height, count=len(raster.bands),
+        dtype=raster.dtype, nodata=raster.nodata, **profile,
+    ) as dst:  # fmt: skip
+        for _, out in dst.block_windows(1):
+            box = np.array([[out.col_off, out.row_off, out.col_off + out.width,
+                             out.row_off + out.height]])  # fmt: skip
+            x0, y0, x1, y1 = imutils.rotate_boxes(box, -angle % 360, turned_width, turned_height)[0]
+            source = Window(int(x0), int(y0), int(x1 - x0), int(y1 - y0))
+            dst.write(np.rot90(raster.read(source), angle // 90, axes=(1, 2)), window=out)
+
+
+def evaluation_overlap(images: Sequence[ImageData]) -> int:
+    """Derive the overlap of evaluation windows: the longest side of any object, in px."""
+    sides = [
+        np.maximum(image.df["xmax"] - image.df["xmin"], image.df["ymax"] - image.df["ymin"]).max()
+        for image in images
+    ]
+    return int(np.ceil(max(sides)))
+
+
+def describe_tiles(directories: Mapping[int, Path]) -> pd.DataFrame:
+    """Count windows, kept tiles and owned objects per tile size and split."""
+    rows = []
+    for size, directory in directories.items():
+        tiles, _ = read_tiles(directory)
+        for split, group in tiles.groupby("split", sort=False):
+            ground = group[group["angle"] == 0]
+            rows.append(
+                {"size": size, "split": split, "windows": len(ground),
+                 "kept": int(ground["kept"].sum()), "tiles": int(group["kept"].sum()),
+                 "objects": int(ground.loc[ground["kept"], "objects"].sum())}
+            )  # fmt: skip
+    return pd.DataFrame(rows)
