@@ -18,7 +18,6 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision import models
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -41,7 +40,7 @@ __version__ = "0.1.0"
 
 PYRAMID_LEVELS = 5  # P2 to P6
 SIZE_DIVISOR = 32  # stride of the deepest feature map of a backbone
-STAGES = {"train": "train_", "validation": "val_", "test": ""}  # -> prefix of metric names
+STAGES = {"train": "train_", "validation": "val_", "test": "test_"}  # -> prefix of logged names
 
 
 @dataclass
@@ -156,7 +155,7 @@ class TileRetinaNet(RetinaNet):
             for values in (self.transform.image_mean, self.transform.image_std)
         )
         bottom, right = (-side % SIZE_DIVISOR for side in size_hw)
-        batch = F.pad((images - mean) / std, (0, right, 0, bottom))
+        batch = nn.functional.pad((images - mean) / std, (0, right, 0, bottom))
         features = list(self.backbone(batch.contiguous(memory_format=torch.channels_last)).values())
         # losses and boxes want full precision, whatever the convolutions run in
         outputs = {name: value.float() for name, value in self.head(features).items()}
@@ -199,8 +198,8 @@ def make_backbone(conf: ModelConfig, bands: int) -> BackboneWithFPN:
             )
     _adapt_first_convolution(body, bands, pretrained=bool(conf.weights))
     if conf.backbone.startswith("mobilenet"):
-        stages = [i for i, m in enumerate(body.features) if getattr(m, "_is_cn", False)]
-        levels = [*stages, len(body.features) - 1][-4:]
+        halving = [i for i, m in enumerate(body.features) if getattr(m, "_is_cn", False)]
+        levels = [*(i - 1 for i in halving[1:]), len(body.features) - 1]  # last of each stride
         channels = [body.features[i].out_channels for i in levels]
         return BackboneWithFPN(
             body.features, {str(i): str(n) for n, i in enumerate(levels)}, channels,
@@ -328,9 +327,8 @@ class LargeRasterORModel(pl.LightningModule):
         losses, detections = self.network(images, targets, detect=stage != "train")
         loss = torch.stack(list(losses.values())).sum()
         values = {"loss": loss, **{f"{name}_loss": value for name, value in losses.items()}}
-        prefix = "test_" if stage == "test" else STAGES[stage]
         self.log_dict(
-            {f"{prefix}{name}": value.detach() for name, value in values.items()},
+            {f"{STAGES[stage]}{name}": value.detach() for name, value in values.items()},
             on_step=stage == "train", on_epoch=True, batch_size=len(images), prog_bar=False,
         )  # fmt: skip
         if stage != "train":
@@ -376,7 +374,8 @@ class LargeRasterORModel(pl.LightningModule):
             self.grounds, self.labels, iou_threshold, score_threshold
         )
         values = self.evaluation.values.items()
-        self.log_dict({f"{STAGES[stage]}{name}": value for name, value in values})
+        prefix = "" if stage == "test" else STAGES[stage]  # the test's names are the product's
+        self.log_dict({f"{prefix}{name}": value for name, value in values})
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW or SGD, the rate rising linearly, then falling along a half cosine, per step."""

@@ -257,6 +257,42 @@ class RunParameters:
         """Number of combinations in the grid."""
         return len(list(itertools.product(*self.search_space.values())))
 
+    def cleaning_options(self) -> dict[str, Any]:
+        """Return the arguments of `annotations.clean_annotations` that are parameters."""
+        return {
+            "diameter_column": self.DIAMETER_COLUMN_NAME,
+            "label_column": self.LABEL_COLUMN_NAME,
+            "box_source": self.BOX_SOURCE,
+            "default_diameter": self.DEFAULT_OBJECT_DIAMETER,
+            "diameter_scale": self.DIAMETER_SCALE,
+            "max_diameter": self.MAX_DIAMETER,
+            "clip_to_raster": self.CLIP_TO_RASTER,
+            "label_percentile": self.LABEL_PERCENTILE,
+        }
+
+    def split_options(self) -> dict[str, Any]:
+        """Return the arguments of `splits.ground_blocks` that are parameters."""
+        return {
+            "split_by": self.SPLIT_BY,
+            "block_size": self.BLOCK_SIZE,
+            "test_proportion": self.TEST_PROPORTION,
+            "validation_proportion": self.VALIDATION_PROPORTION,
+            "test_rasters": [Path(name).stem for name in self.TEST_FILENAMES or []],
+            "seed": self.SEED,
+        }
+
+    def tiling_options(self) -> dict[str, Any]:
+        """Return the fields of `tiling.TilingOptions` that are parameters."""
+        return {
+            "angles": tuple(self.ROTATION_ANGLES),
+            "overlap": self.TILE_OVERLAP,
+            "min_visible": self.MIN_VISIBLE,
+            "empty_tile_ratio": self.EMPTY_TILE_RATIO,
+            "pixel_limit": self.CENSORED_PIXELS_LIMIT,
+            "materialize": self.MATERIALIZE_TILES,
+            "seed": self.SEED,
+        }
+
     def model_config(self) -> ModelConfig:
         """Return what all trials share; each trial then sets its own hyperparameters."""
         conf = ModelConfig(

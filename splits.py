@@ -128,9 +128,8 @@ def audit_splits(tiles: pd.DataFrame) -> pd.DataFrame:
     pairs = [("train", "validation"), ("train", "test"), ("validation", "test")]
     shared = dict.fromkeys(pairs, 0.0)
     for _, group in windows.groupby("raster"):
-        boxes = shapely.box(
-            group["x"], group["y"], group["x"] + group["width"], group["y"] + group["height"]
-        )
+        x, y, width, height = group[["x", "y", "width", "height"]].to_numpy().T
+        boxes = shapely.box(x, y, x + width, y + height)
         split = group["split"].to_numpy()
         for first, second in pairs:
             a, b = boxes[split == first], boxes[split == second]

@@ -277,8 +277,8 @@ def read_tiles(directory: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Read a tile index.
 
     Returns:
-        The tiles: `tile` (int), `window` (int, the same for all angles of a window), `raster, block,
-        row, col, x, y, width, height`, the core, `angle, split, objects` (owned), `kept,
+        The tiles: `tile` (int), `window` (int, the same for all angles of a window), `raster,
+        block, row, col, x, y, width, height`, the core, `angle, split, objects` (owned), `kept,
         reason`; and the boxes, see `assign_boxes`, at angle 0.
     """
     return (

@@ -1,0 +1,473 @@
+"""The factorial loop: one training per combination of hyperparameters, all on the same ground.
+
+The search is an Optuna study in the run's folder. A trial that is finished is never repeated, one
+that was interrupted is; a failed one is recorded with its traceback and the search goes on.
+
+    <run>/study.journal              the search
+    <run>/trials/<key>/              record, checkpoints, detections of one training
+    <run>/leaderboard.csv            all trials, best test AP50 first
+    <run>/best.ckpt, metrics.json    the trial with the best validation AP50
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import shutil
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytorch_lightning as pl
+import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, TrialState
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+import fileio
+import imutils
+import splits
+import tiling
+from datasets import TileDataModule, class_ids
+from ImageData import ImageData, InputError
+from LargeRasterOR import DataContract, LargeRasterORModel, fit_anchors
+from logger import LoggerProtocol, get_logging_key, make_model_logger
+from ModelConfig import ModelConfig
+
+log = logging.getLogger(__name__)
+
+RANKED_BY = "val_AP50"  # the best trial is chosen on validation ground, never on the test's
+BEST_FILES = ("detections.csv", "curve.csv", "confusion.csv")  # of the best trial, for the run
+
+
+@dataclass(frozen=True)
+class SearchData:
+    """What all trials of a search share.
+
+    Attributes:
+        tilings: Tile size -> folder of its index.
+        rasters: Identifier -> raster.
+        ids: Label -> class id.
+        radiometry: How raw values become model input.
+        blocks: Ground blocks.
+        evaluation_overlap: Overlap of evaluation windows in px.
+    """
+
+    tilings: Mapping[int, Path]
+    rasters: Mapping[str, fileio.Raster]
+    ids: Mapping[str, int]
+    radiometry: imutils.Radiometry
+    blocks: pd.DataFrame
+    evaluation_overlap: int
+
+
+def prepare_search(
+    images: Sequence[ImageData],
+    blocks: pd.DataFrame,
+    tilings: Mapping[int, Path],
+    sample_sizes: Sequence[float],
+    seed: int,
+) -> tuple[SearchData, pd.DataFrame]:
+    """Fix what all trials share, and refuse what would fail after hours of training.
+
+    Args:
+        images: The annotated rasters.
+        blocks: Ground blocks.
+        tilings: Tile size -> folder of its index.
+        sample_sizes: All sample sizes of the search.
+        seed: Of the samples.
+
+    Returns:
+        The shared data, and the number of objects per label and split.
+
+    Raises:
+        InputError: Splits share ground, a split has no tile or object, or a label is never seen in
+            training.
+    """
+    counts = None
+    for size, directory in tilings.items():
+        tiles, boxes = tiling.read_tiles(directory)
+        splits.audit_splits(tiles[tiles["kept"]])
+        counts = splits.check_labels(tiles, boxes)
+        for sample_size in sample_sizes:
+            try:
+                splits.split_dataset_train_test(tiles, sample_size, seed)
+            except InputError as error:
+                raise InputError(
+                    f"tiles of {size} px, sample size {sample_size}: {error}"
+                ) from error
+    rasters = {image.image_identifier: image.raster for image in images}
+    smallest, _ = tiling.read_tiles(tilings[min(tilings)])
+    data = SearchData(
+        tilings=dict(tilings),
+        rasters=rasters,
+        ids=class_ids([label for image in images for label in image.df["label"].unique()]),
+        radiometry=tiling.sample_radiometry(smallest, rasters, seed=seed),
+        blocks=blocks,
+        evaluation_overlap=tiling.evaluation_overlap(images),
+    )
+    return data, counts
+
+
+def run_search(
+    data: SearchData,
+    search_space: Mapping[str, Sequence[int | float]],
+    conf: ModelConfig,
+    run_dir: Path,
+    *,
+    force: bool = False,
+    retry_failed: bool = False,
+    wandb_active: bool = False,
+    wandb_project: str = "LargeRasterOR",
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Train and test every combination that is not done yet, then rank all of them.
+
+    Args:
+        data: What the trials share.
+        search_space: `patch_size, n_epochs, sample_size, learning_rate, batch_size` -> values.
+        conf: Configuration of all trials, each of which sets its own hyperparameters.
+        run_dir: The run's folder.
+        force: Forget earlier trials of this run.
+        retry_failed: Train once more what failed earlier.
+        wandb_active: Send the records to Weights & Biases as well.
+        wandb_project: Its project there.
+        progress: Show bars.
+
+    Returns:
+        The leaderboard, see `read_leaderboard`.
+
+    Raises:
+        InputError: The run holds trials made from other input, or every trial failed.
+    """
+    run_dir = Path(run_dir)
+    grid = {name: list(values) for name, values in sorted(search_space.items())}
+    _check_same_input(data, conf, run_dir, force=force)
+    fileio.write_json(run_dir / "classes.json", dict(data.ids))
+    study = _open_study(grid, run_dir, conf.seed)
+    again = _retire_unfinished(study)
+    if retry_failed:
+        again += [t for t in _latest_trials(study) if t.state == TrialState.FAIL]
+    for trial in again:  # under its place in the grid, as Optuna's own retry callback does
+        attributes = {name: trial.system_attrs[name] for name in ("grid_id", "search_space")}
+        waiting = optuna.trial.create_trial(state=TrialState.WAITING, system_attrs=attributes)
+        study.add_trial(waiting)
+
+    def objective(trial: optuna.Trial) -> float:
+        hyperparams = {name: trial.suggest_categorical(name, grid[name]) for name in search_space}
+        key = get_logging_key(hyperparams)
+        trial.set_user_attr("key", key)
+        trial_dir = run_dir / "trials" / key
+        if (trial_dir / "result.json").exists():
+            log.info("trial %d: %s is done already", trial.number, key)
+            values = _read_json(trial_dir / "result.json")["values"]
+            trial.set_user_attr("values", values)
+            return values[RANKED_BY]
+        log.info("trial %d: %s", trial.number, key)
+        logger = make_model_logger(
+            fileio.recreate_directory(trial_dir), wandb_active=wandb_active,
+            project=wandb_project, name=f"{run_dir.name}_{key}", hyperparams=hyperparams,
+        )  # fmt: skip
+        status = "failed"
+        try:
+            values = train_iteration(hyperparams, data, conf, trial_dir, logger, progress=progress)
+            status = "success"
+        except Exception as error:
+            trial.set_user_attr("error", f"{type(error).__name__}: {error}")
+            logger.log_message(traceback.format_exc())
+            log.exception("trial %d (%s) failed; the search goes on", trial.number, key)
+            raise
+        finally:
+            logger.close(status)
+        trial.set_user_attr("values", values)
+        return values[RANKED_BY]
+
+    visited = {t.system_attrs["grid_id"] for t in study.trials if "grid_id" in t.system_attrs}
+    to_do = math.prod(len(values) for values in grid.values()) - len(visited) + len(again)
+    log.info("search: %d trials to do, %d done before", to_do, len(visited) - len(again))
+    if to_do:
+        study.optimize(objective, n_trials=to_do, catch=(Exception,))
+    return _finish(study, run_dir)
+
+
+def train_iteration(
+    hyperparams: Mapping[str, Any],
+    data: SearchData,
+    conf: ModelConfig,
+    trial_dir: Path,
+    logger: LoggerProtocol,
+    callbacks: Sequence[pl.Callback] = (),
+    *,
+    progress: bool = False,
+) -> dict[str, float]:
+    """Train one model, choose its threshold on all validation ground, test it on the test ground.
+
+    Writes to `trial_dir`: `checkpoints/best.ckpt` (lowest `val_loss`, with the threshold) and
+    `last.ckpt`; `detections.csv`, `curve.csv`, `confusion.csv` of the test; `result.json`.
+
+    Args:
+        hyperparams: `patch_size, n_epochs, sample_size, learning_rate, batch_size`.
+        data: What all trials share.
+        conf: Configuration; a copy takes the hyperparameters.
+        trial_dir: The trial's folder.
+        logger: Its record.
+        callbacks: Further Lightning callbacks.
+        progress: Show bars.
+
+    Returns:
+        The test's values by the names of `metrics.evaluate`, the validation's with `val_` before
+        them, and `training_time` in s.
+    """
+    conf = copy.deepcopy(conf)
+    conf.batch_size = hyperparams["batch_size"]
+    conf.train.epochs = hyperparams["n_epochs"]
+    conf.train.lr = hyperparams["learning_rate"]
+    pl.seed_everything(conf.seed, workers=True, verbose=False)
+
+    tiles, boxes = tiling.read_tiles(data.tilings[hyperparams["patch_size"]])
+    module = TileDataModule(
+        tiles, boxes, data.rasters, data.ids, data.radiometry, conf,
+        sample_size=hyperparams["sample_size"],
+    )  # fmt: skip
+    contract = make_contract(data, module, hyperparams["patch_size"])
+    model = LargeRasterORModel(data.ids, conf, contract)
+    checkpoint = ModelCheckpoint(
+        trial_dir / "checkpoints", filename="best", monitor="val_loss", save_last=True
+    )
+    trainer = model.create_trainer(
+        logger, [checkpoint, *callbacks], progress=progress, root_dir=trial_dir
+    )
+    log.info(
+        "%d training tiles, %d of validation, %d of test; anchors from %.1f px",
+        len(module.train), len(module.validation), len(module.test), contract.anchors.sizes[0][0],
+    )  # fmt: skip
+    start = time.monotonic()
+    trainer.fit(model, datamodule=module)
+    training_time = time.monotonic() - start
+    logger.log({"training_time": training_time})
+
+    best = Path(checkpoint.best_model_path)
+    state = torch.load(best, map_location="cpu", weights_only=True)
+    model.load_state_dict(state["state_dict"])
+    (validated,) = trainer.validate(model, module.full_validation_dataloader(), verbose=False)
+    state["state_dict"]["operating_threshold"] = model.operating_threshold.cpu()
+    with fileio.atomic_path(best) as temporary:
+        torch.save(state, temporary)
+    (tested,) = trainer.test(model, module.test_dataloader(), verbose=False)
+
+    values = {**tested, **validated, "training_time": training_time}
+    write_evaluation(trial_dir, model, data.blocks)
+    fileio.write_json(trial_dir / "result.json", {"hyperparams": hyperparams, "values": values})
+    for name in BEST_FILES:
+        logger.log_artifact(trial_dir / name, name, "evaluation", "of the test ground")
+    log.info(
+        "test: AP50 %.3f, F1 %.3f (precision %.3f, recall %.3f at score %.2f), %.0f s of training",
+        values["AP50"], values["box_f1"], values["box_precision"], values["box_recall"],
+        values["score_threshold"], training_time,
+    )  # fmt: skip
+    return values
+
+
+def make_contract(data: SearchData, module: TileDataModule, tile_size: int) -> DataContract:
+    """Derive what depends on the training tiles of a trial, for its model and its checkpoint."""
+    raster = next(iter(data.rasters.values()))
+    densest = int(np.max(module.train.last - module.train.first))
+    return DataContract(
+        tile_size=tile_size,
+        bands=len(raster.bands),
+        dtype=raster.dtype,
+        radiometry=data.radiometry,
+        anchors=fit_anchors(module.train.boxes),
+        detections_per_tile=max(100, 2 * densest),
+        resolution=raster.resolution,
+        split_hash=fileio.fingerprint(data.blocks),
+        evaluation_overlap=data.evaluation_overlap,
+    )
+
+
+def write_evaluation(trial_dir: Path, model: LargeRasterORModel, blocks: pd.DataFrame) -> None:
+    """Write the model's last evaluation as tables.
+
+    `detections.csv`: `raster, block, pixel_x, pixel_y, diameter, label, score, xmin, ymin, xmax,
+    ymax, found` (px; `found` is the object's place among the block's, -1 none, -2 ignored), of all
+    scores. `curve.csv`: `threshold, precision, recall, f1`. `confusion.csv`: counts.
+    """
+    raster_of = blocks.set_index("block")["raster"]
+    tables = []
+    for block, ground in model.grounds.items():
+        xmin, ymin, xmax, ymax = ground.boxes.T
+        tables.append(
+            pd.DataFrame(
+                {
+                    "raster": raster_of[block], "block": block,
+                    "pixel_x": (xmin + xmax) / 2, "pixel_y": (ymin + ymax) / 2,
+                    "diameter": np.maximum(xmax - xmin, ymax - ymin),
+                    "label": np.asarray(model.labels, dtype=object)[ground.labels],
+                    "score": ground.scores,
+                    "xmin": xmin, "ymin": ymin, "xmax": xmax, "ymax": ymax,
+                    "found": model.evaluation.matches[block],
+                }
+            )
+        )  # fmt: skip
+    fileio.write_table(trial_dir / "detections.csv", pd.concat(tables, ignore_index=True))
+    curve = vars(model.evaluation.curve)
+    fileio.write_table(trial_dir / "curve.csv", pd.DataFrame(curve))
+    confusion = pd.DataFrame(model.evaluation.confusion, columns=[*model.labels, "missed"])
+    confusion.insert(0, "truth", [*model.labels, "background"])
+    fileio.write_table(trial_dir / "confusion.csv", confusion)
+
+
+def read_leaderboard(study: optuna.Study, run_dir: Path) -> pd.DataFrame:
+    """Tabulate the trials of a study, best test AP50 first, failed ones last.
+
+    Returns:
+        `trial, state`, the hyperparameters, the test's and validation's values, `duration_s,
+        selected` (highest validation AP50), `checkpoint, error`.
+    """
+    rows = []
+    for trial in _latest_trials(study):
+        values = trial.user_attrs.get("values", {})
+        best = run_dir / "trials" / trial.user_attrs["key"] / "checkpoints" / "best.ckpt"
+        rows.append(
+            {"trial": trial.number, "state": trial.state.name.lower(), **trial.params, **values,
+             "duration_s": trial.duration.total_seconds(), "selected": False,
+             "checkpoint": str(best) if values else "", "error": trial.user_attrs.get("error", "")}
+        )  # fmt: skip
+    board = pd.DataFrame(rows)
+    if "AP50" in board:
+        board = board.sort_values("AP50", ascending=False, ignore_index=True, na_position="last")
+        board.loc[board[RANKED_BY].idxmax(), "selected"] = True
+    return board
+
+
+def trial_dir_of(row: pd.Series) -> Path:
+    """Return the folder of a trial, given its row of the leaderboard."""
+    return Path(row["checkpoint"]).parent.parent
+
+
+def fullest_test_block(
+    images: Sequence[ImageData], blocks: pd.DataFrame
+) -> tuple[ImageData, pd.Series]:
+    """Find the block of test ground with most objects, and its raster."""
+    best = None
+    for image in images:
+        x, y = image.df["pixel_x"], image.df["pixel_y"]
+        tested = blocks[(blocks["raster"] == image.image_identifier) & (blocks["split"] == "test")]
+        for _, b in tested.iterrows():
+            inside = x.between(b["x"], b["x"] + b["width"]) & y.between(
+                b["y"], b["y"] + b["height"]
+            )
+            if best is None or inside.sum() > best[0]:
+                best = int(inside.sum()), image, b
+    return best[1:]
+
+
+def _finish(study: optuna.Study, run_dir: Path) -> pd.DataFrame:
+    board = read_leaderboard(study, run_dir)
+    fileio.write_table(run_dir / "leaderboard.csv", board)
+    if not board["selected"].any():
+        raise InputError(
+            f"all {len(board)} trials failed; the first said: {board['error'].iloc[0]}\n"
+            "Mend the cause and run again with RETRY_FAILED = True"
+        )
+    best = board[board["selected"]].iloc[0]
+    checkpoint, trial_dir = Path(best["checkpoint"]), trial_dir_of(best)
+    for source in (checkpoint, *(trial_dir / name for name in BEST_FILES)):
+        with fileio.atomic_path(run_dir / source.name) as temporary:
+            shutil.copyfile(source, temporary)
+    summary = {
+        "best_trial": trial_dir.name,
+        "ranked_by": RANKED_BY,
+        **_read_json(trial_dir / "result.json"),
+        "trials": board["state"].value_counts().to_dict(),
+    }
+    fileio.write_json(run_dir / "metrics.json", summary)
+    return board
+
+
+# ---------------------------------------------------------------------------------------------
+# The study
+# ---------------------------------------------------------------------------------------------
+
+
+def _check_same_input(data: SearchData, conf: ModelConfig, run_dir: Path, *, force: bool) -> None:
+    """Refuse to mix trials of one run that could not be ranked together."""
+    record = run_dir / "trials" / "made_from.json"
+    if force:
+        (run_dir / "study.journal").unlink(missing_ok=True)
+        shutil.rmtree(run_dir / "trials", ignore_errors=True)
+    configuration = conf.to_dict()
+    # what a trial sets itself, and what only says where it runs, may differ
+    for name in ("batch_size", "workers", "accelerator", "devices"):
+        configuration.pop(name)
+    for name in ("epochs", "lr"):
+        configuration["train"].pop(name)
+    now = {
+        "classes": dict(data.ids),
+        "ground": fileio.fingerprint(data.blocks),
+        "radiometry": asdict(data.radiometry),
+        "configuration": configuration,
+        "tiles": {
+            str(size): _read_json(path / "manifest.json")["fingerprint"]
+            for size, path in data.tilings.items()
+        },
+    }
+    now = json.loads(json.dumps(now))
+    before = _read_json(record) if record.exists() else now
+    tiles = before["tiles"] | now["tiles"]
+    if any(before["tiles"].get(size, mark) != mark for size, mark in now["tiles"].items()):
+        differing = ["tiles"]
+    else:
+        differing = [name for name in now if name != "tiles" and before.get(name) != now[name]]
+    if differing:
+        raise InputError(
+            f"run {run_dir} holds trials made with other {', '.join(differing)}; they cannot be "
+            "ranked together. Set another RUN_NAME, or FORCE_CREATION = True to start over"
+        )
+    fileio.write_json(record, now | {"tiles": tiles})
+
+
+def _open_study(grid: Mapping[str, list], run_dir: Path, seed: int) -> optuna.Study:
+    # A study cannot change its grid; another grid is another study in the same file, and finds the
+    # trials that both share by their results.
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    journal = str(run_dir / "study.journal")
+    return optuna.create_study(
+        storage=JournalStorage(JournalFileBackend(journal, JournalFileOpenLock(journal))),
+        study_name=fileio.fingerprint(dict(grid)),
+        sampler=optuna.samplers.GridSampler(grid, seed=seed),
+        direction="maximize",
+        load_if_exists=True,
+    )
+
+
+def _retire_unfinished(study: optuna.Study) -> list[FrozenTrial]:
+    """Close the trials that a killed process left open, and return those to be done again."""
+    unfinished = study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING))
+    for trial in unfinished:
+        study.tell(trial.number, state=TrialState.FAIL)
+        log.warning("trial %d was interrupted; it starts over", trial.number)
+    return [trial for trial in unfinished if "grid_id" in trial.system_attrs]
+
+
+def _latest_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the last finished trial of every combination; one that was cut short is none."""
+    latest = {
+        trial.user_attrs["key"]: trial
+        for trial in study.trials
+        if trial.user_attrs.keys() & {"values", "error"} and trial.state.is_finished()
+    }
+    return list(latest.values())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
