@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,12 +24,15 @@ import numpy as np
 import pandas as pd
 import rasterio
 from rasterio.enums import ColorInterp, MaskFlags, Resampling
-from rasterio.errors import RasterioError
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as RasterioWindow
 
 from ImageData import InputError, Window
 
 log = logging.getLogger(__name__)
+
+# A raster without a map reference is an ordinary one here.
+warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
 MAX_OPEN_DATASETS = 32  # per thread; GDAL keeps a file descriptor and buffers for each
 
@@ -315,7 +319,7 @@ class Raster:
     def _reading(self, window: Window) -> Iterator[rasterio.DatasetReader]:
         try:
             yield _dataset(self.path)
-        except (RasterioError, rasterio.errors.RasterioIOError) as error:
+        except RasterioError as error:
             reason = str(error.__cause__ or error)
             raise InputError(
                 f"{self.path} cannot be read in window {tuple(window)} (x, y, width, height): "

@@ -551,13 +551,12 @@ def _write_turned(raster: fileio.Raster, angle: int, path: Path) -> None:
     turned_width, turned_height = (height, width) if angle in (90, 270) else (width, height)
     profile: dict[str, object] = {}
     if raster.crs:
-        # Where the corners (0, 0), (1, 0), (0, 1) of the copy lie on the original.
-        back = imutils.rotate_center(
+        # Where the corners (0, 0), (1, 0), (0, 1) of the copy lie on the original, then on the map.
+        x, y = imutils.rotate_center(
             np.array([0, 1, 0]), np.array([0, 0, 1]), -angle % 360, turned_width, turned_height
         )
-        (ox, ux, vx), (oy, uy, vy) = back
-        to_original = rasterio.Affine(ux - ox, vx - ox, ox, uy - oy, vy - oy, oy)
-        transform = rasterio.Affine(*raster.transform) * to_original
+        (ox, ux, vx), (oy, uy, vy) = np.reshape(raster.transform, (2, 3)) @ [x, y, [1, 1, 1]]
+        transform = rasterio.Affine(ux - ox, vx - ox, ox, uy - oy, vy - oy, oy)
         profile = {"crs": raster.crs, "transform": transform}
     with fileio.create_raster(
         path, width=turned_width, height=turned_height, count=len(raster.bands),

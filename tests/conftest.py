@@ -1,0 +1,68 @@
+"""Shared fixtures: a small sample, cleaned, split and tiled once for all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib as mpl
+import pytest
+
+mpl.use("Agg")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import annotations
+import fileio
+import gridsearch
+import sampledata
+import splits
+import tiling
+
+PROJECT = Path(__file__).parent.parent
+REAL_DATA = PROJECT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def small_sample(tmp_path_factory):
+    """Two rasters of a few hundred pixels, one not square, with their tables."""
+    folder = tmp_path_factory.mktemp("sample")
+    sizes = {"one": (640, 512), "two": (512, 512)}
+    for seed, (name, (width, height)) in enumerate(sizes.items()):
+        sampledata.make_sample(
+            folder / "images" / f"{name}.tif", folder / "datasets" / f"{name}.csv",
+            width=width, height=height, seed=seed,
+        )  # fmt: skip
+    return SimpleNamespace(
+        folder=folder,
+        rasters=[fileio.read_raster(folder / "images" / f"{name}.tif") for name in sizes],
+        tables=[folder / "datasets" / f"{name}.csv" for name in sizes],
+        cleaning={"label_percentile": 80, "diameter_scale": 3, "max_diameter": 25, "workers": 1},
+    )
+
+
+@pytest.fixture(scope="session")
+def prepared(small_sample, tmp_path_factory):
+    """The small sample, ready to train on 128 px tiles."""
+    folder = tmp_path_factory.mktemp("prepared")
+    images, report = annotations.clean_annotations(
+        small_sample.tables, small_sample.rasters, output_dir=folder / "clean",
+        **small_sample.cleaning,
+    )  # fmt: skip
+    blocks = splits.ground_blocks(
+        small_sample.rasters, split_by="block", max_tile_size=128, block_size=None,
+        test_proportion=0.2, validation_proportion=0.25, seed=0,
+    )  # fmt: skip
+    tilings = tiling.make_tiles(
+        images, blocks, [128], folder / "tiles",
+        tiling.TilingOptions(
+            angles=(90, 180, 270), evaluation_overlap=tiling.evaluation_overlap(images)
+        ),
+        workers=1,
+    )  # fmt: skip
+    data, counts = gridsearch.prepare_search(images, blocks, tilings, [1.0], seed=0)
+    tiles, boxes = tiling.read_tiles(tilings[128])
+    return SimpleNamespace(
+        folder=folder, images=images, report=report, blocks=blocks, tilings=tilings, data=data,
+        counts=counts, tiles=tiles, boxes=boxes,
+    )  # fmt: skip

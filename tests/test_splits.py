@@ -1,0 +1,139 @@
+"""Ground: blocks partition it, nothing leaks, samples nest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import splits
+import tiling
+from ImageData import InputError
+
+
+def raster(name="r", width=1000, height=800):
+    return SimpleNamespace(path=Path(f"{name}.tif"), width=width, height=height)
+
+
+def blocks_of(rasters, **options):
+    defaults = {
+        "split_by": "block", "max_tile_size": 100, "block_size": None, "test_proportion": 0.2,
+        "validation_proportion": 0.25, "seed": 0,
+    }  # fmt: skip
+    return splits.ground_blocks(rasters, **(defaults | options))
+
+
+@given(st.integers(100, 700), st.integers(100, 700), st.integers(30, 100), st.integers(0, 99))
+def test_blocks_partition_the_ground_and_fit_a_tile(width, height, size, seed):
+    assume((width // size) * (height // size) >= 3)
+    blocks = blocks_of([raster(width=width, height=height)], max_tile_size=size, seed=seed)
+    painted = np.zeros((height, width), int)
+    for b in blocks.itertuples():
+        painted[b.y : b.y + b.height, b.x : b.x + b.width] += 1
+    assert (painted == 1).all()
+    assert blocks[["width", "height"]].min(axis=None) >= size
+    assert set(blocks["split"]) == set(splits.SPLITS)
+
+
+def test_proportions_are_met():
+    blocks = blocks_of([raster(width=5000, height=5000)], block_size=100)
+    share = blocks["split"].value_counts(normalize=True)
+    assert share["test"] == pytest.approx(0.2, abs=0.001)
+    assert share["validation"] == pytest.approx(0.8 * 0.25, abs=0.001)
+
+
+def test_the_split_depends_on_place_and_seed_only():
+    rasters = [raster("a"), raster("b", 600, 900)]
+    first = blocks_of(rasters, block_size=200)
+    again = blocks_of(rasters, block_size=200, max_tile_size=64)
+    pd.testing.assert_frame_equal(first, again)
+    assert (first["split"] != blocks_of(rasters, block_size=200, seed=1)["split"]).any()
+
+
+def test_whole_rasters_can_be_the_ground():
+    rasters = [raster(name) for name in "abcdef"]
+    blocks = blocks_of(rasters, split_by="raster", test_rasters=["b", "e"])
+    assert len(blocks) == 6
+    assert set(blocks.loc[blocks["split"] == "test", "raster"]) == {"b", "e"}
+    with pytest.raises(InputError, match="leave fewer than two"):
+        blocks_of(rasters[:3], split_by="raster", test_rasters=["a", "b"])
+
+
+def test_a_tile_larger_than_the_raster_is_refused():
+    with pytest.raises(InputError, match=r"tile_size must be <= 800 px \(the height of r\.tif\)"):
+        blocks_of([raster()], max_tile_size=900)
+
+
+def test_too_little_ground_is_refused():
+    with pytest.raises(InputError, match="falls into 2 blocks"):
+        blocks_of([raster("a"), raster("b")], split_by="raster")
+
+
+def test_nothing_leaks_between_splits_rotations_included(prepared):
+    audit = splits.audit_splits(prepared.tiles)
+    assert audit["shared_px"].tolist() == [0, 0, 0]
+    painted = {}
+    for t in prepared.tiles.itertuples():
+        canvas = painted.setdefault(t.raster, np.zeros((512, 640), dtype=object))
+        area = canvas[t.y : t.y + t.height, t.x : t.x + t.width]
+        assert set(np.unique(area.astype(str))) <= {"0", t.split}
+        area[...] = t.split
+
+
+def test_the_audit_finds_shared_ground(prepared):
+    tiles = prepared.tiles.copy()
+    intruder = tiles[tiles["split"] == "test"].iloc[[0]].assign(split="train", angle=90)
+    with pytest.raises(InputError, match=r"train and test \d+ px"):
+        splits.audit_splits(pd.concat([tiles, intruder]))
+
+
+def test_smaller_samples_are_part_of_larger_ones_and_the_test_stays(prepared):
+    parts = {
+        size: splits.split_dataset_train_test(prepared.tiles, size, seed=0)
+        for size in (0.3, 0.6, 1.0)
+    }
+    for small, large in ((0.3, 0.6), (0.6, 1.0)):
+        for i in (0, 1):
+            assert set(parts[small][i]["tile"]) < set(parts[large][i]["tile"])
+        assert set(parts[small][2]["tile"]) == set(parts[large][2]["tile"])
+    for train, _, _ in parts.values():
+        assert (train.groupby("window").size() == 4).all()  # twins stay together
+
+
+def test_a_split_without_tiles_or_objects_is_refused(prepared):
+    tiles = prepared.tiles
+    emptied = tiles.assign(kept=tiles["kept"] & (tiles["split"] != "train"), reason="black")
+    with pytest.raises(InputError, match="no train tile is left after filtering"):
+        splits.split_dataset_train_test(emptied, 1.0, 0)
+    bare = tiles.assign(objects=tiles["objects"].where(tiles["split"] != "validation", 0))
+    with pytest.raises(InputError, match=r"the validation split has .* no object"):
+        splits.split_dataset_train_test(bare, 1.0, 0)
+
+
+def test_a_label_that_training_never_sees_is_refused(prepared):
+    counts = splits.check_labels(prepared.tiles, prepared.boxes)
+    owned = prepared.boxes[prepared.boxes["owned"]]
+    assert counts.sum(axis=None) == len(owned)
+    test_windows = prepared.tiles.loc[prepared.tiles["split"] == "test", "window"]
+    boxes = prepared.boxes.copy()
+    boxes.loc[boxes["window"].isin(test_windows) & (boxes["label"] == "crater"), "label"] = "new"
+    with pytest.raises(InputError, match=r"without an object on training ground: \{'new'"):
+        splits.check_labels(prepared.tiles, boxes)
+
+
+def test_every_tile_size_sees_the_same_test_ground(prepared, tmp_path):
+    options = tiling.TilingOptions(evaluation_overlap=40)
+    made = tiling.make_tiles(prepared.images, prepared.blocks, [96, 128], tmp_path, options)
+    canvases = []
+    for size in (96, 128):
+        tiles, _ = tiling.read_tiles(made[size])
+        canvas = np.zeros((2, 512, 640), bool)
+        for t in tiles[tiles["split"] == "test"].itertuples():
+            canvas[int(t.raster == "two"), t.y : t.y + t.height, t.x : t.x + t.width] = True
+        canvases.append(canvas)
+    np.testing.assert_array_equal(*canvases)

@@ -1,0 +1,327 @@
+"""Tiles: windows, cores, owners, filters, the index on disk, chips and turned copies."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import rasterio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fileio
+import imutils
+import splits
+import tiling
+from ImageData import ImageData, InputError, Window
+from tiling import BOX_COLUMNS, CORE_COLUMNS, WINDOW_COLUMNS
+
+
+@st.composite
+def grids(draw):
+    size = draw(st.integers(4, 40))
+    extent = Window(
+        draw(st.integers(0, 9)), draw(st.integers(0, 9)),
+        draw(st.integers(1, 150)), draw(st.integers(1, 150)),
+    )  # fmt: skip
+    return extent, size, draw(st.integers(0, size // 2))
+
+
+@given(grids())
+def test_cores_partition_the_ground_exactly(case):
+    extent, size, overlap = case
+    painted = np.zeros((extent.height, extent.width), int)
+    for core in tiling.window_grid(extent, size, overlap)[CORE_COLUMNS].itertuples(index=False):
+        x0, y0, x1, y1 = core
+        painted[y0 - extent.y : y1 - extent.y, x0 - extent.x : x1 - extent.x] += 1
+    assert (painted == 1).all()
+
+
+@given(grids())
+def test_windows_are_equal_stay_inside_and_hold_their_core(case):
+    extent, size, overlap = case
+    grid = tiling.window_grid(extent, size, overlap)
+    assert (grid[["width", "height"]] == size).all(axis=None)
+    assert (grid["x"] >= extent.x).all()
+    assert (grid["y"] >= extent.y).all()
+    if extent.width >= size:
+        assert (grid["x"] + size <= extent.x + extent.width).all()
+        assert (grid["core_xmax"] <= grid["x"] + size).all()
+    if extent.height >= size:
+        assert (grid["y"] + size <= extent.y + extent.height).all()
+        assert (grid["core_ymax"] <= grid["y"] + size).all()
+    assert (grid["core_xmin"] >= grid["x"]).all()
+    starts = np.unique(grid["x"])
+    assert (np.diff(starts) <= size - overlap).all()
+    # what lies this far inside the extent has half the overlap around it in its own window
+    inner = grid[grid["x"] > extent.x]
+    assert (inner["core_xmin"] - inner["x"] >= overlap // 2).all()
+
+
+def test_an_overlap_as_large_as_the_window_is_refused():
+    with pytest.raises(InputError, match="overlap must be"):
+        tiling.window_grid(Window(0, 0, 100, 100), 32, 32)
+
+
+def windows_of(extent, size, overlap):
+    grid = tiling.window_grid(extent, size, overlap)
+    return grid.assign(
+        window=np.arange(len(grid)), block_xmin=extent.x, block_ymin=extent.y,
+        block_xmax=extent.x + extent.width, block_ymax=extent.y + extent.height,
+    )  # fmt: skip
+
+
+@settings(deadline=None)
+@given(grids(), st.integers(0, 2**32 - 1))
+def test_every_object_has_exactly_one_owner(case, seed):
+    extent, size, overlap = case
+    rng = np.random.default_rng(seed)
+    low = [extent.x, extent.y]
+    center = rng.uniform(low, [extent.x + extent.width, extent.y + extent.height], (30, 2))
+    center[:10] = np.floor(center[:10])  # on the seams, too
+    half = rng.uniform(0.5, 30, (30, 2))
+    df = pd.DataFrame(np.concatenate([center - half, center + half], 1), columns=BOX_COLUMNS)
+    # rounding may push a centre off the very edge, where cleaning drops the object
+    off = (df["xmin"] + df["xmax"] < 2 * extent.x) | (df["ymin"] + df["ymax"] < 2 * extent.y)
+    df = df[~off].assign(label="a")
+    boxes = tiling.assign_boxes(windows_of(extent, size, overlap), df, 0.5)
+    owners = boxes[boxes["owned"]].groupby("object").size()
+    assert owners.reindex(range(len(df))).tolist() == [1] * len(df)
+    assert len(df) >= 20
+    clamped = boxes[BOX_COLUMNS].to_numpy()
+    assert (clamped >= 0).all()
+    assert (clamped <= size).all()
+    assert (imutils.box_area(clamped) > 0).all()
+
+
+def test_a_neighbours_object_is_shown_when_enough_of_it_is_visible():
+    df = pd.DataFrame(
+        [[20, 10, 30, 20], [28, 40, 40, 50]], columns=BOX_COLUMNS, dtype=float
+    ).assign(label=["left", "right"])
+    windows = windows_of(Window(0, 0, 64, 64), 32, 0)
+    shown = tiling.assign_boxes(windows, df, 0.3)
+    assert shown[~shown["owned"]][["window", "label"]].to_numpy().tolist() == [[2, "right"]]
+    assert tiling.assign_boxes(windows, df, 0.4)["owned"].all()
+    row = shown[~shown["owned"]].iloc[0]
+    assert row[BOX_COLUMNS].tolist() == [28, 8, 32, 18]
+    assert row[tiling.GROUND_BOX_COLUMNS].tolist() == [28, 40, 40, 50]
+
+
+def test_black_pixels_are_counted_over_all_bands():
+    image = np.ones((10, 10, 3), np.uint8)
+    image[:5] = 0
+    image[0, 0, 2] = 1
+    assert tiling.black_pixel_filter(image, 49)
+    assert not tiling.black_pixel_filter(image, 48)
+
+
+@pytest.fixture
+def half_black(tmp_path):
+    """A raster of 256 x 128 px whose left half is black, with an object on either half."""
+    path = tmp_path / "half.tif"
+    pixels = np.full((1, 128, 256), 90, np.uint8)
+    pixels[:, :, :128] = 0
+    with fileio.create_raster(path, width=256, height=128, count=1, dtype="uint8") as dst:
+        dst.write(pixels)
+    df = pd.DataFrame(
+        {"pixel_x": [32.0, 200.0], "pixel_y": [32.0, 100.0], "diameter": 10.0, "label": "a"}
+    )
+    x, y = df["pixel_x"], df["pixel_y"]
+    df = df.assign(xmin=x - 5, ymin=y - 5, xmax=x + 5, ymax=y + 5)
+    image = ImageData(fileio.read_raster(path), "half", df)
+    blocks = pd.DataFrame(
+        {"block": [0], "raster": ["half"], "x": [0], "y": [0], "width": [256], "height": [128],
+         "split": ["train"]}
+    )  # fmt: skip
+    return image, blocks
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_filters_reject_tiles_and_say_which_did(half_black, tmp_path, workers):
+    image, blocks = half_black
+    bright = 80
+
+    def bright_enough(pixels, pixel_limit):
+        return pixels.mean() > bright
+
+    options = tiling.TilingOptions(
+        filters=(tiling.black_pixel_filter, bright_enough), pixel_limit=100, empty_tile_ratio=10
+    )
+    made = tiling.make_tiles([image], blocks, [64], tmp_path, options, workers=workers)
+    tiles, _ = tiling.read_tiles(made[64])
+    left = tiles["x"] < 128
+    assert (tiles.loc[left, "reason"] == "black_pixel_filter").all()
+    assert (tiles.loc[~left, "reason"] == "").all()
+    assert (tiles["kept"] == ~left).all()
+
+
+def test_filters_never_touch_the_test_ground(half_black, tmp_path):
+    image, blocks = half_black
+    options = tiling.TilingOptions(filters=(lambda pixels, limit: False,))
+    tiles, _ = tiling.read_tiles(
+        tiling.make_single_size(64, [image], blocks.assign(split="test"), tmp_path, options)
+    )
+    assert tiles["kept"].all()
+
+
+def test_a_failing_filter_names_the_window(half_black, tmp_path):
+    image, blocks = half_black
+
+    def broken(pixels, pixel_limit):
+        return pixels[10_000]
+
+    with pytest.raises(InputError, match=r"tile filter broken failed on window \(0, 0, 64, 64\)"):
+        tiling.make_single_size(
+            64, [image], blocks, tmp_path, tiling.TilingOptions(filters=(broken,)), workers=1
+        )
+    assert not (tmp_path / "tiling_64" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(("ratio", "kept_empty"), [(0, 0), (0.5, 1), (1, 2), (10, 6)])
+def test_empty_tiles_are_kept_by_ratio(half_black, tmp_path, ratio, kept_empty):
+    image, blocks = half_black
+    options = tiling.TilingOptions(empty_tile_ratio=ratio)
+    tiles, _ = tiling.read_tiles(tiling.make_single_size(64, [image], blocks, tmp_path, options))
+    assert tiles.loc[tiles["objects"] == 0, "kept"].sum() == kept_empty
+    assert tiles.loc[tiles["objects"] > 0, "kept"].all()
+
+
+def test_the_index_is_reused_until_its_input_changes(half_black, tmp_path):
+    image, blocks = half_black
+    calls = []
+
+    def make(options, **extra):
+        directory = tiling.make_single_size(64, [image], blocks, tmp_path, options, **extra)
+        calls.append((directory / "tiles.parquet").stat().st_mtime_ns)
+
+    make(tiling.TilingOptions())
+    make(tiling.TilingOptions())
+    assert calls[0] == calls[1]
+    make(tiling.TilingOptions(min_visible=0.7))
+    assert calls[1] != calls[2]
+    make(tiling.TilingOptions(min_visible=0.7), force=True)
+    assert calls[2] != calls[3]
+
+
+def test_only_training_tiles_turn_and_twins_share_their_ground(prepared):
+    tiles = prepared.tiles
+    assert set(tiles.loc[tiles["split"] != "train", "angle"]) == {0}
+    train = tiles[tiles["split"] == "train"]
+    ground = train.groupby("window")[[*WINDOW_COLUMNS, "split", "kept", "raster"]].nunique()
+    assert (ground == 1).all(axis=None)
+    assert (train.groupby("window")["angle"].apply(sorted).map(tuple) == (0, 90, 180, 270)).all()
+
+
+def test_every_object_of_the_sample_lands_in_exactly_one_tile(prepared):
+    owned = prepared.boxes[prepared.boxes["owned"]].merge(
+        prepared.tiles[prepared.tiles["angle"] == 0][["window", "raster"]], on="window"
+    )
+    for image in prepared.images:
+        objects = owned.loc[owned["raster"] == image.image_identifier, "object"]
+        assert sorted(objects) == list(range(len(image.df)))
+    assert prepared.tiles.loc[prepared.tiles["angle"] == 0, "objects"].sum() == len(owned)
+
+
+def test_labels_travel_with_their_boxes(prepared):
+    tiles = prepared.tiles[prepared.tiles["angle"] == 0].set_index("window")
+    frames = {image.image_identifier: image.df for image in prepared.images}
+    for row in prepared.boxes[prepared.boxes["owned"]].sample(50, random_state=0).itertuples():
+        tile = tiles.loc[row.window]
+        truth = frames[tile["raster"]].iloc[row.object]
+        assert row.label == truth["label"]
+        assert row.xmin + tile["x"] == pytest.approx(max(truth["xmin"], tile["x"]))
+
+
+@pytest.mark.parametrize("angle", [0, 90, 180, 270])
+def test_turned_boxes_lie_on_their_objects(prepared, angle):
+    """A marker painted into the raster is found where the turned box says."""
+    tile = prepared.tiles[(prepared.tiles["split"] == "train") & (prepared.tiles["angle"] == angle)]
+    tile = tile.sort_values("objects").iloc[-1]
+    shown = prepared.boxes[prepared.boxes["window"] == tile["window"]]
+    shown = shown.drop_duplicates(BOX_COLUMNS)  # the sample annotates an object or two twice
+    window = Window(*(int(tile[c]) for c in WINDOW_COLUMNS))
+    image = np.zeros((window.height, window.width), int)
+    for i, box in enumerate(shown[BOX_COLUMNS].to_numpy()):
+        x, y = int((box[0] + box[2]) / 2), int((box[1] + box[3]) / 2)
+        image[y, x] = i + 1
+    turned = np.rot90(image, angle // 90)
+    boxes = tiling.boxes_of_tile(shown[BOX_COLUMNS].to_numpy(), angle, *turned.shape[::-1])
+    for i, (x0, y0, x1, y1) in enumerate(boxes):
+        inside = turned[int(y0) : int(np.ceil(y1)), int(x0) : int(np.ceil(x1))]
+        assert i + 1 in inside
+
+
+def test_chips_hold_the_tiles_pixels_and_boxes(prepared, tmp_path):
+    raster = prepared.images[0].raster
+    kept = prepared.tiles[(prepared.tiles["raster"] == "one") & prepared.tiles["kept"]]
+    table = tiling.write_chips(tmp_path, kept, prepared.boxes, prepared.images, workers=1)
+    files = {path.name for path in tmp_path.glob("tile_*.png")}
+    assert len(files) == len(kept)
+    assert set(table["tile_path"]) <= files
+    assert set(pd.read_csv(tmp_path / "tile.csv")) == {*BOX_COLUMNS, "label", "tile_path"}
+    turned = kept[kept["angle"] == 90].iloc[0]
+    name = f"tile_one_{turned['window']}_90.png"
+    with rasterio.open(tmp_path / name) as src:
+        window = Window(*(int(turned[c]) for c in WINDOW_COLUMNS))
+        np.testing.assert_array_equal(src.read(), np.rot90(raster.read(window), axes=(1, 2)))
+    assert fileio.identifier_from_tilename(name) == "one"
+
+
+def test_five_bands_make_geotiff_chips(tmp_path):
+    path = tmp_path / "five.tif"
+    pixels = np.random.default_rng(0).integers(1, 60000, (5, 64, 64), dtype=np.uint16)
+    with fileio.create_raster(path, width=64, height=64, count=5, dtype="uint16") as dst:
+        dst.write(pixels)
+    jobs = [(fileio.read_raster(path), Window(0, 0, 32, 32), 0, tmp_path / "tile_five_0_0.tif")]
+    tiling.split_and_save_tiles(jobs)
+    with rasterio.open(tmp_path / "tile_five_0_0.tif") as src:
+        np.testing.assert_array_equal(src.read(), pixels[:, :32, :32])
+
+
+def test_whole_rasters_turn_with_their_boxes_and_their_place(prepared, tmp_path):
+    image = prepared.images[0]
+    frames = tiling.rotate_single_annotation(image, tmp_path, [90, 180, 270])
+    assert len(frames) == 4
+    whole = Window(0, 0, image.raster.width, image.raster.height)
+    original = image.raster.read(whole)
+    with rasterio.open(image.raster.path) as src:
+        place = src.xy(10, 20, offset="ul")
+    for angle, df in zip([90, 180, 270], frames[1:], strict=True):
+        with rasterio.open(df["image_path"].iloc[0]) as src:
+            np.testing.assert_array_equal(src.read(), np.rot90(original, angle // 90, axes=(1, 2)))
+            x, y = imutils.rotate_center(20.0, 10.0, angle, image.raster.width, image.raster.height)
+            assert src.xy(float(y), float(x), offset="ul") == pytest.approx(place)
+            assert (df[["xmax", "ymax"]].to_numpy() <= [src.width, src.height]).all()
+        centers = (df["xmin"] + df["xmax"]) / 2, (df["ymin"] + df["ymax"]) / 2
+        np.testing.assert_allclose(df["pixel_x"], centers[0])
+        np.testing.assert_allclose(df["pixel_y"], centers[1])
+    before = (tmp_path / "one_90.tif").stat().st_mtime_ns
+    tiling.rotate_single_annotation(image, tmp_path, [90])
+    assert (tmp_path / "one_90.tif").stat().st_mtime_ns == before
+
+
+def test_an_index_of_twenty_thousand_objects_takes_under_three_seconds(tmp_path):
+    side, objects = 8192, 20_000
+    path = tmp_path / "large.tif"
+    with fileio.create_raster(path, width=side, height=side, count=3, dtype="uint8",
+                              sparse_ok=True):  # fmt: skip
+        pass
+    rng = np.random.default_rng(0)
+    center, half = rng.uniform(40, side - 40, (objects, 2)), rng.uniform(3, 30, (objects, 1))
+    df = pd.DataFrame(np.concatenate([center - half, center + half], 1), columns=BOX_COLUMNS)
+    df = df.assign(pixel_x=center[:, 0], pixel_y=center[:, 1], diameter=2 * half, label="a")
+    image = ImageData(fileio.read_raster(path), "large", df)
+    start = time.perf_counter()
+    blocks = splits.ground_blocks(
+        [image.raster], split_by="block", max_tile_size=256, block_size=None,
+        test_proportion=0.2, validation_proportion=0.25, seed=0,
+    )  # fmt: skip
+    options = tiling.TilingOptions(angles=(90, 180, 270), evaluation_overlap=60)
+    directory = tiling.make_single_size(256, [image], blocks, tmp_path, options)
+    elapsed = time.perf_counter() - start
+    tiles, boxes = tiling.read_tiles(directory)
+    assert boxes["owned"].sum() == objects
+    assert len(tiles) > 1024
+    assert elapsed < 3
