@@ -6,6 +6,8 @@ Tensors in, losses and detections out; paths and tables stay outside.
 from __future__ import annotations
 
 import logging
+import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -35,6 +37,9 @@ from imutils import Radiometry
 from ModelConfig import ModelConfig
 
 log = logging.getLogger(__name__)
+
+# Lightning asks torch for tree leaves in a way torch is about to change; nothing a user can mend.
+warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
 
 __version__ = "0.1.0"
 
@@ -174,7 +179,7 @@ class TileRetinaNet(RetinaNet):
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(max(1, channels // 16), channels)
+    return nn.GroupNorm(channels // math.gcd(channels, 16), channels)
 
 
 def make_backbone(conf: ModelConfig, bands: int) -> BackboneWithFPN:
@@ -190,12 +195,15 @@ def make_backbone(conf: ModelConfig, bands: int) -> BackboneWithFPN:
     body = getattr(models, conf.backbone)(weights=None, norm_layer=norm_layer)
     if conf.weights:
         state = load_weights(conf.backbone, conf.weights)
-        missing, _ = body.load_state_dict(state, strict=False)
-        if missing := [name for name in missing if not name.endswith("num_batches_tracked")]:
+        wanted = {name: value.shape for name, value in body.state_dict().items()}
+        given = {name: value.shape for name, value in state.items()}
+        if wrong := [name for name, shape in wanted.items() if given.get(name) != shape]:
             raise InputError(
-                f"weights {conf.weights} lack {len(missing)} tensors of {conf.backbone}, such as "
-                f"{missing[:3]}; give weights of that very architecture"
+                f"weights {conf.weights} do not fit {conf.backbone}: {len(wrong)} tensors are "
+                f"missing or of another shape, such as {wrong[:3]}; give weights of that "
+                "very architecture"
             )
+        body.load_state_dict(state, strict=False)
     _adapt_first_convolution(body, bands, pretrained=bool(conf.weights))
     if conf.backbone.startswith("mobilenet"):
         halving = [i for i, m in enumerate(body.features) if getattr(m, "_is_cn", False)]
@@ -387,10 +395,12 @@ class LargeRasterORModel(pl.LightningModule):
             {"params": weights, "weight_decay": train.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
+        # one kernel for all weights; gradient scaling (16-mixed) and clipping do not go with it
+        fused = self.trainer.precision != "16-mixed"
         if train.optimizer == "adamw":
-            optimizer = torch.optim.AdamW(groups, lr=train.lr)
+            optimizer = torch.optim.AdamW(groups, lr=train.lr, fused=fused)
         else:
-            optimizer = torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum)
+            optimizer = torch.optim.SGD(groups, train.lr, train.momentum, fused=fused)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = partial(_warm_up_and_cosine, steps=steps, warmup=train.warmup_share)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
@@ -416,8 +426,7 @@ class LargeRasterORModel(pl.LightningModule):
             root_dir: Where Lightning may write.
         """
         precision = resolve_precision(self.conf.precision, self.conf.accelerator)
-        log.info("training on %s with %s", self.conf.accelerator, precision)
-        return pl.Trainer(
+        trainer = pl.Trainer(
             max_epochs=self.conf.train.epochs,
             accelerator=self.conf.accelerator,
             devices=self.conf.devices,
@@ -432,6 +441,8 @@ class LargeRasterORModel(pl.LightningModule):
             enable_model_summary=False,
             default_root_dir=root_dir,
         )
+        log.info("training on %s in %s", trainer.strategy.root_device, precision)
+        return trainer
 
 
 def _warm_up_and_cosine(step: int, *, steps: int, warmup: float) -> float:

@@ -71,10 +71,10 @@ class BboxDataset(Dataset):
         self.first = np.searchsorted(boxes["window"], self.tiles["window"], side="left")
         self.last = np.searchsorted(boxes["window"], self.tiles["window"], side="right")
         self.boxes = boxes[tiling.BOX_COLUMNS].to_numpy(dtype=np.float64)
-        self.ground_boxes = boxes[tiling.GROUND_BOX_COLUMNS].to_numpy(dtype=np.float32)
-        self.labels = boxes["label"].astype(str).map(ids).to_numpy(dtype=np.int64)
-        self.objects = boxes["object"].to_numpy(dtype=np.int64)
-        self.owned = boxes["owned"].to_numpy(dtype=bool)
+        self.ground_boxes = boxes[tiling.GROUND_BOX_COLUMNS].to_numpy(dtype=np.float32, copy=True)
+        self.labels = boxes["label"].astype(str).map(ids).to_numpy(dtype=np.int64, copy=True)
+        self.objects = boxes["object"].to_numpy(dtype=np.int64, copy=True)
+        self.owned = boxes["owned"].to_numpy(dtype=bool, copy=True)
         self.rasters, self.radiometry = dict(rasters), radiometry
         self.transform, self.evaluation = transform, evaluation
 
@@ -100,7 +100,7 @@ class BboxDataset(Dataset):
             stretched = stretched.as_subclass(torch.Tensor)
             target["boxes"] = target["boxes"].as_subclass(torch.Tensor)
         if self.evaluation:
-            core = tile[tiling.CORE_COLUMNS].to_numpy(dtype=np.float32)
+            core = tile[tiling.CORE_COLUMNS].to_numpy(dtype=np.float32, copy=True)
             target |= {
                 "ground": torch.tensor(int(tile["block"])),
                 "offset": torch.tensor([float(window.x), float(window.y)]),

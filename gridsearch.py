@@ -46,6 +46,7 @@ from ModelConfig import ModelConfig
 log = logging.getLogger(__name__)
 
 RANKED_BY = "val_AP50"  # the best trial is chosen on validation ground, never on the test's
+OUTCOMES = {"values", "error"}  # attributes of a trial, one of which tells that it came to an end
 BEST_FILES = ("detections.csv", "curve.csv", "confusion.csv")  # of the best trial, for the run
 
 
@@ -97,7 +98,6 @@ def prepare_search(
     for size, directory in tilings.items():
         tiles, boxes = tiling.read_tiles(directory)
         splits.audit_splits(tiles[tiles["kept"]])
-        counts = splits.check_labels(tiles, boxes)
         for sample_size in sample_sizes:
             try:
                 splits.split_dataset_train_test(tiles, sample_size, seed)
@@ -105,6 +105,7 @@ def prepare_search(
                 raise InputError(
                     f"tiles of {size} px, sample size {sample_size}: {error}"
                 ) from error
+        counts = splits.check_labels(tiles, boxes)
     rasters = {image.image_identifier: image.raster for image in images}
     smallest, _ = tiling.read_tiles(tilings[min(tilings)])
     data = SearchData(
@@ -156,7 +157,7 @@ def run_search(
     study = _open_study(grid, run_dir, conf.seed)
     again = _retire_unfinished(study)
     if retry_failed:
-        again += [t for t in _latest_trials(study) if t.state == TrialState.FAIL]
+        again += [trial for trial in _latest_trials(study) if "error" in trial.user_attrs]
     for trial in again:  # under its place in the grid, as Optuna's own retry callback does
         attributes = {name: trial.system_attrs[name] for name in ("grid_id", "search_space")}
         waiting = optuna.trial.create_trial(state=TrialState.WAITING, system_attrs=attributes)
@@ -194,8 +195,8 @@ def run_search(
     visited = {t.system_attrs["grid_id"] for t in study.trials if "grid_id" in t.system_attrs}
     to_do = math.prod(len(values) for values in grid.values()) - len(visited) + len(again)
     log.info("search: %d trials to do, %d done before", to_do, len(visited) - len(again))
-    if to_do:
-        study.optimize(objective, n_trials=to_do, catch=(Exception,))
+    for _ in range(to_do):  # one at a time: the sampler stops a study once its grid is visited
+        study.optimize(objective, n_trials=1, catch=(Exception,))
     return _finish(study, run_dir)
 
 
@@ -439,7 +440,7 @@ def _check_same_input(data: SearchData, conf: ModelConfig, run_dir: Path, *, for
 def _open_study(grid: Mapping[str, list], run_dir: Path, seed: int) -> optuna.Study:
     # A study cannot change its grid; another grid is another study in the same file, and finds the
     # trials that both share by their results.
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # we log what happens to a trial
     journal = str(run_dir / "study.journal")
     return optuna.create_study(
         storage=JournalStorage(JournalFileBackend(journal, JournalFileOpenLock(journal))),
@@ -451,12 +452,15 @@ def _open_study(grid: Mapping[str, list], run_dir: Path, seed: int) -> optuna.St
 
 
 def _retire_unfinished(study: optuna.Study) -> list[FrozenTrial]:
-    """Close the trials that a killed process left open, and return those to be done again."""
-    unfinished = study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING))
-    for trial in unfinished:
+    """Close the trials that a stopped process left open, and return those to be done again."""
+    for trial in study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING)):
         study.tell(trial.number, state=TrialState.FAIL)
+    # the last word on each place in the grid; a trial without outcome was cut short
+    latest = {t.system_attrs["grid_id"]: t for t in study.trials if "grid_id" in t.system_attrs}
+    cut_short = [t for t in latest.values() if not t.user_attrs.keys() & OUTCOMES]
+    for trial in cut_short:
         log.warning("trial %d was interrupted; it starts over", trial.number)
-    return [trial for trial in unfinished if "grid_id" in trial.system_attrs]
+    return cut_short
 
 
 def _latest_trials(study: optuna.Study) -> list[FrozenTrial]:
@@ -464,7 +468,7 @@ def _latest_trials(study: optuna.Study) -> list[FrozenTrial]:
     latest = {
         trial.user_attrs["key"]: trial
         for trial in study.trials
-        if trial.user_attrs.keys() & {"values", "error"} and trial.state.is_finished()
+        if trial.user_attrs.keys() & OUTCOMES
     }
     return list(latest.values())
 

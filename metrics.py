@@ -279,7 +279,11 @@ def average_precision(grounds: Mapping[int, Ground]) -> dict[str, float]:
     """Compute COCO's AP family with a detection limit that never truncates."""
     most = max([100, *(len(g.boxes) for g in grounds.values())])
     metric = MeanAveragePrecision(
-        backend="faster_coco_eval", max_detection_thresholds=[1, 100, most + 1]
+        backend="faster_coco_eval",
+        # COCO's own thresholds; the library's defaults are rounded to float32, and miss some
+        iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+        rec_thresholds=np.linspace(0, 1, 101).tolist(),
+        max_detection_thresholds=[1, 100, most + 1],
     )
     metric.warn_on_many_detections = False
     for g in grounds.values():

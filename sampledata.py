@@ -68,7 +68,7 @@ KINDS = (
     Kind("crater", 16.0, 38.0, 70.0, 1.2, 1.45),
     Kind("crater", 55.0, 19.0, 38.0, 1.2, 1.45),
     Kind("boulder", 117.0, 12.0, 24.0, 1.6, 2.6),
-    Kind("crater", 145.0, 11.0, 19.0, 1.25, 1.45),
+    Kind("crater", 145.0, 10.0, 19.0, 1.25, 1.45),
 )
 SPACING_LIMIT = max(kind.largest / 2 * kind.spacing for kind in KINDS)  # px
 REACH_LIMIT = max(kind.largest / 2 * kind.reach for kind in KINDS) + 4  # px, see `find_objects`

@@ -1,0 +1,112 @@
+"""Pictures: each function draws what it was given, and returns it."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+
+import implot
+from ImageData import Window
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+def boxes_drawn(ax):
+    return sum(len(c.get_segments()) for c in ax.collections if isinstance(c, LineCollection))
+
+
+def test_annotations_are_drawn_over_their_raster(prepared, monkeypatch):
+    monkeypatch.setattr(plt, "show", lambda: pytest.fail("a picture showed itself"))
+    image = prepared.images[0]
+    ax = implot.plot_image_with_annotations(image.raster, image.df)
+    assert isinstance(ax, Axes)
+    assert boxes_drawn(ax) == len(image.df)
+    assert ax.get_xlim() == (0, 640)
+    assert ax.get_ylim() == (512, 0)
+    zoomed = implot.plot_image_with_annotations(image.raster, image.df, Window(100, 50, 64, 32))
+    assert zoomed.get_xlim() == (100, 164)
+    np.testing.assert_array_equal(zoomed.images[0].get_array().shape[:2], (32, 64))
+
+
+def test_an_axes_given_is_drawn_into(prepared):
+    _, ax = plt.subplots()
+    assert implot.plot_diameters(prepared.images, [128], ax=ax) is ax
+    assert len(plt.get_fignums()) == 1
+
+
+def test_split_maps_and_label_counts_show_every_split(prepared):
+    ax = implot.plot_split_map(prepared.images[0], prepared.blocks)
+    names = [text.get_text().split(" (")[0] for text in ax.get_legend().get_texts()]
+    assert names == ["train", "validation", "test"]
+    ax = implot.plot_label_counts(prepared.counts)
+    assert len(ax.patches) == prepared.counts.size
+
+
+def test_turned_tiles_carry_turned_boxes(prepared):
+    rasters = {image.image_identifier: image.raster for image in prepared.images}
+    figure = implot.plot_tiles(prepared.tiles, prepared.boxes, rasters, count=4)
+    assert [ax.get_title().split(", ")[1] for ax in figure.axes] == ["0°", "90°", "180°", "270°"]
+    assert len({boxes_drawn(ax) for ax in figure.axes}) == 1
+
+
+def test_the_search_heatmap_shows_the_best_of_each_pair():
+    board = pd.DataFrame(
+        {"patch_size": 128, "n_epochs": [1, 1, 2, 2, 2], "sample_size": [0.5, 1, 0.5, 1, 1],
+         "learning_rate": 1e-3, "batch_size": 4, "AP50": [0.1, 0.2, 0.3, 0.5, 0.4]}
+    )  # fmt: skip
+    ax = implot.plot_search_heatmap(board)
+    assert {ax.get_xlabel(), ax.get_ylabel()} == {"n_epochs", "sample_size"}
+    np.testing.assert_allclose(ax.images[0].get_array(), [[0.1, 0.3], [0.2, 0.5]])
+    single = implot.plot_search_heatmap(board.head(1))
+    assert single.images[0].get_array().shape == (1, 1)
+
+
+def test_confusion_curve_and_learning_are_drawn():
+    confusion = pd.DataFrame(
+        {"truth": ["a", "b", "background"], "a": [3, 1, 2], "b": [0, 4, 0], "missed": [1, 0, 0]}
+    )
+    ax = implot.plot_confusion(confusion)
+    assert [t.get_text() for t in ax.texts] == list("301140200")
+    curve = pd.DataFrame({"recall": [0.2, 0.8], "precision": [1.0, 0.7]})
+    values = {"box_recall": 0.8, "box_precision": 0.7, "box_f1": 0.75, "score_threshold": 0.4,
+              "AP50": 0.6}  # fmt: skip
+    ax = implot.plot_precision_recall(curve, values)
+    assert "F1 0.750" in ax.get_legend().get_texts()[0].get_text()
+    records = pd.DataFrame(
+        {"step": [1, 2, 3], "train_loss_epoch": [np.nan, 1.0, 0.5], "val_loss": [2.0, np.nan, 1.0]}
+    )
+    ax = implot.plot_learning_curves(records)
+    assert [line.get_ydata().tolist() for line in ax.get_lines()] == [[1.0, 0.5], [2.0, 1.0]]
+
+
+def test_density_counts_detections_on_test_ground_only(prepared):
+    block = prepared.blocks[prepared.blocks["split"] == "test"].iloc[0]
+    inside = {"raster": block["raster"], "pixel_x": [block["x"] + 5.0] * 3,
+              "pixel_y": [block["y"] + 5.0] * 3}  # fmt: skip
+    ax = implot.plot_density(pd.DataFrame(inside), prepared.blocks, block["raster"], cell=64)
+    shown = ax.images[0].get_array()
+    assert shown.sum() == 3
+    assert shown.mask.any()
+
+
+def test_detections_stand_beside_the_truth(prepared):
+    block = prepared.blocks[prepared.blocks["split"] == "test"].iloc[0]
+    image = next(i for i in prepared.images if i.image_identifier == block["raster"])
+    found = image.df.head(5).assign(block=block["block"], score=0.9, found=[0, 1, 2, -1, -2])
+    figure = implot.plot_detections(image, found, block)
+    left, right = figure.axes
+    assert boxes_drawn(left) == len(image.df)
+    assert boxes_drawn(right) == 5
+    assert left.get_xlim() == right.get_xlim()
+
+
+def test_a_session_without_a_notebook_keeps_its_backend():
+    assert implot.use_backend(interactive=True) is False

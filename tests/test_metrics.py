@@ -1,0 +1,181 @@
+"""Scores: matching, curves, merging across seams, AP against COCO's own implementation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import metrics
+from metrics import IGNORED, UNMATCHED, Ground
+
+
+def random_boxes(rng, count, extent=100.0):
+    corner = rng.uniform(0, extent, (count, 2))
+    return np.concatenate([corner, corner + rng.uniform(2, 30, (count, 2))], 1).astype(np.float32)
+
+
+def brute_force_match(boxes, scores, truth, threshold):
+    def iou(a, b):
+        w = min(a[2], b[2]) - max(a[0], b[0])
+        h = min(a[3], b[3]) - max(a[1], b[1])
+        if w <= 0 or h <= 0:
+            return 0.0
+        areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
+        return w * h / (areas - w * h)
+
+    taken, result = set(), [UNMATCHED] * len(boxes)
+    for i in sorted(range(len(boxes)), key=lambda i: -scores[i]):
+        free = [(iou(boxes[i], truth[j]), -j) for j in range(len(truth)) if j not in taken]
+        if free and max(free)[0] >= threshold:
+            result[i] = -max(free)[1]
+            taken.add(result[i])
+    return result
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 25), st.integers(0, 25), st.floats(0.05, 0.9))
+def test_matching_equals_brute_force(seed, n, m, threshold):
+    rng = np.random.default_rng(seed)
+    truth = random_boxes(rng, m).astype(np.float64)
+    near = truth[rng.integers(m, size=n)] + rng.normal(0, 3, (n, 4)) if m else random_boxes(rng, n)
+    near[:, 2:] = np.maximum(near[:, 2:], near[:, :2] + 1)
+    scores = rng.permutation(n) / max(n, 1)
+    matched = metrics.match_boxes(near, scores, truth, threshold)
+    assert matched.tolist() == brute_force_match(near, scores, truth, threshold)
+    hits = matched[matched != UNMATCHED]
+    assert len(hits) == len(set(hits.tolist()))
+
+
+def test_a_detection_on_ignored_ground_counts_neither_way():
+    truth = np.array([[0, 0, 10, 10], [50, 50, 60, 60]], float)
+    boxes = np.array([[0, 0, 10, 10], [50, 50, 60, 60], [80, 80, 90, 90]], float)
+    matched = metrics.match_boxes(
+        boxes, np.array([0.9, 0.8, 0.7]), truth, 0.5, np.array([False, True])
+    )
+    assert matched.tolist() == [0, IGNORED, UNMATCHED]
+
+
+def test_the_sweep_counts_equal_scores_together():
+    curve = metrics.precision_recall_curve(
+        np.array([0.9, 0.5, 0.5, 0.1]), np.array([True, True, False, False]), 2
+    )
+    assert curve.threshold.tolist() == [0.9, 0.5, 0.1]
+    assert curve.precision.tolist() == pytest.approx([1, 2 / 3, 0.5])
+    assert curve.recall.tolist() == pytest.approx([0.5, 1, 1])
+    assert curve.best == 1
+    assert curve.f1[1] == pytest.approx(0.8)
+
+
+def ground(boxes, scores, labels, truth, truth_labels, ignored=None):
+    order = np.argsort(-np.asarray(scores, np.float32), kind="stable")
+    return Ground(
+        np.asarray(boxes, np.float32).reshape(-1, 4)[order],
+        np.asarray(scores, np.float32)[order],
+        np.asarray(labels, np.int64)[order],
+        np.asarray(truth, np.float32).reshape(-1, 4),
+        np.asarray(truth_labels, np.int64),
+        np.zeros(len(truth), bool) if ignored is None else np.asarray(ignored),
+    )
+
+
+def test_values_of_a_small_case_by_hand():
+    g = ground(
+        boxes=[[0, 0, 10, 10], [20, 20, 30, 30], [70, 70, 80, 80]], scores=[0.9, 0.8, 0.7],
+        labels=[0, 0, 1],
+        truth=[[0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50]], truth_labels=[0, 1, 1],
+    )  # fmt: skip
+    result = metrics.evaluate({0: g}, ["a", "b"], 0.5, 0.5)
+    values = result.values
+    assert values["box_precision"] == pytest.approx(2 / 3)
+    assert values["box_recall"] == pytest.approx(2 / 3)
+    assert values["box_f1"] == pytest.approx(2 / 3)
+    assert values["recall_a"] == 1.0
+    assert values["recall_b"] == 0.0  # found once, under another label
+    assert values["class_recall"] == 0.5
+    # rows: a, b, background; columns: a, b, missed
+    assert result.confusion.tolist() == [[1, 0, 0], [1, 0, 1], [0, 1, 0]]
+
+
+def test_the_threshold_moves_detections_not_ap():
+    rng = np.random.default_rng(0)
+    truth = random_boxes(rng, 30)
+    g = ground(truth[:20], rng.uniform(0, 1, 20), np.zeros(20), truth, np.zeros(30))
+    low, high = (metrics.evaluate({0: g}, ["a"], 0.5, t).values for t in (0.0, 0.9))
+    assert low["AP50"] == high["AP50"]
+    assert low["detections"] > high["detections"]
+    best = metrics.evaluate({0: g}, ["a"], 0.5).values
+    assert best["box_f1"] >= max(low["box_f1"], high["box_f1"])
+
+
+def test_nothing_detected_and_nothing_there_are_no_accidents():
+    nothing = ground([], [], [], [[0, 0, 5, 5]], [0])
+    values = metrics.evaluate({0: nothing}, ["a"], 0.5).values
+    assert (values["AP50"], values["box_recall"], values["box_precision"]) == (0, 0, 0)
+    empty = ground([], [], [], [], [])
+    assert metrics.evaluate({0: empty}, ["a"], 0.5).values["box_f1"] == 0
+
+
+@pytest.mark.parametrize("count", [40, 400])
+def test_ap_is_cocos_even_with_many_detections(count):
+    """AP50 of one class against the precision envelope at COCO's 101 recalls, computed plainly."""
+    rng = np.random.default_rng(count)
+    truth = random_boxes(rng, count, extent=3000)
+    boxes = truth + rng.normal(0, 1.0, truth.shape)
+    boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)
+    spurious = random_boxes(rng, count // 2, extent=3000)
+    all_boxes = np.concatenate([boxes, spurious])
+    scores = np.concatenate([rng.uniform(0.3, 1, count), rng.uniform(0, 0.8, count // 2)])
+    g = ground(all_boxes, scores, np.zeros(len(scores)), truth, np.zeros(count))
+    values = metrics.average_precision({0: g})
+    correct = metrics.match_boxes(g.boxes, g.scores, g.truth_boxes, 0.5) != UNMATCHED
+    precision = np.cumsum(correct) / np.arange(1, len(correct) + 1)
+    recall = np.cumsum(correct) / count
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    at = np.searchsorted(recall, np.linspace(0, 1, 101))
+    expected = np.mean([envelope[i] if i < len(envelope) else 0.0 for i in at])
+    assert values["AP50"] == pytest.approx(expected, abs=1e-6)
+
+
+def tile_of(core, offset, boxes, scores, truth, ids, owned):
+    found = {
+        "boxes": torch.tensor(boxes).float().reshape(-1, 4),
+        "scores": torch.tensor(scores).float(),
+        "labels": torch.zeros(len(scores), dtype=torch.long),
+    }
+    target = {
+        "core": torch.tensor(core).float(), "offset": torch.tensor(offset).float(),
+        "truth_boxes": torch.tensor(truth).float().reshape(-1, 4),
+        "truth_labels": torch.zeros(len(ids), dtype=torch.long),
+        "truth_ids": torch.tensor(ids), "truth_owned": torch.tensor(owned),
+        "ground": torch.tensor(7),
+    }  # fmt: skip
+    return found, target
+
+
+def test_an_object_on_a_seam_is_reported_and_demanded_once():
+    """Two windows of 64 px overlap by 32; the object's centre lies at the seam, x = 48."""
+    box = [40.0, 10, 56, 26]
+    left = tile_of([0, 0, 48, 64], [0, 0], [box], [0.8], [box], [3], [False])
+    moved = [40.0 - 32 + 1, 10, 56 - 32 + 1, 26]  # the right window sees it a pixel further
+    right = tile_of([48, 0, 96, 64], [32, 0], [moved], [0.9], [box], [3], [True])
+    collector = metrics.GroundCollector()
+    for found, target in (left, right):
+        collector.add([found], [target])
+    merged = collector.merge(0.3)[7]
+    assert len(merged.boxes) == 1
+    assert merged.scores[0] == pytest.approx(0.9)
+    assert merged.boxes[0].tolist() == [41, 10, 57, 26]
+    assert merged.truth_ignored.tolist() == [False]
+    assert metrics.evaluate({7: merged}, ["a"], 0.5, 0.5).values["box_f1"] == 1.0
+
+
+def test_an_object_of_other_ground_is_ignored():
+    box = [56.0, 10, 64, 18]
+    found, target = tile_of([0, 0, 64, 64], [0, 0], [box], [0.8], [box], [5], [False])
+    merged = metrics.merge_tiles([found], [target], 0.3)
+    assert merged.truth_ignored.tolist() == [True]
+    values = metrics.evaluate({0: merged}, ["a"], 0.5, 0.5).values
+    assert (values["objects"], values["detections"]) == (0, 0)

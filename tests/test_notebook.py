@@ -1,0 +1,139 @@
+"""The whole pipeline, as a user runs it: papermill on a tiny sample."""
+
+from __future__ import annotations
+
+import json
+
+import nbformat
+import pandas as pd
+import papermill
+import pytest
+import yaml
+from conftest import PROJECT
+
+import sampledata
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    sizes = {"first": (512, 384), "second": (384, 384)}
+    for seed, (name, (width, height)) in enumerate(sizes.items()):
+        sampledata.make_sample(
+            folder / "images" / f"{name}.tif", folder / "datasets" / f"{name}.csv",
+            width=width, height=height, seed=seed,
+        )  # fmt: skip
+    parameters = yaml.safe_load((PROJECT / "params" / "tiny.yaml").read_text()) | {
+        "DF_FILENAMES": [f"{name}.csv" for name in sizes],
+        "IMAGE_FILENAMES": [f"{name}.tif" for name in sizes],
+        "DF_DIR": str(folder / "datasets"),
+        "IMG_DIR": str(folder / "images"),
+        "RUNS_DIR": str(folder / "runs"),
+        "IMAGE_OUTPUT_DIRECTORY": str(folder / "turned"),
+        "MATERIALIZE_TILES": True,
+    }
+    return folder, parameters, execute(folder, parameters)
+
+
+def execute(folder, parameters):
+    return papermill.execute_notebook(
+        PROJECT / "main.ipynb", folder / "out.ipynb", parameters=parameters, cwd=PROJECT,
+        progress_bar=False,
+    )  # fmt: skip
+
+
+def test_the_leaderboard_is_complete_and_in_range(tiny_run):
+    folder, parameters, _ = tiny_run
+    board = pd.read_csv(folder / "runs" / "tiny" / "leaderboard.csv")
+    assert board["state"].tolist() == ["complete", "complete"]
+    assert sorted(board["learning_rate"]) == parameters["LEARNING_RATES"]
+    assert board["selected"].sum() == 1
+    shares = board[["AP", "AP50", "box_precision", "box_recall", "box_f1", "class_recall"]]
+    assert ((shares >= 0) & (shares <= 1)).all(axis=None)
+    assert (
+        board["objects"] == board["objects"].iloc[0]
+    ).all()  # every trial is measured on the same ground
+
+
+def test_the_artefacts_are_there_and_agree(tiny_run):
+    folder, _, _ = tiny_run
+    run = folder / "runs" / "tiny"
+    board = pd.read_csv(run / "leaderboard.csv")
+    summary = json.loads((run / "metrics.json").read_text())
+    best = board[board["selected"]].iloc[0]
+    assert summary["values"]["AP50"] == pytest.approx(best["AP50"])
+    assert (run / "best.ckpt").stat().st_size > 1e6
+    detections = pd.read_csv(run / "detections.csv")
+    sides = {"first": (512, 384), "second": (384, 384)}
+    for name, group in detections.groupby("raster"):
+        assert group[["xmin", "ymin"]].min(axis=None) >= 0
+        assert group["xmax"].max() <= sides[name][0]
+        assert group["ymax"].max() <= sides[name][1]
+    quarantine = pd.read_csv(run / "clean" / "first_quarantine.csv")
+    clean = pd.read_csv(run / "clean" / "first.csv")
+    assert len(clean) + len(quarantine) == len(pd.read_csv(folder / "datasets" / "first.csv"))
+    assert "trial 1" in (run / "application.log").read_text()
+    assert json.loads((run / "parameters.json").read_text())["RUN_NAME"] == "tiny"
+
+
+def test_rasters_and_chips_are_written_when_asked(tiny_run):
+    folder, _, _ = tiny_run
+    turned = {path.name for path in (folder / "turned").glob("*.tif")}
+    assert turned == {f"{n}_{a}.tif" for n in ("first", "second") for a in (90, 180, 270)}
+    chips = folder / "runs" / "tiny" / "tiling_dir" / "tiling_128"
+    table = pd.read_csv(chips / "tile.csv")
+    files = {path.name for path in chips.glob("tile_*.png")}
+    tiles = pd.read_parquet(chips / "tiles.parquet")
+    assert len(files) == tiles["kept"].sum()
+    assert set(table["tile_path"]) <= files
+    assert table["xmax"].max() <= 128
+
+
+def test_the_executed_notebook_has_pictures_and_no_warnings(tiny_run):
+    _, _, notebook = tiny_run
+    pictures, noise = 0, []
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            pictures += "image/png" in output.get("data", {})
+            if output.output_type == "stream" and "Warning" in output.text:
+                noise.append(output.text)
+    assert pictures >= 10
+    assert not noise
+    nbformat.validate(notebook)
+
+
+def test_a_second_run_trains_nothing_anew(tiny_run):
+    folder, parameters, _ = tiny_run
+    run = folder / "runs" / "tiny"
+    before = {p: p.stat().st_mtime_ns for p in run.glob("trials/*/checkpoints/*.ckpt")}
+    tiles = (run / "tiling_dir" / "tiling_128" / "tiles.parquet").stat().st_mtime_ns
+    execute(folder, parameters)
+    assert {p: p.stat().st_mtime_ns for p in run.glob("trials/*/checkpoints/*.ckpt")} == before
+    assert (run / "tiling_dir" / "tiling_128" / "tiles.parquet").stat().st_mtime_ns == tiles
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"PATCH_SIZE": [64]}, "unknown parameter PATCH_SIZE; did you mean PATCH_SIZES"),
+        ({"DF_FILENAMES": ["first.csv"]}, "name 2 rasters and 1 tables"),
+        ({"IMAGE_FILENAMES": ["first.tif", "gone.tif"]}, "gone.tif does not exist"),
+        ({"IMAGE_FILENAMES": ["first.tif", "fake.tif"]}, "fake.tif is not a raster"),
+        ({"DF_FILENAMES": ["first.csv", "empty.csv"]}, "empty.csv is empty"),
+        ({"DF_FILENAMES": ["first.csv", "short.csv"]}, "lacks the columns ['diameter']"),
+        ({"PATCH_SIZES": [450]}, "tile_size must be <= 384 px"),
+        ({"LEARNING_RATES": [-1]}, "LEARNING_RATES.0: Input should be greater than 0, got -1"),
+        ({"MAX_DIAMETER": 0.01}, "has no valid row left of"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_stops_the_run_at_once_with_a_message(tiny_run, changes, message):
+    folder, parameters, _ = tiny_run
+    (folder / "images" / "fake.tif").write_text("not a raster")
+    (folder / "datasets" / "empty.csv").write_text("")
+    (folder / "datasets" / "short.csv").write_text("pixel_x,pixel_y,label\n1,2,a\n")
+    changed = parameters | {"RUN_NAME": "bad"} | changes
+    with pytest.raises(papermill.PapermillExecutionError) as caught:
+        execute(folder, changed)
+    assert message in caught.value.evalue
+    assert not list((folder / "runs" / "bad").glob("trials/*/checkpoints"))
