@@ -395,7 +395,7 @@ class LargeRasterORModel(pl.LightningModule):
             {"params": weights, "weight_decay": train.weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        # one kernel for all weights; gradient scaling (16-mixed) and clipping do not go with it
+        # one kernel for all weights; with gradient scaling it would unscale after the clipping
         fused = self.trainer.precision != "16-mixed"
         if train.optimizer == "adamw":
             optimizer = torch.optim.AdamW(groups, lr=train.lr, fused=fused)
@@ -408,6 +408,15 @@ class LargeRasterORModel(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm; Lightning's own way refuses fused optimisers in mixed precision."""
+        nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     def create_trainer(
         self,
