@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -108,8 +109,8 @@ def recreate_directory(directory: Path) -> Path:
 def fingerprint(value: object) -> str:
     """Digest a JSON-able value, paths and callables included, to a short stable text.
 
-    A path stands for the file's name, size and modification time; a callable for its code, defaults
-    and what it closes over, so that an edited filter is a new one.
+    A path stands for the file's name, size and modification time; a callable for its code, its
+    defaults, and the variables it uses, so that an edited filter is a new one.
     """
     text = json.dumps(value, sort_keys=True, default=_identity)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -122,17 +123,27 @@ def _identity(value: object) -> object:
         stat = value.stat()
         return [value.name, stat.st_size, stat.st_mtime_ns]
     if isinstance(value, partial):
-        return [_identity(value.func), value.args, sorted(value.keywords.items())]
+        return [value.func, value.args, sorted(value.keywords.items())]
     if isinstance(value, FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        defaults = [value.__defaults__, value.__kwdefaults__]
-        return [value.__qualname__, _code(value.__code__), defaults, cells]
+        return _function_identity(value)
+    if isinstance(value, ModuleType):
+        return value.__name__
     if isinstance(value, pd.DataFrame):
         rows = pd.util.hash_pandas_object(value, index=False)
         return [list(value.columns), hashlib.sha256(rows.to_numpy().tobytes()).hexdigest()]
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     return repr(value)
+
+
+def _function_identity(function: FunctionType) -> list[object]:
+    used = inspect.getclosurevars(function)
+    variables = {
+        name: value if not isinstance(value, FunctionType) else _code(value.__code__)
+        for name, value in (used.nonlocals | used.globals).items()
+    }
+    defaults = [function.__defaults__, function.__kwdefaults__]
+    return [function.__qualname__, _code(function.__code__), defaults, variables]
 
 
 def _code(code: CodeType) -> list[object]:

@@ -261,6 +261,7 @@ def train_iteration(
     model.load_state_dict(state["state_dict"])
     (validated,) = trainer.validate(model, module.full_validation_dataloader(), verbose=False)
     state["state_dict"]["operating_threshold"] = model.operating_threshold.cpu()
+    state |= {"optimizer_states": [], "lr_schedulers": []}  # two thirds of the file; last.ckpt has
     with fileio.atomic_path(best) as temporary:
         torch.save(state, temporary)
     (tested,) = trainer.test(model, module.test_dataloader(), verbose=False)

@@ -381,7 +381,7 @@ def plot_detections(
             for k, s, side in (("x", "width", width), ("y", "height", height)))  # fmt: skip
     window = Window(x, y, int(width), int(height))
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(WIDTH, WIDTH / 2 + 0.4), sharex=True, sharey=True, layout="constrained"
+        1, 2, figsize=(WIDTH, WIDTH / 2 + 0.6), sharex=True, sharey=True, layout="constrained"
     )
     mine = detections[detections["block"] == block["block"]]
     colors = _label_colors([*image.df["label"], *detections["label"]])
@@ -396,9 +396,8 @@ def plot_detections(
         else:
             _draw_labelled(ax, df, colors)
         ax.set_title(f"{title}: {inside.sum()}", fontsize="medium")
-    _legend(left, colors)
-    figure.suptitle(
-        f"{image.image_identifier}, test block {block['block']} (dashed: no such object)",
-        fontsize="medium",
-    )
+    handles = [Line2D([], [], color=color, label=label) for label, color in colors.items()]
+    handles.append(Line2D([], [], color="0.5", linestyle="--", label="no such object"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    figure.suptitle(f"{image.image_identifier}, test block {block['block']}", fontsize="medium")
     return figure

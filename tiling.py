@@ -298,10 +298,11 @@ def generate_split_raster_annotation(
     """
     grids = []
     for block in blocks[blocks["raster"] == image.image_identifier].itertuples():
-        overlap = options.overlap if block.split == "train" else options.evaluation_overlap
+        evaluation = min(options.evaluation_overlap, size // 2)
+        overlap = options.overlap if block.split == "train" else evaluation
         extent = Window(block.x, block.y, block.width, block.height)
         grids.append(
-            window_grid(extent, size, min(overlap, size // 2)).assign(
+            window_grid(extent, size, overlap).assign(
                 raster=image.image_identifier, block=block.block, split=block.split,
                 block_xmin=block.x, block_ymin=block.y,
                 block_xmax=block.x + block.width, block_ymax=block.y + block.height,

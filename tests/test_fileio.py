@@ -161,7 +161,14 @@ def test_a_manifest_holds_for_the_same_input_only(tmp_path):
     assert not fileio.is_finished(path, made_from)
 
 
-def test_an_edited_filter_is_another_one():
+LIMIT = 3
+
+
+def uses_a_global(image):
+    return image.sum() > LIMIT
+
+
+def test_an_edited_filter_is_another_one(monkeypatch):
     def make(limit):
         return lambda image: image.sum() > limit
 
@@ -174,6 +181,16 @@ def test_an_edited_filter_is_another_one():
     assert fileio.fingerprint(partial(at_least, limit=1)) != fileio.fingerprint(
         partial(at_least, limit=2)
     )
+
+    def recursive(n):
+        return n and recursive(n - 1)
+
+    assert fileio.fingerprint(recursive) == fileio.fingerprint(recursive)
+    assert fileio.fingerprint(uses_a_global) == fileio.fingerprint(uses_a_global)
+    monkeypatch.setitem(globals(), "LIMIT", 4)
+    after = fileio.fingerprint(uses_a_global)
+    monkeypatch.setitem(globals(), "LIMIT", 5)
+    assert fileio.fingerprint(uses_a_global) != after
     assert fileio.fingerprint([lambda i: i > 1]) != fileio.fingerprint([lambda i: i < 1])
 
 
