@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+BOX_COLUMNS = ["xmin", "ymin", "xmax", "ymax"]
+CENTER_COLUMNS = ["pixel_x", "pixel_y"]
+
+
 class InputError(ValueError):
     """Input that cannot be used: the message says what, what was found, and what to do."""
 
@@ -31,6 +35,8 @@ class RasterHandle(Protocol):
     path: Path
     width: int
     height: int
+    crs: str | None
+    transform: tuple[float, ...]
 
     def read(self, window: Window) -> np.ndarray:
         """Read a window as an array (bands, height, width)."""

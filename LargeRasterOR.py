@@ -182,18 +182,23 @@ def _group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(channels // math.gcd(channels, 16), channels)
 
 
-def make_backbone(conf: ModelConfig, bands: int) -> BackboneWithFPN:
+def make_backbone(conf: ModelConfig, bands: int, *, load: bool = False) -> BackboneWithFPN:
     """Build the feature pyramid (P2-P6) on a torchvision backbone for any number of bands.
 
     From scratch it is normalised by groups of channels, which does not depend on the batch size;
     with pretrained weights by their own frozen statistics.
+
+    Args:
+        conf: Names backbone, width and weights.
+        bands: Number of input bands.
+        load: Whether to load the weights that are named; a checkpoint brings its own.
 
     Raises:
         InputError: The weights are neither a file nor known, or cannot be downloaded.
     """
     norm_layer = FrozenBatchNorm2d if conf.weights else _group_norm
     body = getattr(models, conf.backbone)(weights=None, norm_layer=norm_layer)
-    if conf.weights:
+    if conf.weights and load:
         state = load_weights(conf.backbone, conf.weights)
         wanted = {name: value.shape for name, value in body.state_dict().items()}
         given = {name: value.shape for name, value in state.items()}
@@ -204,7 +209,7 @@ def make_backbone(conf: ModelConfig, bands: int) -> BackboneWithFPN:
                 "very architecture"
             )
         body.load_state_dict(state, strict=False)
-    _adapt_first_convolution(body, bands, pretrained=bool(conf.weights))
+    _adapt_first_convolution(body, bands, pretrained=bool(conf.weights) and load)
     if conf.backbone.startswith("mobilenet"):
         halving = [i for i, m in enumerate(body.features) if getattr(m, "_is_cn", False)]
         levels = [*(i - 1 for i in halving[1:]), len(body.features) - 1]  # last of each stride
@@ -309,7 +314,7 @@ class LargeRasterORModel(pl.LightningModule):
         contract: DataContract | Mapping[str, Any],
         code_version: str = __version__,
     ) -> None:
-        """Build the network; weights are random unless the configuration names some."""
+        """Build the network with random weights; see `load_pretrained`."""
         super().__init__()
         self.labels = sorted(label_set)
         self.conf = conf if isinstance(conf, ModelConfig) else ModelConfig.from_dict(conf)
@@ -326,22 +331,37 @@ class LargeRasterORModel(pl.LightningModule):
         self.evaluation: metrics.Evaluation | None = None  # the last one
         self.grounds: dict[int, metrics.Ground] = {}  # what it was computed on
 
+    def load_pretrained(self) -> None:
+        """Load the backbone's weights that the configuration names, before training.
+
+        Raises:
+            InputError: See `make_backbone`.
+        """
+        if self.conf.weights:
+            backbone = make_backbone(self.conf, self.contract.bands, load=True)
+            self.network.backbone.load_state_dict(backbone.state_dict())
+
     def forward(self, images: Tensor) -> list[dict[str, Tensor]]:
         """Detect objects on stretched tiles (B, bands, H, W): `boxes, scores, labels` per tile."""
         return self.network(images)[1]
 
     def _common_step(self, batch: Batch, stage: str) -> Tensor:
         images, targets = batch
-        losses, detections = self.network(images, targets, detect=stage != "train")
+        losses, detections = self.network(images, targets, detect=self._measures(stage))
         loss = torch.stack(list(losses.values())).sum()
         values = {"loss": loss, **{f"{name}_loss": value for name, value in losses.items()}}
         self.log_dict(
             {f"{STAGES[stage]}{name}": value.detach() for name, value in values.items()},
             on_step=stage == "train", on_epoch=True, batch_size=len(images), prog_bar=False,
         )  # fmt: skip
-        if stage != "train":
+        if self._measures(stage):
             self.collector.add(detections, targets)
         return loss
+
+    def _measures(self, stage: str) -> bool:
+        if stage == "validation" and self.trainer.state.fn == "fit":
+            return (self.current_epoch + 1) % self.conf.validation.pr_compute_interval == 0
+        return stage != "train"
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
@@ -355,15 +375,20 @@ class LargeRasterORModel(pl.LightningModule):
         """Log the loss of a batch and collect its detections."""
         return self._common_step(batch, "test")
 
+    def on_validation_start(self) -> None:
+        """Keep detections from the validation's score threshold on."""
+        self.network.score_thresh = self.conf.validation.score_threshold
+
+    def on_test_start(self) -> None:
+        """Keep detections from the test's score threshold on."""
+        self.network.score_thresh = self.conf.test.score_threshold
+
     def on_validation_epoch_end(self) -> None:
         """Measure the validation ground, every `pr_compute_interval` epochs and when asked to."""
-        interval = self.conf.validation.pr_compute_interval
-        fitting = self.trainer.state.fn == "fit"
-        if fitting and (self.current_epoch + 1) % interval:
-            self.collector = metrics.GroundCollector()
+        if not self._measures("validation"):
             return
         self._evaluate("validation", self.conf.validation.iou_threshold, None)
-        if not fitting:
+        if self.trainer.state.fn != "fit":
             self.operating_threshold.fill_(self.evaluation.values["score_threshold"])
 
     def on_test_epoch_end(self) -> None:
@@ -450,6 +475,11 @@ class LargeRasterORModel(pl.LightningModule):
             enable_model_summary=False,
             default_root_dir=root_dir,
         )
+        if trainer.world_size > 1:
+            raise InputError(
+                f"training on {trainer.world_size} devices would measure each device's share of "
+                "the ground on its own; set DEVICES = 1"
+            )
         log.info("training on %s in %s", trainer.strategy.root_device, precision)
         return trainer
 

@@ -1,12 +1,13 @@
 # make run    set up, make the sample data if there is none, run the quickstart
 # make test   set up, run the tests
 # make lab    set up, open the notebook in JupyterLab
-# make clean  remove the environment, runs and caches (your data stays)
+# make clean  remove the environment and caches (data and runs stay)
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .PHONY: run test lab sample clean
 
@@ -22,16 +23,18 @@ lab: sample
 	$(BIN)/jupyter lab main.ipynb
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# only into an empty data/: a folder with your own rasters stays as it is
+# what is missing of the sample, unless data/ holds rasters or tables of your own
 sample: $(READY)
-	@ls data/images data/datasets 2>/dev/null | grep -q '\.' || $(BIN)/python sampledata.py --output data
+	@ls data/images data/datasets 2>/dev/null | grep '\.' | grep -qv '^sample_[12]\.' || $(BIN)/python sampledata.py --output data
 
 # pip is checked by the stamp, not by the folder: an interrupted set-up is repeated
 $(READY): requirements.txt constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	@# Debian ships Python without the module that makes environments
+	$(PYTHON) -c 'import ensurepip' 2>/dev/null || { $(SUDO) apt-get update && $(SUDO) apt-get install -y python3-venv; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --prefer-binary -r requirements.txt -c constraints.txt

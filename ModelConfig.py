@@ -7,7 +7,8 @@ field raises just as constructing with one does.
 from __future__ import annotations
 
 import difflib
-import itertools
+import importlib.util
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, field, fields
 from pathlib import Path
@@ -69,7 +70,7 @@ class ModelConfig:
     batch_size: Positive = 4  # tiles per optimiser step
     workers: Annotated[int, Field(ge=0)] = 0  # processes that read tiles; 0 reads in the main one
     accelerator: str = "auto"  # Lightning's: auto, cpu, gpu, mps, ...
-    devices: int | str | list[int] = "auto"  # Lightning's: how many, or which
+    devices: int | str | list[int] = 1  # Lightning's: how many, or which
     precision: Precision = "auto"  # auto: bf16-mixed where hardware computes in it
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     backbone: Backbone = "resnet18"
@@ -166,6 +167,10 @@ class RunParameters:
                 f"IMAGE_FILENAMES must differ in their stems, which name the rasters; "
                 f"{doubled} occur more than once"
             )
+        if self.WANDB_ACTIVE and importlib.util.find_spec("wandb") is None:
+            raise InputError(
+                "wandb is not installed: pip install wandb, or set WANDB_ACTIVE = False"
+            )
         if self.BLOCK_SIZE is not None and max(self.PATCH_SIZES) > self.BLOCK_SIZE:
             raise InputError(
                 f"BLOCK_SIZE must be >= the largest of PATCH_SIZES ({max(self.PATCH_SIZES)} px), "
@@ -255,7 +260,7 @@ class RunParameters:
     @property
     def trial_count(self) -> int:
         """Number of combinations in the grid."""
-        return len(list(itertools.product(*self.search_space.values())))
+        return math.prod(len(values) for values in self.search_space.values())
 
     def cleaning_options(self) -> dict[str, Any]:
         """Return the arguments of `annotations.clean_annotations` that are parameters."""
@@ -284,7 +289,7 @@ class RunParameters:
     def tiling_options(self) -> dict[str, Any]:
         """Return the fields of `tiling.TilingOptions` that are parameters."""
         return {
-            "angles": tuple(self.ROTATION_ANGLES),
+            "angles": tuple(sorted(set(self.ROTATION_ANGLES))),
             "overlap": self.TILE_OVERLAP,
             "min_visible": self.MIN_VISIBLE,
             "empty_tile_ratio": self.EMPTY_TILE_RATIO,

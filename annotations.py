@@ -18,13 +18,13 @@ import pandas as pd
 
 import fileio
 import parallel
-from ImageData import ImageData, InputError
+from ImageData import BOX_COLUMNS, CENTER_COLUMNS, ImageData, InputError
 
 log = logging.getLogger(__name__)
 
-BOX_COLUMNS = ["xmin", "ymin", "xmax", "ymax"]
-CENTER_COLUMNS = ["pixel_x", "pixel_y"]
 UNKNOWN = "Unknown"  # the label that stands for all uncommon ones
+MIN_SIDE = 0.01  # px; a box thinner than this has no area in float32
+ROW_BASE = 2**40  # index of the first row while steps run
 
 Step = Callable[[pd.DataFrame], pd.DataFrame]
 BoxFilter = Callable[..., object]  # (x_min, y_min, x_max, y_max, diam, sizex, sizey) -> keep
@@ -108,7 +108,7 @@ def max_diameter_filter(x_min, y_min, x_max, y_max, diam, sizex, sizey, *, max_d
 
 def area_filter(x_min, y_min, x_max, y_max, diam, sizex, sizey):  # noqa: ANN001, ANN201
     """Keep boxes that cover some ground."""
-    return (x_max > x_min) & (y_max > y_min)
+    return (x_max - x_min >= MIN_SIDE) & (y_max - y_min >= MIN_SIDE)
 
 
 def center_filter(x_min, y_min, x_max, y_max, diam, sizex, sizey):  # noqa: ANN001, ANN201
@@ -220,12 +220,14 @@ def run_steps(raw: pd.DataFrame, steps: Mapping[str, Step]) -> Cleaned:
     """Pipe a frame through named steps, keeping account of every row.
 
     Args:
-        raw: The frame; its index must be unique.
+        raw: The frame.
         steps: Name -> callable that returns a frame with some of the rows it was given.
 
     Raises:
         InputError: A step fails, or returns rows that it was not given.
     """
+    # An index that no step makes by accident tells rows that were given from rows that were made.
+    raw = raw.set_axis(pd.RangeIndex(ROW_BASE, ROW_BASE + len(raw)))
     before, dropped, report = raw, [], []
     for name, step in steps.items():
         try:
@@ -234,20 +236,22 @@ def run_steps(raw: pd.DataFrame, steps: Mapping[str, Step]) -> Cleaned:
             raise
         except Exception as error:
             raise InputError(f"cleaning step {name} failed: {error!r}") from error
-        if not isinstance(after, pd.DataFrame) or not after.index.isin(before.index).all():
+        given = isinstance(after, pd.DataFrame) and after.index.isin(before.index).all()
+        if not given or not after.index.is_unique:
             raise InputError(
                 f"cleaning step {name} must return a frame with rows of the frame it was given, "
-                "under their index"
+                "each at most once and under its index (no reset_index)"
             )
         gone = before.index.difference(after.index, sort=False)
-        dropped.append(raw.loc[gone].assign(reason=name, row=gone))
+        dropped.append(raw.loc[gone].assign(reason=name, row=gone - ROW_BASE))
         report.append(
             {"step": name, "rows_in": len(before), "dropped": len(gone),
              "changed": _count_changed(before, after), "rows_out": len(after)}
         )  # fmt: skip
         before = after
     quarantine = pd.concat(dropped) if dropped else raw.iloc[:0].assign(reason="", row=0)
-    return Cleaned(before, quarantine.sort_index(ignore_index=True), pd.DataFrame(report))
+    quarantine = quarantine.sort_index(ignore_index=True)
+    return Cleaned(before.reset_index(drop=True), quarantine, pd.DataFrame(report))
 
 
 def _count_changed(before: pd.DataFrame, after: pd.DataFrame) -> int:
@@ -291,7 +295,7 @@ def preprocess_df(
         max_diameter: Objects from this diameter on are noise, in the table's units.
         clip_to_raster: Cut boxes at the raster's edge instead of dropping those that reach over it.
         extra_filters: Further box filters, see `filter_invalid_bboxes`.
-        extra_steps: Further steps (frame -> frame), run last.
+        extra_steps: Further steps (frame -> frame), run on boxes before the filters check them.
 
     Returns:
         The clean table with `pixel_x, pixel_y, diameter, label, xmin, ymin, xmax, ymax` in px, its
@@ -301,7 +305,7 @@ def preprocess_df(
         InputError: The file is missing, empty, or lacks a column, or no row is left.
     """
     height, width = shape_hw
-    raw = fileio.read_table(path)
+    raw = fileio.read_table(path, text_columns=[label_column])
     from_columns = box_source == "columns"
     numeric = BOX_COLUMNS if from_columns else [*CENTER_COLUMNS, diameter_column]
     if missing := [name for name in (*numeric, label_column) if name not in raw.columns]:
@@ -332,20 +336,22 @@ def preprocess_df(
             steps["name the diameter"] = lambda df: df.assign(diameter=df[diameter_column])
         steps["boxes"] = generate_bboxes
         steps["swapped corners"] = correct_bounding_boxes
+    size = {"sizex": width, "sizey": height}
     limit_px = max_diameter if from_columns else max_diameter * diameter_scale
-    filters: dict[str, BoxFilter] = {
-        "centre off the raster": center_filter,
-        "too large": partial(max_diameter_filter, max_diameter=limit_px),
-        "over the left or upper edge": min_filter,
-        "over the right or lower edge": max_filter,
-        "no area": area_filter,
-    }
+    filters: list[tuple[str, BoxFilter]] = [
+        ("over the left or upper edge", min_filter),
+        ("over the right or lower edge", max_filter),
+        *((name_of(box_filter), box_filter) for box_filter in extra_filters),
+        ("no area", area_filter),
+    ]
+    # Own steps come before the filters, which then check what they made of the boxes.
+    _add(steps, [(name_of(step), step) for step in extra_steps])
+    too_large = partial(max_diameter_filter, max_diameter=limit_px)
+    for name, box_filter in (("centre off the raster", center_filter), ("too large", too_large)):
+        steps[name] = partial(_apply_filter, **size, box_filter=box_filter)
     if clip_to_raster:
-        steps["cut at the edge"] = partial(clip_bboxes, sizex=width, sizey=height)
-    filters |= {name_of(box_filter): box_filter for box_filter in extra_filters}
-    for name, box_filter in filters.items():
-        steps[name] = partial(_apply_filter, sizex=width, sizey=height, box_filter=box_filter)
-    steps |= {name_of(step): step for step in extra_steps}
+        steps["cut at the edge"] = partial(clip_bboxes, **size)
+    _add(steps, [(name, partial(_apply_filter, **size, box_filter=f)) for name, f in filters])
 
     try:
         cleaned = run_steps(raw, steps)
@@ -358,6 +364,13 @@ def preprocess_df(
     return Cleaned(
         df[[*CENTER_COLUMNS, "diameter", "label", *BOX_COLUMNS]], cleaned.quarantine, cleaned.report
     )
+
+
+def _add(steps: dict[str, Step], more: Iterable[tuple[str, Step]]) -> None:
+    """Add steps under their names; of two lambdas the second becomes "<lambda> 2"."""
+    for name, step in more:
+        taken = sum(1 for other in steps if other == name or other.startswith(f"{name} "))
+        steps[f"{name} {taken + 1}" if taken else name] = step
 
 
 def _apply_filter(df: pd.DataFrame, sizex: int, sizey: int, box_filter: BoxFilter) -> pd.DataFrame:
@@ -413,7 +426,7 @@ def clean_annotations(
     for path, raster, first in zip(df_paths, rasters, cleaned, strict=True):
         identifier = raster.path.stem
         last = run_steps(
-            first.df.reset_index(drop=True),
+            first.df,
             {"uncommon label": partial(filter_label_column, label_mask=common)},
         )
         report = pd.concat([first.report, last.report], ignore_index=True)

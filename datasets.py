@@ -5,7 +5,7 @@ tensors only: `boxes` float32 (N, 4), xyxy px of the tile, and `labels` int64 (N
 evaluation also where the tile lies and which objects it knows:
 
     ground   int64 ()       block of ground, the unit of evaluation
-    offset   float32 (2,)   x, y of the tile's corner on the raster, px
+    window   float32 (4,)   the tile, xyxy px of the raster
     core     float32 (4,)   ground the tile owns, xyxy px of the raster
     truth_boxes   float32 (M, 4)   px of the raster, cut at the block's edge
     truth_labels  int64 (M,)
@@ -103,7 +103,9 @@ class BboxDataset(Dataset):
             core = tile[tiling.CORE_COLUMNS].to_numpy(dtype=np.float32, copy=True)
             target |= {
                 "ground": torch.tensor(int(tile["block"])),
-                "offset": torch.tensor([float(window.x), float(window.y)]),
+                "window": torch.tensor(
+                    [window.x, window.y, window.x + window.width, window.y + window.height]
+                ).float(),
                 "core": torch.from_numpy(core),
                 "truth_boxes": torch.from_numpy(self.ground_boxes[rows]),
                 "truth_labels": torch.from_numpy(self.labels[rows]),
@@ -179,7 +181,7 @@ class TileDataModule(pl.LightningDataModule):
         self.conf = conf
         train, validation, test = splits.split_dataset_train_test(tiles, sample_size, conf.seed)
         _, full_validation, _ = splits.split_dataset_train_test(tiles, 1.0, conf.seed)
-        splits.audit_splits(pd.concat([train, full_validation, test]))
+        splits.audit_splits(pd.concat([train, full_validation, test]), rasters)
         common = (boxes, rasters, ids, radiometry)
         augment = training_transform() if conf.train.augment else None
         self.train = BboxDataset(train, *common, transform=augment)

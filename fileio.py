@@ -13,7 +13,7 @@ import shutil
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import rasterio
+from filelock import FileLock, Timeout
 from rasterio.enums import ColorInterp, MaskFlags, Resampling
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as RasterioWindow
@@ -133,6 +134,10 @@ def _identity(value: object) -> object:
         return [list(value.columns), hashlib.sha256(rows.to_numpy().tobytes()).hexdigest()]
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))  # their own order changes from process to process
+    if type(value).__repr__ is object.__repr__:  # it would show an address
+        return [type(value).__qualname__, getattr(value, "__dict__", None)]
     return repr(value)
 
 
@@ -147,29 +152,52 @@ def _function_identity(function: FunctionType) -> list[object]:
 
 
 def _code(code: CodeType) -> list[object]:
-    constants = [_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    constants = [_code(c) if isinstance(c, CodeType) else _identity(c) for c in code.co_consts]
     return [code.co_code.hex(), constants, code.co_names]
 
 
 def is_finished(path: Path, parameters: Mapping[str, Any]) -> bool:
-    """Tell whether a manifest was left by a stage with just these parameters and inputs."""
+    """Tell whether a stage with just these parameters left this manifest, and its files."""
     try:
         manifest = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return manifest.get("fingerprint") == fingerprint(dict(parameters))
+    there = all((Path(path).parent / name).exists() for name in manifest.get("outputs", ()))
+    return there and manifest.get("fingerprint") == fingerprint(dict(parameters))
 
 
-def mark_finished(path: Path, parameters: Mapping[str, Any]) -> None:
-    """Leave the manifest that `is_finished` reads; call it when all else is written."""
+def mark_finished(path: Path, parameters: Mapping[str, Any], outputs: Sequence[str]) -> None:
+    """Leave the manifest that `is_finished` reads, when the outputs beside it are written."""
     shown = json.loads(json.dumps(dict(parameters), default=repr))
-    value = {"fingerprint": fingerprint(dict(parameters)), "parameters": shown}
+    value = {"fingerprint": fingerprint(dict(parameters)), "outputs": list(outputs)}
+    value["parameters"] = shown
     write_json(path, value)
 
 
 def hash_rows(df: pd.DataFrame, seed: int) -> np.ndarray:
     """Hash each row's values and a seed to uint64: a random order that depends on nothing else."""
     return pd.util.hash_pandas_object(df.assign(seed=seed), index=False).to_numpy()
+
+
+@contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Hold a directory for one process at a time; the lock ends with the process.
+
+    Raises:
+        InputError: Another process holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"{directory} is in use by another process; wait for it, or set another RUN_NAME"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -286,7 +314,7 @@ class Raster:
         """Tell the valid pixels of a window as bool (height, width).
 
         Invalid are pixels outside the raster, those the file's nodata value, alpha band or mask
-        excludes, and those with a NaN in any band.
+        excludes, and those that are not finite in any band.
 
         Args:
             window: The window.
@@ -302,19 +330,25 @@ class Raster:
             else:
                 valid[rows, cols] = True
         if np.issubdtype(image.dtype, np.floating):
-            valid &= ~np.isnan(image).any(axis=0)
+            valid &= np.isfinite(image).all(axis=0)
         return valid
 
-    def preview(self, longest_side: int = 1024) -> np.ndarray:
-        """Read the whole raster decimated to at most `longest_side` px, from overviews if any."""
+    def preview(self, longest_side: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+        """Read the whole raster decimated to at most `longest_side` px, from overviews if any.
+
+        Returns:
+            Pixels (bands, height, width) and their validity (height, width).
+        """
         scale = min(1.0, longest_side / max(self.width, self.height))
         height, width = (max(1, round(side * scale)) for side in (self.height, self.width))
         window = Window(0, 0, self.width, self.height)
         resampling = Resampling.average if not self.masked else Resampling.nearest
         with self._reading(window) as src:
-            return src.read(
+            image = src.read(
                 list(self.bands), out_shape=(len(self.bands), height, width), resampling=resampling
             )
+            valid = src.dataset_mask(out_shape=(height, width)) > 0
+        return image, valid & np.isfinite(image).all(axis=0)
 
     def _clip(self, window: Window) -> tuple[Window, tuple[int, int]]:
         x0, y0 = max(window.x, 0), max(window.y, 0)
@@ -341,6 +375,22 @@ class Raster:
 def read_raster(path: Path | str) -> Raster:
     """Open a raster by its handle; the pixels stay on disk until a window is asked for."""
     return Raster.open(path)
+
+
+def read_rasters(paths: Sequence[Path]) -> list[Raster]:
+    """Open rasters that one model is to be trained on.
+
+    Raises:
+        InputError: One cannot be opened, or they differ in the number of bands or the type.
+    """
+    rasters = [read_raster(path) for path in paths]
+    kinds = {raster.path.name: f"{len(raster.bands)} x {raster.dtype}" for raster in rasters}
+    if len(set(kinds.values())) > 1:
+        raise InputError(
+            f"the rasters of a run need the same number of bands and the same type, got {kinds}; "
+            "run those that differ apart"
+        )
+    return rasters
 
 
 @contextmanager
@@ -390,8 +440,12 @@ def create_raster(path: Path, **profile: object) -> Iterator[rasterio.io.Dataset
         yield dst
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """Read a CSV whose columns may mix numbers and text, exactly as written.
+def read_table(path: Path, text_columns: Sequence[str] = ()) -> pd.DataFrame:
+    """Read a CSV whose columns may mix numbers and text.
+
+    Args:
+        path: The file.
+        text_columns: Columns to keep as they are written, so that the label 01 is not 1.
 
     Raises:
         InputError: The file is missing, empty, or not a table.
@@ -400,7 +454,7 @@ def read_table(path: Path) -> pd.DataFrame:
     if not path.exists():
         raise InputError(f"annotation table {path} does not exist; check DF_DIR and DF_FILENAMES")
     try:
-        df = pd.read_csv(path, low_memory=False)
+        df = pd.read_csv(path, low_memory=False, dtype=dict.fromkeys(text_columns, str))
     except pd.errors.EmptyDataError:
         raise InputError(f"{path} is empty; expected a header and a row per object") from None
     except (pd.errors.ParserError, UnicodeDecodeError) as error:

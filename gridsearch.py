@@ -15,6 +15,7 @@ import copy
 import json
 import logging
 import math
+import secrets
 import shutil
 import time
 import traceback
@@ -76,7 +77,7 @@ def prepare_search(
     blocks: pd.DataFrame,
     tilings: Mapping[int, Path],
     sample_sizes: Sequence[float],
-    seed: int,
+    conf: ModelConfig,
 ) -> tuple[SearchData, pd.DataFrame]:
     """Fix what all trials share, and refuse what would fail after hours of training.
 
@@ -85,38 +86,49 @@ def prepare_search(
         blocks: Ground blocks.
         tilings: Tile size -> folder of its index.
         sample_sizes: All sample sizes of the search.
-        seed: Of the samples.
+        conf: Configuration of all trials.
 
     Returns:
-        The shared data, and the number of objects per label and split.
+        The shared data, and the number of objects per label and split (of the last tile size and
+        the largest sample).
 
     Raises:
-        InputError: Splits share ground, a split has no tile or object, or a label is never seen in
-            training.
+        InputError: Splits share ground, a split has no tile or object, a label is never seen in
+            training, or a model as configured cannot be built.
     """
-    counts = None
-    for size, directory in tilings.items():
-        tiles, boxes = tiling.read_tiles(directory)
-        splits.audit_splits(tiles[tiles["kept"]])
-        for sample_size in sample_sizes:
-            try:
-                splits.split_dataset_train_test(tiles, sample_size, seed)
-            except InputError as error:
-                raise InputError(
-                    f"tiles of {size} px, sample size {sample_size}: {error}"
-                ) from error
-        counts = splits.check_labels(tiles, boxes)
     rasters = {image.image_identifier: image.raster for image in images}
-    smallest, _ = tiling.read_tiles(tilings[min(tilings)])
     data = SearchData(
         tilings=dict(tilings),
         rasters=rasters,
         ids=class_ids([label for image in images for label in image.df["label"].unique()]),
-        radiometry=tiling.sample_radiometry(smallest, rasters, seed=seed),
+        radiometry=tiling.sample_radiometry(blocks, rasters, seed=conf.seed),
         blocks=blocks,
         evaluation_overlap=tiling.evaluation_overlap(images),
     )
+    counts = None
+    for size, directory in tilings.items():
+        tiles, boxes = tiling.read_tiles(directory)
+        for sample_size in sorted(sample_sizes):
+            try:
+                module = _module(data, tiles, boxes, conf, sample_size)
+                used = [module.train.tiles, module.full_validation.tiles, module.test.tiles]
+                counts = splits.check_labels(pd.concat(used), boxes)
+            except InputError as error:
+                raise InputError(
+                    f"tiles of {size} px, sample size {sample_size}: {error}"
+                ) from error
+    model = LargeRasterORModel(data.ids, conf, make_contract(data, module, size))
+    model.load_pretrained()
+    model.create_trainer()
     return data, counts
+
+
+def _module(
+    data: SearchData, tiles: pd.DataFrame, boxes: pd.DataFrame, conf: ModelConfig, sample: float
+) -> TileDataModule:
+    return TileDataModule(
+        tiles, boxes, data.rasters, data.ids, data.radiometry, conf, sample_size=sample
+    )
 
 
 def run_search(
@@ -151,53 +163,79 @@ def run_search(
         InputError: The run holds trials made from other input, or every trial failed.
     """
     run_dir = Path(run_dir)
-    grid = {name: list(values) for name, values in sorted(search_space.items())}
-    _check_same_input(data, conf, run_dir, force=force)
-    fileio.write_json(run_dir / "classes.json", dict(data.ids))
-    study = _open_study(grid, run_dir, conf.seed)
-    again = _retire_unfinished(study)
-    if retry_failed:
-        again += [trial for trial in _latest_trials(study) if "error" in trial.user_attrs]
-    for trial in again:  # under its place in the grid, as Optuna's own retry callback does
-        attributes = {name: trial.system_attrs[name] for name in ("grid_id", "search_space")}
-        waiting = optuna.trial.create_trial(state=TrialState.WAITING, system_attrs=attributes)
-        study.add_trial(waiting)
+    with fileio.exclusive(run_dir):
+        marks = _check_same_input(data, conf, run_dir, force=force)
+        fileio.write_json(run_dir / "classes.json", dict(data.ids))
+        grid = {name: list(values) for name, values in sorted(search_space.items())}
+        study = _open_study(grid, run_dir, conf.seed)
 
-    def objective(trial: optuna.Trial) -> float:
-        hyperparams = {name: trial.suggest_categorical(name, grid[name]) for name in search_space}
-        key = get_logging_key(hyperparams)
-        trial.set_user_attr("key", key)
-        trial_dir = run_dir / "trials" / key
-        if (trial_dir / "result.json").exists():
-            log.info("trial %d: %s is done already", trial.number, key)
-            values = _read_json(trial_dir / "result.json")["values"]
+        def objective(trial: optuna.Trial) -> float:
+            hyperparams = {k: trial.suggest_categorical(k, grid[k]) for k in search_space}
+            trial.set_user_attr("key", get_logging_key(hyperparams))
+            mark = marks[hyperparams["patch_size"]]
+            try:
+                values = _known_result(run_dir, hyperparams, mark)
+                if values is None:
+                    values = _train_trial(
+                        hyperparams, data, conf, run_dir, mark,
+                        wandb_active=wandb_active, wandb_project=wandb_project, progress=progress,
+                    )  # fmt: skip
+            except Exception as error:
+                trial.set_user_attr("error", f"{type(error).__name__}: {error}")
+                raise
             trial.set_user_attr("values", values)
             return values[RANKED_BY]
-        log.info("trial %d: %s", trial.number, key)
-        logger = make_model_logger(
-            fileio.recreate_directory(trial_dir), wandb_active=wandb_active,
-            project=wandb_project, name=f"{run_dir.name}_{key}", hyperparams=hyperparams,
-        )  # fmt: skip
-        status = "failed"
-        try:
-            values = train_iteration(hyperparams, data, conf, trial_dir, logger, progress=progress)
-            status = "success"
-        except Exception as error:
-            trial.set_user_attr("error", f"{type(error).__name__}: {error}")
-            logger.log_message(traceback.format_exc())
-            log.exception("trial %d (%s) failed; the search goes on", trial.number, key)
-            raise
-        finally:
-            logger.close(status)
-        trial.set_user_attr("values", values)
-        return values[RANKED_BY]
 
-    visited = {t.system_attrs["grid_id"] for t in study.trials if "grid_id" in t.system_attrs}
-    to_do = math.prod(len(values) for values in grid.values()) - len(visited) + len(again)
-    log.info("search: %d trials to do, %d done before", to_do, len(visited) - len(again))
-    for _ in range(to_do):  # one at a time: the sampler stops a study once its grid is visited
-        study.optimize(objective, n_trials=1, catch=(Exception,))
-    return _finish(study, run_dir)
+        to_do = _count_to_do(study, grid, retry_failed=retry_failed)
+        log.info("search: %d trials to do of %d", to_do, math.prod(map(len, grid.values())))
+        for _ in range(to_do):  # one at a time: the sampler stops a study once its grid is visited
+            study.optimize(objective, n_trials=1, catch=(Exception,))
+        return _finish(study, run_dir)
+
+
+def _known_result(
+    run_dir: Path, hyperparams: Mapping[str, Any], mark: str
+) -> dict[str, float] | None:
+    """Return what a trial of the same input ended with, perhaps in a search of another grid."""
+    key = get_logging_key(hyperparams)
+    path = run_dir / "trials" / key / "result.json"
+    if not path.exists() or _read_json(path)["made_from"] != mark:
+        return None
+    log.info("%s is done already", key)
+    return _read_json(path)["values"]
+
+
+def _train_trial(
+    hyperparams: Mapping[str, Any],
+    data: SearchData,
+    conf: ModelConfig,
+    run_dir: Path,
+    mark: str,
+    *,
+    wandb_active: bool,
+    wandb_project: str,
+    progress: bool,
+) -> dict[str, float]:
+    key = get_logging_key(hyperparams)
+    log.info("trial %s", key)
+    trial_dir = fileio.recreate_directory(run_dir / "trials" / key)
+    logger = make_model_logger(
+        trial_dir, wandb_active=wandb_active, project=wandb_project,
+        name=f"{run_dir.name}_{key}", hyperparams=hyperparams,
+    )  # fmt: skip
+    status = "failed"
+    try:
+        values = train_iteration(hyperparams, data, conf, trial_dir, logger, progress=progress)
+        result = {"hyperparams": hyperparams, "values": values, "made_from": mark}
+        fileio.write_json(trial_dir / "result.json", result)
+        status = "success"
+    except Exception:
+        logger.log_message(traceback.format_exc())
+        log.exception("trial %s failed; the search goes on", key)
+        raise
+    finally:
+        logger.close(status)
+    return values
 
 
 def train_iteration(
@@ -213,7 +251,7 @@ def train_iteration(
     """Train one model, choose its threshold on all validation ground, test it on the test ground.
 
     Writes to `trial_dir`: `checkpoints/best.ckpt` (lowest `val_loss`, with the threshold) and
-    `last.ckpt`; `detections.csv`, `curve.csv`, `confusion.csv` of the test; `result.json`.
+    `last.ckpt`; `detections.csv`, `curve.csv`, `confusion.csv` of the test.
 
     Args:
         hyperparams: `patch_size, n_epochs, sample_size, learning_rate, batch_size`.
@@ -235,12 +273,10 @@ def train_iteration(
     pl.seed_everything(conf.seed, workers=True, verbose=False)
 
     tiles, boxes = tiling.read_tiles(data.tilings[hyperparams["patch_size"]])
-    module = TileDataModule(
-        tiles, boxes, data.rasters, data.ids, data.radiometry, conf,
-        sample_size=hyperparams["sample_size"],
-    )  # fmt: skip
+    module = _module(data, tiles, boxes, conf, hyperparams["sample_size"])
     contract = make_contract(data, module, hyperparams["patch_size"])
     model = LargeRasterORModel(data.ids, conf, contract)
+    model.load_pretrained()
     checkpoint = ModelCheckpoint(
         trial_dir / "checkpoints", filename="best", monitor="val_loss", save_last=True
     )
@@ -268,7 +304,6 @@ def train_iteration(
 
     values = {**tested, **validated, "training_time": training_time}
     write_evaluation(trial_dir, model, data.blocks)
-    fileio.write_json(trial_dir / "result.json", {"hyperparams": hyperparams, "values": values})
     for name in BEST_FILES:
         logger.log_artifact(trial_dir / name, name, "evaluation", "of the test ground")
     log.info(
@@ -292,7 +327,7 @@ def make_contract(data: SearchData, module: TileDataModule, tile_size: int) -> D
         detections_per_tile=max(100, 2 * densest),
         resolution=raster.resolution,
         split_hash=fileio.fingerprint(data.blocks),
-        evaluation_overlap=data.evaluation_overlap,
+        evaluation_overlap=min(data.evaluation_overlap, tile_size // 2),
     )
 
 
@@ -332,8 +367,8 @@ def read_leaderboard(study: optuna.Study, run_dir: Path) -> pd.DataFrame:
     """Tabulate the trials of a study, best test AP50 first, failed ones last.
 
     Returns:
-        `trial, state`, the hyperparameters, the test's and validation's values, `duration_s,
-        selected` (highest validation AP50), `checkpoint, error`.
+        `trial, state`, the hyperparameters, the test's and validation's values, `training_time`
+        (s), `selected` (highest validation AP50), `checkpoint, error`.
     """
     rows = []
     for trial in _latest_trials(study):
@@ -341,13 +376,14 @@ def read_leaderboard(study: optuna.Study, run_dir: Path) -> pd.DataFrame:
         best = run_dir / "trials" / trial.user_attrs["key"] / "checkpoints" / "best.ckpt"
         rows.append(
             {"trial": trial.number, "state": trial.state.name.lower(), **trial.params, **values,
-             "duration_s": trial.duration.total_seconds(), "selected": False,
+             "selected": False,
              "checkpoint": str(best) if values else "", "error": trial.user_attrs.get("error", "")}
         )  # fmt: skip
     board = pd.DataFrame(rows)
     if "AP50" in board:
+        # before the test has a say: of equals, the first that was trained
+        board.loc[board.sort_values("trial")[RANKED_BY].idxmax(), "selected"] = True
         board = board.sort_values("AP50", ascending=False, ignore_index=True, na_position="last")
-        board.loc[board[RANKED_BY].idxmax(), "selected"] = True
     return board
 
 
@@ -363,11 +399,10 @@ def fullest_test_block(
     best = None
     for image in images:
         x, y = image.df["pixel_x"], image.df["pixel_y"]
-        tested = blocks[(blocks["raster"] == image.image_identifier) & (blocks["split"] == "test")]
-        for _, b in tested.iterrows():
-            inside = x.between(b["x"], b["x"] + b["width"]) & y.between(
-                b["y"], b["y"] + b["height"]
-            )
+        mine = blocks[(blocks["raster"] == image.image_identifier) & (blocks["split"] == "test")]
+        for _, b in mine.iterrows():
+            inside = x.between(b["x"], b["x"] + b["width"], inclusive="left")
+            inside &= y.between(b["y"], b["y"] + b["height"], inclusive="left")
             if best is None or inside.sum() > best[0]:
                 best = int(inside.sum()), image, b
     return best[1:]
@@ -401,41 +436,47 @@ def _finish(study: optuna.Study, run_dir: Path) -> pd.DataFrame:
 # ---------------------------------------------------------------------------------------------
 
 
-def _check_same_input(data: SearchData, conf: ModelConfig, run_dir: Path, *, force: bool) -> None:
-    """Refuse to mix trials of one run that could not be ranked together."""
-    record = run_dir / "trials" / "made_from.json"
-    if force:
+def _check_same_input(
+    data: SearchData, conf: ModelConfig, run_dir: Path, *, force: bool
+) -> dict[int, str]:
+    """Refuse to mix trials of one run that could not be ranked together.
+
+    Returns:
+        Tile size -> fingerprint of all that a trial of this size is made from.
+    """
+    trials, record = run_dir / "trials", run_dir / "trials" / "made_from.json"
+    if force and trials.exists():
         (run_dir / "study.journal").unlink(missing_ok=True)
-        shutil.rmtree(run_dir / "trials", ignore_errors=True)
+        trash = trials.rename(run_dir / f".trash-{secrets.token_hex(4)}")  # whole or not at all
+        shutil.rmtree(trash)
     configuration = conf.to_dict()
     # what a trial sets itself, and what only says where it runs, may differ
     for name in ("batch_size", "workers", "accelerator", "devices"):
         configuration.pop(name)
     for name in ("epochs", "lr"):
         configuration["train"].pop(name)
-    now = {
+    common = {
         "classes": dict(data.ids),
         "ground": fileio.fingerprint(data.blocks),
         "radiometry": asdict(data.radiometry),
         "configuration": configuration,
-        "tiles": {
-            str(size): _read_json(path / "manifest.json")["fingerprint"]
-            for size, path in data.tilings.items()
-        },
     }
-    now = json.loads(json.dumps(now))
+    tiles = {
+        str(size): fileio.fingerprint(tiling.read_tiles(path))
+        for size, path in data.tilings.items()
+    }
+    now = json.loads(json.dumps(common | {"tiles": tiles}))
     before = _read_json(record) if record.exists() else now
-    tiles = before["tiles"] | now["tiles"]
-    if any(before["tiles"].get(size, mark) != mark for size, mark in now["tiles"].items()):
-        differing = ["tiles"]
-    else:
-        differing = [name for name in now if name != "tiles" and before.get(name) != now[name]]
+    differing = [name for name in common if before[name] != now[name]]
+    if any(before["tiles"].get(size, mark) != mark for size, mark in tiles.items()):
+        differing.append("tiles")
     if differing:
         raise InputError(
             f"run {run_dir} holds trials made with other {', '.join(differing)}; they cannot be "
             "ranked together. Set another RUN_NAME, or FORCE_CREATION = True to start over"
         )
-    fileio.write_json(record, now | {"tiles": tiles})
+    fileio.write_json(record, now | {"tiles": before["tiles"] | tiles})
+    return {size: fileio.fingerprint([common, tiles[str(size)]]) for size in data.tilings}
 
 
 def _open_study(grid: Mapping[str, list], run_dir: Path, seed: int) -> optuna.Study:
@@ -452,16 +493,24 @@ def _open_study(grid: Mapping[str, list], run_dir: Path, seed: int) -> optuna.St
     )
 
 
-def _retire_unfinished(study: optuna.Study) -> list[FrozenTrial]:
-    """Close the trials that a stopped process left open, and return those to be done again."""
-    for trial in study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING)):
-        study.tell(trial.number, state=TrialState.FAIL)
-    # the last word on each place in the grid; a trial without outcome was cut short
+def _count_to_do(study: optuna.Study, grid: Mapping[str, list], *, retry_failed: bool) -> int:
+    """Count the trials to train, after putting those that are to be repeated into the queue."""
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)  # its process was stopped
+    # the last word on each place in the grid
     latest = {t.system_attrs["grid_id"]: t for t in study.trials if "grid_id" in t.system_attrs}
-    cut_short = [t for t in latest.values() if not t.user_attrs.keys() & OUTCOMES]
-    for trial in cut_short:
-        log.warning("trial %d was interrupted; it starts over", trial.number)
-    return cut_short
+    queued = [trial for trial in latest.values() if trial.state == TrialState.WAITING]
+    for trial in latest.values():
+        cut_short = trial.state != TrialState.WAITING and not trial.user_attrs.keys() & OUTCOMES
+        if cut_short:
+            log.warning("trial %d was interrupted; it starts over", trial.number)
+        if cut_short or (retry_failed and "error" in trial.user_attrs):
+            # under its place in the grid, as Optuna's own retry callback does
+            place = {name: trial.system_attrs[name] for name in ("grid_id", "search_space")}
+            again = optuna.trial.create_trial(state=TrialState.WAITING, system_attrs=place)
+            study.add_trial(again)
+            queued.append(again)
+    return math.prod(map(len, grid.values())) - len(latest) + len(queued)
 
 
 def _latest_trials(study: optuna.Study) -> list[FrozenTrial]:

@@ -21,8 +21,7 @@ from matplotlib.patches import Rectangle
 import fileio
 import imutils
 import tiling
-from ImageData import ImageData, Window
-from tiling import BOX_COLUMNS
+from ImageData import BOX_COLUMNS, ImageData, Window
 
 log = logging.getLogger(__name__)
 
@@ -108,10 +107,14 @@ def show_window(ax: Axes, raster: fileio.Raster, window: Window | None = None) -
     """Draw a window of a raster, or all of it decimated, in px of the raster."""
     whole = Window(0, 0, raster.width, raster.height)
     window = window or whole
-    image = raster.preview(MAX_SIDE) if window == whole else raster.read(window)
+    if window == whole:
+        image, valid = raster.preview(MAX_SIDE)
+    else:
+        image = raster.read(window)
+        valid = raster.read_valid(window, image)
     extent = (window.x, window.x + window.width, window.y + window.height, window.y)
     ax.imshow(
-        imutils.preview_stretch(image), cmap="gray", extent=extent, interpolation="nearest",
+        imutils.preview_stretch(image, valid), cmap="gray", extent=extent, interpolation="nearest",
         vmin=0, vmax=255,
     )  # fmt: skip
     ax.set(xlim=extent[:2], ylim=extent[2:], xlabel="x (px)", ylabel="y (px)")
@@ -211,8 +214,8 @@ def plot_tiles(
     figure, axes = _grid(len(shown), min(columns, len(shown)), WIDTH / columns)
     for ax, tile in zip(axes, shown.itertuples(), strict=True):
         window = Window(tile.x, tile.y, tile.width, tile.height)
-        image, _ = tiling.read_tile(rasters[tile.raster], window, tile.angle)
-        ax.imshow(imutils.preview_stretch(image), cmap="gray",
+        image, valid = tiling.read_tile(rasters[tile.raster], window, tile.angle)
+        ax.imshow(imutils.preview_stretch(image, valid), cmap="gray",
                   extent=(0, tile.width, tile.height, 0))  # fmt: skip
         mine = boxes[boxes["window"] == tile.window]
         turned = tiling.boxes_of_tile(
@@ -234,6 +237,10 @@ def plot_learning_curves(records: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax: Where to draw the losses; None makes a figure.
     """
     ax = _axes(ax)
+    # the last validation, after the training, is of another model on other tiles
+    records = records[
+        records["epoch"] <= records["epoch"][records["train_loss_epoch"].notna()].max()
+    ]
     series = [("train_loss_epoch", "training loss", COLORS[5], "-"),
               ("val_loss", "validation loss", COLORS[4], "-")]  # fmt: skip
     scores = [("val_AP50", "validation AP50", COLORS[2], "--"),

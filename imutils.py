@@ -122,14 +122,16 @@ def measure_radiometry(samples: list[np.ndarray], percentiles: tuple[float, floa
 
 
 def preview_stretch(
-    image: np.ndarray, percentiles: tuple[float, float] = (1.0, 99.0)
+    image: np.ndarray, valid: np.ndarray, percentiles: tuple[float, float] = (1.0, 99.0)
 ) -> np.ndarray:
-    """Stretch an image (bands, H, W) of any type to uint8 (H, W) or (H, W, 3) for looking at it."""
+    """Stretch an image (bands, H, W) of any type to uint8 (H, W) or (H, W, 3) for looking at it.
+
+    The percentiles are those of the valid pixels (H, W); invalid ones become black.
+    """
     bands = image[:3] if image.shape[0] >= 3 else image[:1]
     planes = []
     for band in bands.astype(np.float64):
-        finite = band[np.isfinite(band)]
-        lo, hi = np.percentile(finite, percentiles) if finite.size else (0.0, 1.0)
-        scaled = (np.nan_to_num(band) - lo) / max(hi - lo, 1e-12)
+        lo, hi = np.percentile(band[valid], percentiles) if valid.any() else (0.0, 1.0)
+        scaled = np.where(valid, (band - lo) / max(hi - lo, 1e-12), 0.0)
         planes.append((scaled.clip(0, 1) * 255).astype(np.uint8))
     return np.stack(planes, axis=-1) if len(planes) == 3 else planes[0]

@@ -50,8 +50,10 @@ def merge_tiles(
 ) -> Ground:
     """Merge what the tiles of one block found, and what they know.
 
-    A detection is kept by the tile in whose core its centre lies; where two tiles still report one
-    object, from both sides of a seam, class-aware non-maximum suppression keeps the better.
+    A detection is kept if its centre lies in the tile's core, or beyond it by less than half the
+    way to the tile's edge: two tiles may each see the centre on the other's side of the seam, and
+    none would keep it. Of those that both report, class-aware non-maximum suppression keeps the
+    better.
 
     Args:
         detections: Per tile `boxes` (px of the tile), `scores`, `labels`.
@@ -60,9 +62,10 @@ def merge_tiles(
     """
     boxes, scores, labels = [], [], []
     for found, target in zip(detections, targets, strict=True):
-        on_raster = found["boxes"] + target["offset"].repeat(2)
+        on_raster = found["boxes"] + target["window"][:2].repeat(2)
         center = (on_raster[:, :2] + on_raster[:, 2:]) / 2
-        own = ((center >= target["core"][:2]) & (center < target["core"][2:])).all(dim=1)
+        low, high = ((target["core"] + target["window"]) / 2).split(2)
+        own = ((center >= low) & (center <= high)).all(dim=1)
         boxes.append(on_raster[own])
         scores.append(found["scores"][own])
         labels.append(found["labels"][own])

@@ -40,8 +40,8 @@ def map_ordered(
     Args:
         function: Any callable of one item; what it closes over is sent along.
         items: What to work on; each one picklable.
-        workers: Number of processes; None takes all cores. One worker, or one item, stays in this
-            process.
+        workers: Number of processes; None takes all cores. Up to one worker, or one item, stays
+            in this process.
         executor: Where to run instead of local processes, for example a Dask client's
             `get_executor()`.
         description: What is being done, for progress and errors.
@@ -53,7 +53,7 @@ def map_ordered(
     """
     items = list(items)
     report = _Progress(len(items), description, bar=progress)
-    workers = min(workers or cpu_count(), len(items))
+    workers = min(cpu_count() if workers is None else workers, len(items))
     if executor is None and workers <= 1:
         results = []
         for item in items:

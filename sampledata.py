@@ -37,6 +37,7 @@ MAX_DENSITY = 400.0  # crowding already suppresses a sixth there
 DIAMETER_SCALE = 3.0  # px per unit of the diameter column
 BLOCK = 512  # px, side of the windows in which a raster is written
 CRS_CODE, PIXEL_SIZE, ORIGIN = 32633, 0.5, (500_000.0, 5_400_000.0)  # UTM 33N; m; easting, northing
+SCENE_STEP = 40_000.0  # m; scenes of different seeds lie apart, as the audit of splits demands
 
 SUN_AZIMUTH, SUN_ALTITUDE = np.radians(300.0), np.radians(38.0)  # clockwise from up; above horizon
 SUN_XY = np.array([np.sin(SUN_AZIMUTH), -np.cos(SUN_AZIMUTH)])  # unit vector towards the sun
@@ -143,11 +144,12 @@ def make_sample(
         InputError: A number is out of its range.
     """
     scene = Scene(width, height, seed, density, bands)
+    easting = ORIGIN[0] + SCENE_STEP * (seed % 10)
     Path(csv_path).unlink(missing_ok=True)  # a raster without its catalogue is unfinished
     profile = {
         "width": width, "height": height, "count": bands, "dtype": "uint8",
         "crs": CRS.from_epsg(CRS_CODE),
-        "transform": Affine(PIXEL_SIZE, 0, ORIGIN[0], 0, -PIXEL_SIZE, ORIGIN[1]),
+        "transform": Affine(PIXEL_SIZE, 0, easting, 0, -PIXEL_SIZE, ORIGIN[1]),
         "photometric": "RGB" if bands == 3 else "MINISBLACK",
     }  # fmt: skip
     with fileio.create_raster(Path(image_path), **profile) as dst:

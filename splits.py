@@ -8,7 +8,7 @@ the same ground. The audit then measures what the tiles of two splits have in co
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -112,11 +112,15 @@ def _cut(raster: RasterHandle, size: int | None) -> pd.DataFrame:
     )
 
 
-def audit_splits(tiles: pd.DataFrame) -> pd.DataFrame:
+def audit_splits(tiles: pd.DataFrame, rasters: Mapping[str, RasterHandle]) -> pd.DataFrame:
     """Measure the ground that tiles of different splits share; there must be none.
+
+    Rasters of one coordinate reference system are compared on the map, so that two scenes of the
+    same place cannot be on two sides.
 
     Args:
         tiles: A tile index with `raster, x, y, width, height, split`.
+        rasters: Identifier -> raster.
 
     Returns:
         One row per pair of splits: `first, second, shared_px`, the summed overlap of their tiles.
@@ -127,23 +131,39 @@ def audit_splits(tiles: pd.DataFrame) -> pd.DataFrame:
     windows = tiles.drop_duplicates(["raster", "x", "y", "width", "height", "split"])
     pairs = [("train", "validation"), ("train", "test"), ("validation", "test")]
     shared = dict.fromkeys(pairs, 0.0)
-    for _, group in windows.groupby("raster"):
-        x, y, width, height = group[["x", "y", "width", "height"]].to_numpy().T
-        boxes = shapely.box(x, y, x + width, y + height)
-        split = group["split"].to_numpy()
+    planes: dict[str, list[tuple[np.ndarray, ...]]] = {}
+    for name, group in windows.groupby("raster"):
+        plane, footprints, pixel_area = _footprints(group, rasters[name])
+        areas = np.full(len(group), pixel_area)
+        planes.setdefault(plane, []).append((footprints, areas, group["split"].to_numpy()))
+    for parts in planes.values():
+        footprints, areas, split = (np.concatenate(part) for part in zip(*parts, strict=True))
         for first, second in pairs:
-            a, b = boxes[split == first], boxes[split == second]
-            i, j = shapely.STRtree(b).query(a)
-            shared[first, second] += float(shapely.area(shapely.intersection(a[i], b[j])).sum())
-    audit = pd.DataFrame(
-        [(a, b, px) for (a, b), px in shared.items()], columns=["first", "second", "shared_px"]
-    )
+            a, b = (np.flatnonzero(split == name) for name in (first, second))
+            i, j = shapely.STRtree(footprints[b]).query(footprints[a])
+            common = shapely.intersection(footprints[a[i]], footprints[b[j]])
+            shared[first, second] += float((shapely.area(common) / areas[a[i]]).sum())
+    # map coordinates leave rounding behind, so a tenth of a pixel is none
+    rows = [(first, second, round(px, 1)) for (first, second), px in shared.items()]
+    audit = pd.DataFrame(rows, columns=["first", "second", "shared_px"])
     if (leaks := audit[audit["shared_px"] > 0]).size:
         raise InputError(
             "splits share ground, so that no number measured on it is honest: "
             + "; ".join(f"{a} and {b} {px:.0f} px" for a, b, px in leaks.itertuples(index=False))
+            + "; give rasters that overlap on the map to one run only after cutting the overlap"
         )
     return audit
+
+
+def _footprints(windows: pd.DataFrame, raster: RasterHandle) -> tuple[str, np.ndarray, float]:
+    """Return the plane that windows lie in, their polygons there, and the area of a pixel."""
+    x, y, width, height = windows[["x", "y", "width", "height"]].to_numpy(dtype=float).T
+    corners = np.array([[x, x + width, x + width, x], [y, y, y + height, y + height]])
+    plane, (a, b, c, d, e, f) = f"pixels of {raster.path}", (1, 0, 0, 0, 1, 0)
+    if raster.crs:
+        plane, (a, b, c, d, e, f) = raster.crs, raster.transform
+    corners = np.array([a * corners[0] + b * corners[1] + c, d * corners[0] + e * corners[1] + f])
+    return plane, shapely.polygons(corners.transpose(2, 1, 0)), abs(a * e - b * d)
 
 
 def split_dataset_train_test(
@@ -193,8 +213,8 @@ def check_labels(tiles: pd.DataFrame, boxes: pd.DataFrame) -> pd.DataFrame:
     """Count the objects per label and split, and refuse labels that the training never sees.
 
     Args:
-        tiles: Tile index of one size.
-        boxes: Its boxes, see `tiling.read_tiles`.
+        tiles: The tiles of a trial, of all splits.
+        boxes: The boxes of their index, see `tiling.read_tiles`.
 
     Returns:
         One row per label, one column per split.
@@ -203,14 +223,15 @@ def check_labels(tiles: pd.DataFrame, boxes: pd.DataFrame) -> pd.DataFrame:
         InputError: A label has no object on training ground.
     """
     owned = boxes[boxes["owned"]]
-    windows = tiles[tiles["kept"]].drop_duplicates("window").set_index("window")["split"]
+    windows = tiles.drop_duplicates("window").set_index("window")["split"]
     split = owned["window"].map(windows)
     counts = pd.crosstab(owned["label"], split).reindex(columns=list(SPLITS), fill_value=0)
     unseen = counts.index[(counts["train"] == 0) & (counts.sum(axis=1) > 0)]
     if len(unseen):
         places = {label: counts.loc[label].drop("train").to_dict() for label in unseen}
         raise InputError(
-            f"labels without an object on training ground: {places}; lower LABEL_PERCENTILE to "
-            "merge them into Unknown, change SEED or BLOCK_SIZE, or annotate more of them"
+            f"labels without an object on training ground: {places}; change SEED or BLOCK_SIZE, "
+            "raise SAMPLE_SIZES, annotate more of them, or lower LABEL_PERCENTILE to merge rare "
+            "labels into Unknown"
         )
     return counts

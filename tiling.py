@@ -20,14 +20,15 @@ import shapely
 import fileio
 import imutils
 import parallel
-from ImageData import ImageData, InputError, Window
+from ImageData import BOX_COLUMNS, ImageData, InputError, Window
 
 log = logging.getLogger(__name__)
 
 WINDOW_COLUMNS = ["x", "y", "width", "height"]
 CORE_COLUMNS = ["core_xmin", "core_ymin", "core_xmax", "core_ymax"]
-BOX_COLUMNS = ["xmin", "ymin", "xmax", "ymax"]
+BLOCK_COLUMNS = ["block_xmin", "block_ymin", "block_xmax", "block_ymax"]
 GROUND_BOX_COLUMNS = ["ground_xmin", "ground_ymin", "ground_xmax", "ground_ymax"]
+TILES_NAME, BOXES_NAME = "tiles.parquet", "boxes.parquet"
 JOB_WINDOWS = 256  # windows per worker call: long enough to pay for the call, short enough to share
 
 TileFilter = Callable[[np.ndarray, int], bool]  # (image (H, W, bands), pixel_limit) -> keep
@@ -75,7 +76,9 @@ def _grid_axis(length: int, size: int, overlap: int) -> tuple[np.ndarray, np.nda
     return starts, np.concatenate([[0], middles, [length]])
 
 
-def assign_boxes(windows: pd.DataFrame, df: pd.DataFrame, min_visible: float) -> pd.DataFrame:
+def assign_boxes(
+    windows: pd.DataFrame, df: pd.DataFrame, min_visible: float | np.ndarray
+) -> pd.DataFrame:
     """Find which objects each window owns or shows.
 
     The window whose core holds an object's centre owns it. A window also shows a neighbour's object
@@ -86,7 +89,7 @@ def assign_boxes(windows: pd.DataFrame, df: pd.DataFrame, min_visible: float) ->
         windows: Grid of one raster with `window`, its windows and cores (px of the raster), and the
             extents of their blocks as `block_xmin, block_ymin, block_xmax, block_ymax`.
         df: Objects of the raster with `label` and boxes.
-        min_visible: Share of a box's area, 0 < min_visible <= 1.
+        min_visible: Share of a box's area, 0-1; one for all windows, or one for each.
 
     Returns:
         One row per window and object: `window`, `object` (row of `df`), `label`, `owned`, the box
@@ -99,12 +102,13 @@ def assign_boxes(windows: pd.DataFrame, df: pd.DataFrame, min_visible: float) ->
     of_object, of_window = shapely.STRtree(shapely.box(*ground.T)).query(shapely.box(*boxes.T))
     boxes, ground = boxes[of_object], ground[of_window]
     core = windows[CORE_COLUMNS].to_numpy()[of_window]
-    block = windows[["block_xmin", "block_ymin", "block_xmax", "block_ymax"]].to_numpy()[of_window]
+    block = windows[BLOCK_COLUMNS].to_numpy()[of_window]
 
     center = (boxes[:, :2] + boxes[:, 2:]) / 2
     owned = ((center >= core[:, :2]) & (center < core[:, 2:])).all(axis=1)
     clamped = imutils.clip_boxes(boxes, ground)
-    visible = imutils.box_area(clamped) >= min_visible * imutils.box_area(boxes)
+    least = np.broadcast_to(min_visible, len(windows))[of_window]
+    visible = imutils.box_area(clamped) >= least * imutils.box_area(boxes)
     shown = (owned | visible) & (imutils.box_area(clamped) > 0)
     in_window = clamped - ground[:, [0, 1, 0, 1]]
     return pd.DataFrame(
@@ -135,7 +139,7 @@ def filter_tiles(
     filters: Sequence[TileFilter],
     pixel_limit: int,
 ) -> list[str]:
-    """Try tile filters on windows of a raster, one window in memory at a time.
+    """Try tile filters on windows of a raster, one in memory at a time; invalid pixels are 0.
 
     Returns:
         For each window, the name of the first filter that rejects it, or "".
@@ -145,7 +149,9 @@ def filter_tiles(
     """
     rejected_by = []
     for window in windows:
-        image = np.moveaxis(raster.read(window), 0, -1)
+        image = raster.read(window)
+        valid = raster.read_valid(window, image)
+        image = np.moveaxis(np.where(valid, image, 0), 0, -1)  # no data is black
         reason = ""
         for tile_filter in filters:
             name = getattr(tile_filter, "__name__", type(tile_filter).__name__)
@@ -179,8 +185,8 @@ class TilingOptions:
             object should fit in.
         min_visible: See `assign_boxes`.
         empty_tile_ratio: Training tiles without any object, per training tile with one.
-        filters: Tile filters; they apply to training and validation, never to the test ground,
-            which would then depend on the tile size.
+        filters: Tile filters; they apply to training only, for validation and test ground must
+            not depend on the tile size.
         pixel_limit: Handed to every filter.
         materialize: Write chips too.
         seed: Of the hash that picks empty tiles.
@@ -189,12 +195,16 @@ class TilingOptions:
     angles: tuple[int, ...] = ()
     overlap: int = 0
     evaluation_overlap: int = 0
-    min_visible: float = 0.5
+    min_visible: float = 0.25
     empty_tile_ratio: float = 0.25
     filters: tuple[TileFilter, ...] = ()
     pixel_limit: int = 0
     materialize: bool = False
     seed: int = 0
+
+    def evaluation_overlap_of(self, size: int) -> int:
+        """Return the overlap in px that evaluation windows of a size get."""
+        return min(self.evaluation_overlap, size // 2)
 
 
 def make_tiles(
@@ -261,11 +271,11 @@ def make_single_size(
     windows, boxes = index_windows(size, images, blocks, options)
     windows = _reject(windows, boxes, images, options, workers, progress)
     tiles = _turn(windows, options.angles)
-    fileio.write_table(directory / "tiles.parquet", tiles)
-    fileio.write_table(directory / "boxes.parquet", boxes)
+    fileio.write_table(directory / TILES_NAME, tiles)
+    fileio.write_table(directory / BOXES_NAME, boxes)
     if options.materialize:
         write_chips(directory, tiles, boxes, images, workers=workers, progress=progress)
-    fileio.mark_finished(manifest, made_from)
+    fileio.mark_finished(manifest, made_from, [TILES_NAME, BOXES_NAME])
     log.info(
         "tiles of %d px: %d of %d windows kept, %d tiles with turned ones", size,
         windows["kept"].sum(), len(windows), tiles["kept"].sum(),
@@ -282,8 +292,8 @@ def read_tiles(directory: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         reason`; and the boxes, see `assign_boxes`, at angle 0.
     """
     return (
-        pd.read_parquet(Path(directory) / "tiles.parquet"),
-        pd.read_parquet(Path(directory) / "boxes.parquet"),
+        pd.read_parquet(Path(directory) / TILES_NAME),
+        pd.read_parquet(Path(directory) / BOXES_NAME),
     )
 
 
@@ -298,8 +308,8 @@ def generate_split_raster_annotation(
     """
     grids = []
     for block in blocks[blocks["raster"] == image.image_identifier].itertuples():
-        evaluation = min(options.evaluation_overlap, size // 2)
-        overlap = options.overlap if block.split == "train" else evaluation
+        training = block.split == "train"
+        overlap = options.overlap if training else options.evaluation_overlap_of(size)
         extent = Window(block.x, block.y, block.width, block.height)
         grids.append(
             window_grid(extent, size, overlap).assign(
@@ -310,7 +320,9 @@ def generate_split_raster_annotation(
         )  # fmt: skip
     windows = pd.concat(grids, ignore_index=True)
     windows["window"] = np.arange(len(windows))
-    boxes = assign_boxes(windows, image.df, options.min_visible)
+    # Evaluation knows all that reaches in, to ignore detections of it; training shows what helps.
+    least = np.where(windows["split"] == "train", options.min_visible, 0.0)
+    boxes = assign_boxes(windows, image.df, least)
     owned = boxes["window"][boxes["owned"]]
     windows["objects"] = np.bincount(owned, minlength=len(windows))
     columns = ["window", "raster", "block", "row", "col", *WINDOW_COLUMNS, *CORE_COLUMNS]
@@ -347,7 +359,7 @@ def _reject(
     reason[windows.index[empty][order[allowed:]]] = "empty, beyond EMPTY_TILE_RATIO"
 
     if options.filters:
-        candidates = windows[(windows["split"] != "test") & (reason == "")]
+        candidates = windows[train & (reason == "")]
         rasters = {image.image_identifier: image.raster for image in images}
         jobs, places = [], []
         for name, group in candidates.groupby("raster", sort=False):
@@ -399,7 +411,7 @@ def read_tile(raster: fileio.Raster, window: Window, angle: int) -> tuple[np.nda
 
 
 def sample_radiometry(
-    tiles: pd.DataFrame,
+    blocks: pd.DataFrame,
     rasters: Mapping[str, fileio.Raster],
     *,
     seed: int,
@@ -410,26 +422,26 @@ def sample_radiometry(
     """Measure the pixel values of the training ground on a sample of its windows.
 
     Args:
-        tiles: Tile index; only kept training windows are read.
-        rasters: Identifier -> raster; all must have the same number of bands.
+        blocks: Ground blocks; only training blocks are read, whatever the tiles of the run are.
+        rasters: Identifier -> raster; all have the same bands.
         seed: Of the sample.
-        max_windows: Most windows to read.
+        max_windows: Most windows of 128 px to read.
         pixels_per_window: Most valid pixels to take from each.
         percentiles: See `imutils.measure_radiometry`.
 
     Raises:
-        InputError: The rasters differ in bands or type, or no sampled pixel is valid.
+        InputError: No sampled pixel is valid.
     """
-    kinds = {name: (len(r.bands), r.dtype) for name, r in rasters.items()}
-    if len(set(kinds.values())) > 1:
-        raise InputError(f"all rasters of a run need the same bands and type, got {kinds}")
-    windows = tiles[(tiles["split"] == "train") & tiles["kept"]].drop_duplicates("window")
+    grids = [
+        window_grid(Window(b.x, b.y, b.width, b.height), 128).assign(raster=b.raster)
+        for b in blocks[blocks["split"] == "train"].itertuples()
+    ]
+    windows = pd.concat(grids, ignore_index=True)
     order = np.argsort(fileio.hash_rows(windows[["raster", "x", "y"]], seed))[:max_windows]
+    windows = windows.iloc[order]
     rng = np.random.default_rng(seed)
     samples = []
-    for place, name in zip(
-        _windows(windows.iloc[order]), windows["raster"].iloc[order], strict=True
-    ):
+    for place, name in zip(_windows(windows), windows["raster"], strict=True):
         image = rasters[name].read(place)
         pixels = image[:, rasters[name].read_valid(place, image)]
         if pixels.shape[1] > pixels_per_window:
@@ -486,7 +498,8 @@ def write_chips(
         [jobs[i : i + JOB_WINDOWS] for i in range(0, len(jobs), JOB_WINDOWS)],
         workers=workers, description="writing chips", progress=progress,
     )  # fmt: skip
-    table = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=BOX_COLUMNS)
+    columns = [*BOX_COLUMNS, "label", "tile_path"]
+    table = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=columns)
     fileio.write_table(directory / "tile.csv", table)
     return table
 
@@ -504,12 +517,17 @@ def split_and_save_tiles(jobs: Sequence[tuple[fileio.Raster, Window, int, Path]]
             ):
                 dst.write(image)
         else:
-            with fileio.create_raster(path, dtype=image.dtype, **profile) as dst:
+            profile |= {"dtype": image.dtype, "nodata": raster.nodata}
+            with fileio.create_raster(path, **profile) as dst:
                 dst.write(image)
 
 
 def rotate_single_annotation(
-    data: ImageData, output_directory: Path, angles: Sequence[int] = (90, 180, 270)
+    data: ImageData,
+    output_directory: Path,
+    angles: Sequence[int] = (90, 180, 270),
+    *,
+    force: bool = False,
 ) -> list[pd.DataFrame]:
     """Write turned copies of a whole raster, block by block, and turn its annotations with them.
 
@@ -520,6 +538,7 @@ def rotate_single_annotation(
         data: The annotated raster.
         output_directory: Copies go to `{identifier}_{angle}.tif`.
         angles: Quarter turns in degrees, counter-clockwise.
+        force: Write them anew in any case.
 
     Returns:
         The annotations of the raster itself, then those of each copy; column `image_path` names the
@@ -531,9 +550,9 @@ def rotate_single_annotation(
         path = Path(output_directory) / f"{data.image_identifier}_{angle}.tif"
         manifest = path.with_suffix(".json")
         made_from = {"raster": raster.path, "angle": angle}
-        if not (path.exists() and fileio.is_finished(manifest, made_from)):
+        if force or not fileio.is_finished(manifest, made_from):
             _write_turned(raster, angle, path)
-            fileio.mark_finished(manifest, made_from)
+            fileio.mark_finished(manifest, made_from, [path.name])
         x, y = imutils.rotate_center(
             data.df["pixel_x"].to_numpy(), data.df["pixel_y"].to_numpy(), angle, width, height
         )
@@ -559,25 +578,40 @@ def _write_turned(raster: fileio.Raster, angle: int, path: Path) -> None:
         (ox, ux, vx), (oy, uy, vy) = np.reshape(raster.transform, (2, 3)) @ [x, y, [1, 1, 1]]
         transform = rasterio.Affine(ux - ox, vx - ox, ox, uy - oy, vy - oy, oy)
         profile = {"crs": raster.crs, "transform": transform}
-    with fileio.create_raster(
-        path, width=turned_width, height=turned_height, count=len(raster.bands),
-        dtype=raster.dtype, nodata=raster.nodata, **profile,
-    ) as dst:  # fmt: skip
+    own_mask = raster.masked and raster.nodata is None  # an alpha band or a mask turns, too
+    with (
+        rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
+        fileio.create_raster(
+            path, width=turned_width, height=turned_height, count=len(raster.bands),
+            dtype=raster.dtype, nodata=raster.nodata, **profile,
+        ) as dst,
+    ):  # fmt: skip
         for _, out in dst.block_windows(1):
             box = np.array([[out.col_off, out.row_off, out.col_off + out.width,
                              out.row_off + out.height]])  # fmt: skip
             x0, y0, x1, y1 = imutils.rotate_boxes(box, -angle % 360, turned_width, turned_height)[0]
             source = Window(int(x0), int(y0), int(x1 - x0), int(y1 - y0))
-            dst.write(np.rot90(raster.read(source), angle // 90, axes=(1, 2)), window=out)
+            image, valid = read_tile(raster, source, angle)
+            dst.write(image, window=out)
+            if own_mask:
+                dst.write_mask(valid, window=out)
 
 
-def evaluation_overlap(images: Sequence[ImageData]) -> int:
-    """Derive the overlap of evaluation windows: the longest side of any object, in px."""
-    sides = [
-        np.maximum(image.df["xmax"] - image.df["xmin"], image.df["ymax"] - image.df["ymin"]).max()
-        for image in images
-    ]
-    return int(np.ceil(max(sides)))
+def evaluation_overlap(images: Sequence[ImageData], sizes: Sequence[int] = ()) -> int:
+    """Derive the overlap of evaluation windows: the longest side of any object, in px.
+
+    Windows of `sizes` overlap by half at most; objects too large for that may be cut at a seam, and
+    are counted in a warning.
+    """
+    boxes = np.concatenate([image.df[BOX_COLUMNS].to_numpy() for image in images])
+    sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
+    for size in sizes:
+        if cut := int((sides > size // 2).sum()):
+            log.warning(
+                "%d of %d objects are longer than half a tile of %d px and may be cut at a seam; "
+                "larger PATCH_SIZES see them whole", cut, len(sides), size,
+            )  # fmt: skip
+    return int(np.ceil(sides.max()))
 
 
 def describe_tiles(directories: Mapping[int, Path]) -> pd.DataFrame:

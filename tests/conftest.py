@@ -18,6 +18,7 @@ import gridsearch
 import sampledata
 import splits
 import tiling
+from ModelConfig import ModelConfig
 
 PROJECT = Path(__file__).parent.parent
 REAL_DATA = PROJECT.parent / "shared" / "data"
@@ -60,7 +61,8 @@ def prepared(small_sample, tmp_path_factory):
         ),
         workers=1,
     )  # fmt: skip
-    data, counts = gridsearch.prepare_search(images, blocks, tilings, [1.0], seed=0)
+    conf = ModelConfig(fpn_channels=16, accelerator="cpu")
+    data, counts = gridsearch.prepare_search(images, blocks, tilings, [1.0], conf)
     tiles, boxes = tiling.read_tiles(tilings[128])
     return SimpleNamespace(
         folder=folder, images=images, report=report, blocks=blocks, tilings=tilings, data=data,

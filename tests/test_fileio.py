@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import rasterio
-from conftest import REAL_DATA
+from conftest import PROJECT, REAL_DATA
 
 import fileio
 from ImageData import InputError, Window
@@ -51,10 +54,18 @@ def test_what_lies_outside_is_nodata_and_invalid(raster_file, window):
     np.testing.assert_array_equal(valid, inside)
 
 
+def test_rasters_of_different_kinds_do_not_go_together(raster_file, tmp_path):
+    path, _ = raster_file
+    with fileio.create_raster(tmp_path / "b.tif", width=8, height=8, count=1, dtype="uint8"):
+        pass
+    with pytest.raises(InputError, match=r"'r\.tif': '3 x uint16', 'b\.tif': '1 x uint8'"):
+        fileio.read_rasters([path, tmp_path / "b.tif"])
+
+
 def test_nodata_and_nan_are_invalid(tmp_path):
     path = tmp_path / "f.tif"
     pixels = np.ones((1, 4, 4), np.float32)
-    pixels[0, 0, 0], pixels[0, 1, 1] = -9999, np.nan
+    pixels[0, 0, 0], pixels[0, 1, 1], pixels[0, 2, 2] = -9999, np.nan, -np.inf
     with fileio.create_raster(
         path, width=4, height=4, count=1, dtype="float32", nodata=-9999
     ) as dst:
@@ -64,7 +75,8 @@ def test_nodata_and_nan_are_invalid(tmp_path):
     valid = raster.read_valid(window, raster.read(window))
     assert not valid[0, 0]
     assert not valid[1, 1]
-    assert valid.sum() == 14
+    assert not valid[2, 2]
+    assert valid.sum() == 13
 
 
 def test_an_alpha_band_is_no_band_but_a_mask(tmp_path):
@@ -151,8 +163,12 @@ def test_a_manifest_holds_for_the_same_input_only(tmp_path):
     path = tmp_path / "stage" / "manifest.json"
     made_from = {"size": 256, "source": source, "table": pd.DataFrame({"a": [1, 2]})}
     assert not fileio.is_finished(path, made_from)
-    fileio.mark_finished(path, made_from)
+    fileio.write_text(path.parent / "out.parquet", "")
+    fileio.mark_finished(path, made_from, ["out.parquet"])
     assert fileio.is_finished(path, made_from)
+    (path.parent / "out.parquet").unlink()
+    assert not fileio.is_finished(path, made_from)
+    (path.parent / "out.parquet").touch()
     assert not fileio.is_finished(path, made_from | {"size": 250})
     assert not fileio.is_finished(path, made_from | {"table": pd.DataFrame({"a": [1, 3]})})
     source.write_text("22")
@@ -181,6 +197,16 @@ def test_an_edited_filter_is_another_one(monkeypatch):
     assert fileio.fingerprint(partial(at_least, limit=1)) != fileio.fingerprint(
         partial(at_least, limit=2)
     )
+
+    code = "import fileio; print(fileio.fingerprint(lambda x: x in {'alpha', 'beta', 'gamma'}))"
+    prints = {
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=PROJECT, env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True, check=True, text=True,
+        ).stdout
+        for seed in "123"
+    }  # fmt: skip
+    assert len(prints) == 1  # from process to process, too
 
     def recursive(n):
         return n and recursive(n - 1)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import PROJECT
 
+import fileio
 import gridsearch
 from ImageData import InputError
 from LargeRasterOR import LargeRasterORModel
@@ -43,10 +44,7 @@ def fake_training(values_of=lambda h: h["sample_size"] * h["learning_rate"] * 10
         (trial_dir / "checkpoints" / "best.ckpt").write_text(str(value))
         for name in gridsearch.BEST_FILES:
             (trial_dir / name).write_text(f"value\n{value}\n")
-        values = {"AP50": 1 - value, "val_AP50": value, "box_f1": value}
-        result = {"hyperparams": hyperparams, "values": values}
-        (trial_dir / "result.json").write_text(json.dumps(result))
-        return values
+        return {"AP50": 1 - value, "val_AP50": value, "box_f1": value}
 
     return train_iteration
 
@@ -177,6 +175,71 @@ def test_a_failed_trial_is_recorded_and_the_search_goes_on(prepared, tmp_path, m
     assert board["state"].tolist() == ["complete"] * 4
 
 
+def test_a_search_killed_between_two_retries_goes_on(prepared, tmp_path, monkeypatch):
+    state = {"broken": True, "calls": 0}
+
+    def values_of(hyperparams):
+        state["calls"] += 1
+        if state["broken"]:
+            raise RuntimeError("out of memory")
+        if state["calls"] == 6:
+            raise KeyboardInterrupt  # in the second retry, with two more in the queue
+        return 0.5
+
+    monkeypatch.setattr(gridsearch, "train_iteration", fake_training(values_of))
+    with pytest.raises(InputError, match="all 4 trials failed"):
+        gridsearch.run_search(prepared.data, SPACE, conf(), tmp_path)
+    state["broken"] = False
+    with pytest.raises(KeyboardInterrupt):
+        gridsearch.run_search(prepared.data, SPACE, conf(), tmp_path, retry_failed=True)
+    board = gridsearch.run_search(prepared.data, SPACE, conf(), tmp_path)
+    assert board["state"].tolist() == ["complete"] * 4
+    assert state["calls"] == 4 + 2 + 3
+
+
+def test_of_equal_validations_the_first_trained_is_chosen(prepared, tmp_path, monkeypatch):
+    tests = iter([0.1, 0.9, 0.5, 0.7])
+
+    def train_iteration(*args, **options):
+        values = fake_training(lambda h: 0.25)(*args, **options)
+        return values | {"AP50": next(tests)}
+
+    monkeypatch.setattr(gridsearch, "train_iteration", train_iteration)
+    board = gridsearch.run_search(prepared.data, SPACE, conf(), tmp_path)
+    best = board[board["selected"]].iloc[0]
+    assert (best["AP50"], best["trial"]) == (0.1, 0)
+
+
+def test_results_of_other_input_are_not_trusted(prepared, tmp_path, counted):
+    """Half a deletion may leave results without the record of what they were made from."""
+    gridsearch.run_search(prepared.data, SPACE, conf(), tmp_path)
+    (tmp_path / "trials" / "made_from.json").unlink()
+    (tmp_path / "study.journal").unlink()
+    other = conf()
+    other.backbone = "resnet34"
+    gridsearch.run_search(prepared.data, SPACE, other, tmp_path)
+    assert set(counted.values()) == {2}
+
+
+def test_a_run_belongs_to_one_process_at_a_time(prepared, tmp_path, counted):
+    with fileio.exclusive(tmp_path), pytest.raises(InputError, match="in use by another process"):
+        gridsearch.run_search(prepared.data, SPACE, conf(), tmp_path)
+    assert not counted
+
+
+def test_weights_and_biases_record_a_search_offline(prepared, tmp_path, counted):
+    one = SPACE | {"sample_size": [1.0], "learning_rate": [1e-3]}
+    gridsearch.run_search(prepared.data, one, conf(), tmp_path, wandb_active=True)
+    assert list(tmp_path.glob("trials/*/wandb/offline-run-*/*.wandb"))
+
+
+def test_models_that_cannot_be_built_show_before_the_search(prepared):
+    bad = conf()
+    bad.weights = "/no/such/file.pth"
+    with pytest.raises(InputError, match="WEIGHTS must be a file"):
+        gridsearch.prepare_search(prepared.images, prepared.blocks, prepared.tilings, [1.0], bad)
+
+
 def test_a_search_in_which_all_fail_says_why(prepared, tmp_path, monkeypatch):
     def values_of(hyperparams):
         raise RuntimeError("no such device")
@@ -272,4 +335,4 @@ def test_problems_of_the_splits_show_before_the_search(prepared, tmp_path):
     tiles.to_parquet(tmp_path / "tiles.parquet")
     prepared.boxes.to_parquet(tmp_path / "boxes.parquet")
     with pytest.raises(InputError, match="no train tile is left after filtering"):
-        gridsearch.prepare_search(prepared.images, prepared.blocks, {128: tmp_path}, [1.0], 0)
+        gridsearch.prepare_search(prepared.images, prepared.blocks, {128: tmp_path}, [1.0], conf())

@@ -81,8 +81,9 @@ def test_confusion_curve_and_learning_are_drawn():
     ax = implot.plot_precision_recall(curve, values)
     assert "F1 0.750" in ax.get_legend().get_texts()[0].get_text()
     records = pd.DataFrame(
-        {"step": [1, 2, 3], "train_loss_epoch": [np.nan, 1.0, 0.5], "val_loss": [2.0, np.nan, 1.0]}
-    )
+        {"step": [1, 2, 3, 4], "epoch": [0, 0, 1, 2], "val_loss": [2.0, np.nan, 1.0, 9.0],
+         "train_loss_epoch": [np.nan, 1.0, 0.5, np.nan]}
+    )  # fmt: skip
     ax = implot.plot_learning_curves(records)
     assert [line.get_ydata().tolist() for line in ax.get_lines()] == [[1.0, 0.5], [2.0, 1.0]]
 

@@ -146,7 +146,8 @@ def tile_of(core, offset, boxes, scores, truth, ids, owned):
         "labels": torch.zeros(len(scores), dtype=torch.long),
     }
     target = {
-        "core": torch.tensor(core).float(), "offset": torch.tensor(offset).float(),
+        "core": torch.tensor(core).float(),
+        "window": torch.tensor([*offset, offset[0] + 64, offset[1] + 64]).float(),
         "truth_boxes": torch.tensor(truth).float().reshape(-1, 4),
         "truth_labels": torch.zeros(len(ids), dtype=torch.long),
         "truth_ids": torch.tensor(ids), "truth_owned": torch.tensor(owned),
@@ -170,6 +171,15 @@ def test_an_object_on_a_seam_is_reported_and_demanded_once():
     assert merged.boxes[0].tolist() == [41, 10, 57, 26]
     assert merged.truth_ignored.tolist() == [False]
     assert metrics.evaluate({7: merged}, ["a"], 0.5, 0.5).values["box_f1"] == 1.0
+
+
+def test_an_object_is_not_lost_when_each_window_sees_it_on_the_others_side():
+    left = tile_of([0, 0, 48, 64], [0, 0], [[40.4, 10, 56.4, 26]], [0.8], [[40, 10, 56, 26]], [3],
+                   [True])  # fmt: skip
+    right = tile_of([48, 0, 96, 64], [32, 0], [[7.6, 10, 23.6, 26]], [0.7], [[40, 10, 56, 26]], [3],
+                    [False])  # fmt: skip
+    merged = metrics.merge_tiles([left[0], right[0]], [left[1], right[1]], 0.3)
+    assert merged.scores.tolist() == pytest.approx([0.8])
 
 
 def test_an_object_of_other_ground_is_ignored():

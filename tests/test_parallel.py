@@ -45,6 +45,11 @@ def test_any_executor_will_do():
         assert parallel.map_ordered(abs, [-3, 2], executor=executor) == [3, 2]
 
 
+def test_no_worker_means_this_process():
+    pids = parallel.map_ordered(lambda _: os.getpid(), [1, 2], workers=0)
+    assert set(pids) == {os.getpid()}
+
+
 def test_nothing_to_do_is_done():
     assert parallel.map_ordered(abs, []) == []
 

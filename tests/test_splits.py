@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,7 +76,7 @@ def test_too_little_ground_is_refused():
 
 
 def test_nothing_leaks_between_splits_rotations_included(prepared):
-    audit = splits.audit_splits(prepared.tiles)
+    audit = splits.audit_splits(prepared.tiles, prepared.data.rasters)
     assert audit["shared_px"].tolist() == [0, 0, 0]
     painted = {}
     for t in prepared.tiles.itertuples():
@@ -89,7 +90,21 @@ def test_the_audit_finds_shared_ground(prepared):
     tiles = prepared.tiles.copy()
     intruder = tiles[tiles["split"] == "test"].iloc[[0]].assign(split="train", angle=90)
     with pytest.raises(InputError, match=r"train and test \d+ px"):
-        splits.audit_splits(pd.concat([tiles, intruder]))
+        splits.audit_splits(pd.concat([tiles, intruder]), prepared.data.rasters)
+
+
+def test_rasters_of_the_same_place_cannot_be_on_two_sides(prepared):
+    """A second file of the ground of the first, shifted by 30 px: only the map can tell."""
+    one = prepared.data.rasters["one"]
+    a, b, c, d, e, f = one.transform
+    twin = replace(one, path=one.path.with_name("twin.tif"), transform=(a, b, c + 30 * a, d, e, f))
+    tiles = prepared.tiles[(prepared.tiles["raster"] == "one")]
+    other = tiles.assign(raster="twin", split="test")
+    with pytest.raises(InputError, match="share ground"):
+        splits.audit_splits(pd.concat([tiles, other]), {"one": one, "twin": twin})
+    far = replace(twin, transform=(a, b, c + 9000 * a, d, e, f))
+    audit = splits.audit_splits(pd.concat([tiles, other]), {"one": one, "twin": far})
+    assert audit["shared_px"].sum() == 0
 
 
 def test_smaller_samples_are_part_of_larger_ones_and_the_test_stays(prepared):
@@ -116,14 +131,15 @@ def test_a_split_without_tiles_or_objects_is_refused(prepared):
 
 
 def test_a_label_that_training_never_sees_is_refused(prepared):
-    counts = splits.check_labels(prepared.tiles, prepared.boxes)
+    kept = prepared.tiles[prepared.tiles["kept"]]
+    counts = splits.check_labels(kept, prepared.boxes)
     owned = prepared.boxes[prepared.boxes["owned"]]
     assert counts.sum(axis=None) == len(owned)
     test_windows = prepared.tiles.loc[prepared.tiles["split"] == "test", "window"]
     boxes = prepared.boxes.copy()
     boxes.loc[boxes["window"].isin(test_windows) & (boxes["label"] == "crater"), "label"] = "new"
     with pytest.raises(InputError, match=r"without an object on training ground: \{'new'"):
-        splits.check_labels(prepared.tiles, boxes)
+        splits.check_labels(kept, boxes)
 
 
 def test_every_tile_size_sees_the_same_test_ground(prepared, tmp_path):

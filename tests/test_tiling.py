@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import rasterio
+from conftest import PROJECT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -157,13 +161,55 @@ def test_filters_reject_tiles_and_say_which_did(half_black, tmp_path, workers):
     assert (tiles["kept"] == ~left).all()
 
 
-def test_filters_never_touch_the_test_ground(half_black, tmp_path):
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_filters_never_touch_what_is_measured(half_black, tmp_path, split):
     image, blocks = half_black
     options = tiling.TilingOptions(filters=(lambda pixels, limit: False,))
     tiles, _ = tiling.read_tiles(
-        tiling.make_single_size(64, [image], blocks.assign(split="test"), tmp_path, options)
+        tiling.make_single_size(64, [image], blocks.assign(split=split), tmp_path, options)
     )
     assert tiles["kept"].all()
+
+
+def test_no_data_is_black(tmp_path):
+    path = tmp_path / "nodata.tif"
+    pixels = np.full((1, 64, 64), -9999, np.float32)
+    pixels[:, :, :32] = 5
+    with fileio.create_raster(
+        path, width=64, height=64, count=1, dtype="float32", nodata=-9999
+    ) as dst:
+        dst.write(pixels)
+    windows = [Window(0, 0, 32, 64), Window(32, 0, 32, 64)]
+    reasons = tiling.filter_tiles(
+        fileio.read_raster(path), windows, [tiling.black_pixel_filter], 10
+    )
+    assert reasons == ["", "black_pixel_filter"]
+
+
+def test_evaluation_knows_objects_that_reach_in_from_other_ground(half_black, tmp_path):
+    image, blocks = half_black
+    reaching = image.df.assign(xmin=[120.0, 195.0], xmax=[134.0, 205.0], ymin=10.0, ymax=20.0)
+    image = ImageData(image.raster, "half", reaching)
+    left = blocks.assign(width=128, split="test")
+    right = blocks.assign(block=1, x=128, width=128, split="train")
+    options = tiling.TilingOptions(min_visible=0.25)
+    _, boxes = tiling.read_tiles(
+        tiling.make_single_size(
+            64, [image], pd.concat([left, right], ignore_index=True), tmp_path, options
+        )
+    )
+    seen = boxes[boxes["object"] == 0]
+    assert sorted(seen["owned"]) == [False, True]  # 43 % on the right: shown to the training
+    moved = reaching.assign(xmin=[126.0, 195.0], xmax=[146.0, 205.0])  # 10 % on the left
+    _, boxes = tiling.read_tiles(
+        tiling.make_single_size(
+            64, [ImageData(image.raster, "half", moved)],
+            pd.concat([left, right], ignore_index=True), tmp_path, options,
+        )
+    )  # fmt: skip
+    seen = boxes[boxes["object"] == 0]
+    assert sorted(seen["owned"]) == [False, True]
+    assert seen.loc[~seen["owned"], "ground_xmax"].tolist() == [128.0]
 
 
 def test_a_failing_filter_names_the_window(half_black, tmp_path):
@@ -302,6 +348,21 @@ def test_whole_rasters_turn_with_their_boxes_and_their_place(prepared, tmp_path)
     assert (tmp_path / "one_90.tif").stat().st_mtime_ns == before
 
 
+def test_memory_does_not_grow_with_the_raster(tmp_path):
+    """Index and pixel filter of 2048 and of 8192 px a side, each in a process of its own."""
+    peaks = []
+    for side in (2048, 8192):
+        path = tmp_path / f"{side}.tif"
+        with fileio.create_raster(path, width=side, height=side, count=3, dtype="uint8",
+                                  sparse_ok=True):  # fmt: skip
+            pass
+        command = [sys.executable, str(PROJECT / "benchmarks" / "bench_tiling.py"), "--filter",
+                   "--objects", "1000", "--one", str(path)]  # fmt: skip
+        result = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        peaks.append(result["peak_mb"])
+    assert peaks[1] - peaks[0] < 40  # the larger raster has 192 MB of pixels
+
+
 def test_an_index_of_twenty_thousand_objects_takes_under_three_seconds(tmp_path):
     side, objects = 8192, 20_000
     path = tmp_path / "large.tif"
@@ -313,15 +374,17 @@ def test_an_index_of_twenty_thousand_objects_takes_under_three_seconds(tmp_path)
     df = pd.DataFrame(np.concatenate([center - half, center + half], 1), columns=BOX_COLUMNS)
     df = df.assign(pixel_x=center[:, 0], pixel_y=center[:, 1], diameter=2 * half, label="a")
     image = ImageData(fileio.read_raster(path), "large", df)
-    start = time.perf_counter()
-    blocks = splits.ground_blocks(
-        [image.raster], split_by="block", max_tile_size=256, block_size=None,
-        test_proportion=0.2, validation_proportion=0.25, seed=0,
-    )  # fmt: skip
     options = tiling.TilingOptions(angles=(90, 180, 270), evaluation_overlap=60)
-    directory = tiling.make_single_size(256, [image], blocks, tmp_path, options)
-    elapsed = time.perf_counter() - start
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        blocks = splits.ground_blocks(
+            [image.raster], split_by="block", max_tile_size=256, block_size=None,
+            test_proportion=0.2, validation_proportion=0.25, seed=0,
+        )  # fmt: skip
+        directory = tiling.make_single_size(256, [image], blocks, tmp_path, options, force=True)
+        times.append(time.perf_counter() - start)
     tiles, boxes = tiling.read_tiles(directory)
     assert boxes["owned"].sum() == objects
     assert len(tiles) > 1024
-    assert elapsed < 3
+    assert min(times) < 3
