@@ -20,7 +20,7 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 lab: sample
-	$(BIN)/jupyter lab main.ipynb
+	$(BIN)/jupyter lab main.ipynb $(if $(SUDO),,--allow-root)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

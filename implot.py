@@ -388,7 +388,7 @@ def plot_detections(
             for k, s, side in (("x", "width", width), ("y", "height", height)))  # fmt: skip
     window = Window(x, y, int(width), int(height))
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(WIDTH, WIDTH / 2 + 0.6), sharex=True, sharey=True, layout="constrained"
+        1, 2, figsize=(WIDTH, WIDTH / 2 + 0.9), sharex=True, sharey=True, layout="constrained"
     )
     mine = detections[detections["block"] == block["block"]]
     colors = _label_colors([*image.df["label"], *detections["label"]])

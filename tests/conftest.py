@@ -24,16 +24,19 @@ PROJECT = Path(__file__).parent.parent
 REAL_DATA = PROJECT.parent / "shared" / "data"
 
 
+def make_samples(folder, sizes):
+    """Write `images/NAME.tif` and `datasets/NAME.csv` for each name and its (width, height)."""
+    for seed, (name, (width, height)) in enumerate(sizes.items()):
+        image, table = folder / "images" / f"{name}.tif", folder / "datasets" / f"{name}.csv"
+        sampledata.make_sample(image, table, width=width, height=height, seed=seed)
+
+
 @pytest.fixture(scope="session")
 def small_sample(tmp_path_factory):
     """Two rasters of a few hundred pixels, one not square, with their tables."""
     folder = tmp_path_factory.mktemp("sample")
     sizes = {"one": (640, 512), "two": (512, 512)}
-    for seed, (name, (width, height)) in enumerate(sizes.items()):
-        sampledata.make_sample(
-            folder / "images" / f"{name}.tif", folder / "datasets" / f"{name}.csv",
-            width=width, height=height, seed=seed,
-        )  # fmt: skip
+    make_samples(folder, sizes)
     return SimpleNamespace(
         folder=folder,
         rasters=[fileio.read_raster(folder / "images" / f"{name}.tif") for name in sizes],

@@ -11,20 +11,14 @@ import pandas as pd
 import papermill
 import pytest
 import yaml
-from conftest import PROJECT
-
-import sampledata
+from conftest import PROJECT, make_samples
 
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     sizes = {"first": (512, 384), "second": (384, 384)}
-    for seed, (name, (width, height)) in enumerate(sizes.items()):
-        sampledata.make_sample(
-            folder / "images" / f"{name}.tif", folder / "datasets" / f"{name}.csv",
-            width=width, height=height, seed=seed,
-        )  # fmt: skip
+    make_samples(folder, sizes)
     parameters = yaml.safe_load((PROJECT / "params" / "tiny.yaml").read_text()) | {
         "DF_FILENAMES": [f"{name}.csv" for name in sizes],
         "IMAGE_FILENAMES": [f"{name}.tif" for name in sizes],
