@@ -255,7 +255,7 @@ def run_steps(raw: pd.DataFrame, steps: Mapping[str, Step]) -> Cleaned:
 
 
 def _count_changed(before: pd.DataFrame, after: pd.DataFrame) -> int:
-    before = before if len(before) == len(after) else before.loc[after.index]
+    before = before if before.index.equals(after.index) else before.loc[after.index]
     changed = np.zeros(len(after), dtype=bool)
     for name in after.columns.intersection(before.columns):
         old, new = before[name], after[name]
@@ -292,7 +292,7 @@ def preprocess_df(
             `xmin, ymin, xmax, ymax` (px) from the table.
         default_diameter: Replaces diameters of zero and below, in the table's units.
         diameter_scale: Pixels per unit of the diameter column.
-        max_diameter: Objects from this diameter on are noise, in the table's units.
+        max_diameter: Objects from this diameter on are noise, in the table's units (boxes: px).
         clip_to_raster: Cut boxes at the raster's edge instead of dropping those that reach over it.
         extra_filters: Further box filters, see `filter_invalid_bboxes`.
         extra_steps: Further steps (frame -> frame), run on boxes before the filters check them.

@@ -297,7 +297,7 @@ def train_iteration(
     model.load_state_dict(state["state_dict"])
     (validated,) = trainer.validate(model, module.full_validation_dataloader(), verbose=False)
     state["state_dict"]["operating_threshold"] = model.operating_threshold.cpu()
-    state |= {"optimizer_states": [], "lr_schedulers": []}  # two thirds of the file; last.ckpt has
+    state |= {"optimizer_states": [], "lr_schedulers": []}  # two thirds of a file that only detects
     with fileio.atomic_path(best) as temporary:
         torch.save(state, temporary)
     (tested,) = trainer.test(model, module.test_dataloader(), verbose=False)
@@ -323,7 +323,7 @@ def make_contract(data: SearchData, module: TileDataModule, tile_size: int) -> D
         bands=len(raster.bands),
         dtype=raster.dtype,
         radiometry=data.radiometry,
-        anchors=fit_anchors(module.train.boxes),
+        anchors=fit_anchors(module.train.boxes[module.train.owned]),  # neighbours are cut
         detections_per_tile=max(100, 2 * densest),
         resolution=raster.resolution,
         split_hash=fileio.fingerprint(data.blocks),
