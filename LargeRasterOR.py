@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -375,6 +376,27 @@ class LargeRasterORModel(pl.LightningModule):
         """Log the loss of a batch and collect its detections."""
         return self._common_step(batch, "test")
 
+    def on_train_start(self) -> None:
+        """Say where the training runs, and start the clock of its progress lines."""
+        log.info(
+            "training on %s in %s: %d steps",
+            self.device, self.trainer.precision, self.trainer.estimated_stepping_batches,
+        )  # fmt: skip
+        self._started = time.monotonic()
+
+    def on_train_epoch_end(self) -> None:
+        """Log a line of progress."""
+        done, epochs = self.current_epoch + 1, self.trainer.max_epochs
+        elapsed = time.monotonic() - self._started
+        known = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        shown = [
+            f"{n} {known[n]:.3f}" for n in ("val_loss", "val_AP50", "val_box_f1") if n in known
+        ]
+        log.info(
+            "epoch %d of %d: %s; %.0f s, about %.0f s to go", done, epochs, ", ".join(shown),
+            elapsed, elapsed / done * (epochs - done),
+        )  # fmt: skip
+
     def on_validation_start(self) -> None:
         """Keep detections from the validation's score threshold on."""
         self.network.score_thresh = self.conf.validation.score_threshold
@@ -480,7 +502,6 @@ class LargeRasterORModel(pl.LightningModule):
                 f"training on {trainer.world_size} devices would measure each device's share of "
                 "the ground on its own; set DEVICES = 1"
             )
-        log.info("training on %s in %s", trainer.strategy.root_device, precision)
         return trainer
 
 

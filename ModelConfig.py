@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, field, fields
@@ -28,6 +29,14 @@ SampleShare = Annotated[float, Field(gt=0, le=1)]
 Proportion = Annotated[float, Field(gt=0, lt=1)]
 FileName = Annotated[str, Field(min_length=1)]
 
+# Parameters that the next execution of a run may change: what the search spans, where and how it
+# runs, what it shows. All others decide whether its trials can be ranked together.
+MAY_CHANGE = {
+    "PATCH_SIZES", "BATCH_SIZES", "N_EPOCHS", "SAMPLE_SIZES", "LEARNING_RATES", "RETRY_FAILED",
+    "FORCE_CREATION", "ACCELERATOR", "DEVICES", "WORKERS", "RUNS_DIR", "DF_DIR", "IMG_DIR",
+    "TILING_DIRECTORY", "IMAGE_OUTPUT_DIRECTORY", "MATERIALIZE_TILES", "WANDB_ACTIVE",
+    "WANDB_PROJECT", "PLOT_IMAGE", "INTERACTIVE",
+}  # fmt: skip
 _STRICT = ConfigDict(validate_assignment=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -224,6 +233,30 @@ class RunParameters:
                 if isinstance(e.get("ctx", {}).get("error"), InputError)
             ]
             raise InputError("\n".join(lines)) from None
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on with a run whose trials were made with other parameters.
+
+        Raises:
+            InputError: Names the parameters that differ from those in the run's `parameters.json`.
+        """
+        record = self.run_dir / "parameters.json"
+        if self.FORCE_CREATION or not record.exists():
+            return
+        if not any(self.run_dir.glob("trials/*/result.json")):
+            return
+        before = json.loads(record.read_text(encoding="utf-8"))
+        now = json.loads(json.dumps(asdict(self), default=str))
+        changed = [
+            f"{name} = {before[name]!r} (now {value!r})"
+            for name, value in now.items()
+            if name not in MAY_CHANGE and name in before and before[name] != value
+        ]
+        if changed:
+            raise InputError(
+                f"the results in {self.run_dir} were made with {', '.join(changed)}; set another "
+                "RUN_NAME, or FORCE_CREATION = True to start over"
+            )
 
     @property
     def run_dir(self) -> Path:

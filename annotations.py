@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 UNKNOWN = "Unknown"  # the label that stands for all uncommon ones
 MIN_SIDE = 0.01  # px; a box thinner than this has no area in float32
+LARGE_LOSS = 0.3  # share of the rows that one step may drop before it is worth a warning
 ROW_BASE = 2**40  # index of the first row while steps run
 
 Step = Callable[[pd.DataFrame], pd.DataFrame]
@@ -347,7 +348,8 @@ def preprocess_df(
     # Own steps come before the filters, which then check what they made of the boxes.
     _add(steps, [(name_of(step), step) for step in extra_steps])
     too_large = partial(max_diameter_filter, max_diameter=limit_px)
-    for name, box_filter in (("centre off the raster", center_filter), ("too large", too_large)):
+    limit_name = f"not under MAX_DIAMETER, {limit_px:g} px"
+    for name, box_filter in (("centre off the raster", center_filter), (limit_name, too_large)):
         steps[name] = partial(_apply_filter, **size, box_filter=box_filter)
     if clip_to_raster:
         steps["cut at the edge"] = partial(clip_bboxes, **size)
@@ -359,7 +361,17 @@ def preprocess_df(
         raise InputError(f"{path}: {error}") from error
     if cleaned.df.empty:
         reasons = cleaned.quarantine["reason"].value_counts().to_dict()
-        raise InputError(f"{path} has no valid row left of {len(raw)}; dropped were {reasons}")
+        raise InputError(
+            f"{path} has no valid row left of {len(raw)}; dropped were {reasons}, for example "
+            f"{raw.iloc[0].to_dict()}. Check the units (DIAMETER_SCALE, MAX_DIAMETER) and the "
+            "columns (DIAMETER_COLUMN_NAME, BOX_SOURCE)"
+        )
+    lost = cleaned.report[cleaned.report["dropped"] > LARGE_LOSS * cleaned.report["rows_in"]]
+    for step in lost.itertuples():
+        log.warning(
+            "%s: %d of %d rows dropped: %s; is that meant?", path.name, step.dropped, step.rows_in,
+            step.step,
+        )  # fmt: skip
     df = cleaned.df.assign(label=cleaned.df[label_column])
     return Cleaned(
         df[[*CENTER_COLUMNS, "diameter", "label", *BOX_COLUMNS]], cleaned.quarantine, cleaned.report

@@ -34,12 +34,13 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+import annotations
 import fileio
 import imutils
 import splits
 import tiling
 from datasets import TileDataModule, class_ids
-from ImageData import ImageData, InputError
+from ImageData import BOX_COLUMNS, CENTER_COLUMNS, ImageData, InputError
 from LargeRasterOR import DataContract, LargeRasterORModel, fit_anchors
 from logger import LoggerProtocol, get_logging_key, make_model_logger
 from ModelConfig import ModelConfig
@@ -48,7 +49,12 @@ log = logging.getLogger(__name__)
 
 RANKED_BY = "val_AP50"  # the best trial is chosen on validation ground, never on the test's
 OUTCOMES = {"values", "error"}  # attributes of a trial, one of which tells that it came to an end
-BEST_FILES = ("detections.csv", "curve.csv", "confusion.csv")  # of the best trial, for the run
+BEST_FILES = (
+    "detections.csv",
+    "objects.csv",
+    "curve.csv",
+    "confusion.csv",
+)  # of the best trial, for the run
 
 
 @dataclass(frozen=True)
@@ -251,7 +257,7 @@ def train_iteration(
     """Train one model, choose its threshold on all validation ground, test it on the test ground.
 
     Writes to `trial_dir`: `checkpoints/best.ckpt` (lowest `val_loss`, with the threshold) and
-    `last.ckpt`; `detections.csv`, `curve.csv`, `confusion.csv` of the test.
+    `last.ckpt`; `detections.csv`, `objects.csv`, `curve.csv`, `confusion.csv` of the test.
 
     Args:
         hyperparams: `patch_size, n_epochs, sample_size, learning_rate, batch_size`.
@@ -332,32 +338,37 @@ def make_contract(data: SearchData, module: TileDataModule, tile_size: int) -> D
 
 
 def write_evaluation(trial_dir: Path, model: LargeRasterORModel, blocks: pd.DataFrame) -> None:
-    """Write the model's last evaluation as tables.
+    """Write the model's last evaluation as tables; places are in px of the raster.
 
-    `detections.csv`: `raster, block, pixel_x, pixel_y, diameter, label, score, xmin, ymin, xmax,
-    ymax, found` (px; `found` is the object's place among the block's, -1 none, -2 ignored), of all
-    scores. `curve.csv`: `threshold, precision, recall, f1`. `confusion.csv`: counts.
+    `detections.csv`, of all scores: `raster, block, pixel_x, pixel_y, diameter, label, score, xmin,
+    ymin, xmax, ymax, found`; `found` is the `object` of the block that the detection found, -1 for
+    none, -2 for one whose centre lies on other ground, which counts neither way.
+    `objects.csv`: `raster, block, object, label, xmin, ymin, xmax, ymax, counted, found_score`;
+    `counted` unless the centre lies on other ground; the score of the detection that found it.
+    `curve.csv`: `threshold, precision, recall, f1`. `confusion.csv`: counts.
     """
     raster_of = blocks.set_index("block")["raster"]
-    tables = []
+    labels = np.asarray(model.labels, dtype=object)
+    detections, objects = [], []
     for block, ground in model.grounds.items():
-        xmin, ymin, xmax, ymax = ground.boxes.T
-        tables.append(
-            pd.DataFrame(
-                {
-                    "raster": raster_of[block], "block": block,
-                    "pixel_x": (xmin + xmax) / 2, "pixel_y": (ymin + ymax) / 2,
-                    "diameter": np.maximum(xmax - xmin, ymax - ymin),
-                    "label": np.asarray(model.labels, dtype=object)[ground.labels],
-                    "score": ground.scores,
-                    "xmin": xmin, "ymin": ymin, "xmax": xmax, "ymax": ymax,
-                    "found": model.evaluation.matches[block],
-                }
-            )
-        )  # fmt: skip
-    fileio.write_table(trial_dir / "detections.csv", pd.concat(tables, ignore_index=True))
-    curve = vars(model.evaluation.curve)
-    fileio.write_table(trial_dir / "curve.csv", pd.DataFrame(curve))
+        place = {"raster": raster_of[block], "block": block}
+        matches = model.evaluation.matches[block]
+        boxes = dict(zip(BOX_COLUMNS, ground.boxes.T, strict=True))
+        found = annotations.measure_bboxes(pd.DataFrame(boxes)).assign(
+            **place, label=labels[ground.labels], score=ground.scores, found=matches
+        )
+        columns = [*place, *CENTER_COLUMNS, "diameter", "label", "score", *BOX_COLUMNS, "found"]
+        detections.append(found[columns])
+
+        score = np.full(len(ground.truth_boxes), np.nan)
+        score[matches[matches >= 0]] = ground.scores[matches >= 0]
+        boxes = dict(zip(BOX_COLUMNS, ground.truth_boxes.T, strict=True))
+        first = place | {"object": np.arange(len(score)), "label": labels[ground.truth_labels]}
+        last = {"counted": ~ground.truth_ignored, "found_score": score}
+        objects.append(pd.DataFrame(first | boxes | last))
+    fileio.write_table(trial_dir / "detections.csv", pd.concat(detections, ignore_index=True))
+    fileio.write_table(trial_dir / "objects.csv", pd.concat(objects, ignore_index=True))
+    fileio.write_table(trial_dir / "curve.csv", pd.DataFrame(vars(model.evaluation.curve)))
     confusion = pd.DataFrame(model.evaluation.confusion, columns=[*model.labels, "missed"])
     confusion.insert(0, "truth", [*model.labels, "background"])
     fileio.write_table(trial_dir / "confusion.csv", confusion)

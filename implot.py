@@ -103,8 +103,15 @@ def _legend(ax: Axes, colors: Mapping[str, str], counts: Mapping[str, int] | Non
         ax.legend(handles=handles, loc="upper left", fontsize="small", framealpha=0.8)
 
 
-def show_window(ax: Axes, raster: fileio.Raster, window: Window | None = None) -> None:
-    """Draw a window of a raster, or all of it decimated, in px of the raster."""
+def _legend_above(ax: Axes, handles: Sequence) -> None:
+    ax.legend(handles=handles, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0),
+              ncols=max(len(handles), 1), frameon=False)  # fmt: skip
+
+
+def show_window(
+    ax: Axes, raster: fileio.Raster, window: Window | None = None, *, gray: bool = False
+) -> None:
+    """Draw a window of a raster, or all of it decimated, in px of the raster, perhaps in gray."""
     whole = Window(0, 0, raster.width, raster.height)
     window = window or whole
     if window == whole:
@@ -112,6 +119,7 @@ def show_window(ax: Axes, raster: fileio.Raster, window: Window | None = None) -
     else:
         image = raster.read(window)
         valid = raster.read_valid(window, image)
+    image = image.mean(axis=0, keepdims=True) if gray else image
     extent = (window.x, window.x + window.width, window.y + window.height, window.y)
     ax.imshow(
         imutils.preview_stretch(image, valid), cmap="gray", extent=extent, interpolation="nearest",
@@ -152,7 +160,7 @@ def plot_diameters(
     ax = _axes(ax)
     df = pd.concat([image.df for image in images])
     top = max([df["diameter"].max(), *patch_sizes]) * 1.1
-    bins = np.geomspace(max(df["diameter"].min(), 0.5), top, 50)
+    bins = np.geomspace(max(df["diameter"].min(), 0.5), df["diameter"].max() * 1.1, 40)
     for label, color in _label_colors(df["label"]).items():
         ax.hist(
             df.loc[df["label"] == label, "diameter"], bins, histtype="step", color=color,
@@ -179,23 +187,31 @@ def plot_label_counts(counts: pd.DataFrame, ax: Axes | None = None) -> Axes:
         left += counts[split].to_numpy()
     for i, total in enumerate(left):
         ax.annotate(f" {total:.0f}", (total, i), va="center", fontsize="small")
-    ax.set(xlabel="objects", title="Objects per label and split", xlim=(0, left.max() * 1.1))
-    ax.legend(fontsize="small")
+    ax.set(xlabel="objects", xlim=(0, left.max() * 1.1))
+    ax.set_title("Objects per label and split", pad=26)
+    _legend_above(ax, ax.get_legend_handles_labels()[0])
     return ax
 
 
 def plot_split_map(image: ImageData, blocks: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw which ground of a raster trains, validates and tests."""
+    """Draw which ground of a raster trains, validates and tests, and where its objects are."""
     ax = _axes(ax, (WIDTH, WIDTH * 0.75))
-    show_window(ax, image.raster)
+    show_window(ax, image.raster, gray=True)
     mine = blocks[blocks["raster"] == image.image_identifier]
     for b in mine.itertuples():
         color = SPLIT_COLORS[b.split]
-        ax.add_patch(Rectangle((b.x, b.y), b.width, b.height, facecolor=color, alpha=0.3))
-        ax.add_patch(Rectangle((b.x, b.y), b.width, b.height, edgecolor=color, fill=False))
-    ax.plot(image.df["pixel_x"], image.df["pixel_y"], ".", color="white", markersize=2)
-    _legend(ax, SPLIT_COLORS, {s: int((mine["split"] == s).sum()) for s in SPLIT_COLORS})
-    ax.set_title(f"Ground of {image.image_identifier} (blocks per split)")
+        ax.add_patch(Rectangle((b.x, b.y), b.width, b.height, facecolor=color, alpha=0.35))
+        ax.add_patch(Rectangle((b.x, b.y), b.width, b.height, edgecolor="black", fill=False))
+    ax.plot(image.df["pixel_x"], image.df["pixel_y"], "o", color="white", markersize=3,
+            markeredgecolor="black", markeredgewidth=0.4)  # fmt: skip
+    handles = [
+        Line2D(
+            [], [], color=color, linewidth=6, label=f"{split} ({(mine['split'] == split).sum()})"
+        )
+        for split, color in SPLIT_COLORS.items()
+    ]
+    _legend_above(ax, handles)
+    ax.set_title(f"Ground of {image.image_identifier} (blocks per split)", pad=26)
     return ax
 
 
@@ -252,10 +268,11 @@ def plot_learning_curves(records: pd.DataFrame, ax: Axes | None = None) -> Axes:
                 known = records.dropna(subset=[column])
                 target.plot(known["step"], known[column], style, marker="o", markersize=3,
                             color=color, label=label)  # fmt: skip
-    ax.set(xlabel="optimiser step", ylabel="loss", title="Learning curves", ylim=(0, None))
-    right.set(ylabel="score", ylim=(0, 1))
+    ax.set(xlabel="optimiser step", ylabel="loss", ylim=(0, None))
+    ax.set_title("Learning curves", pad=26)
+    right.set(ylabel="score", ylim=(0, 1.02))
     handles = [*ax.get_lines(), *right.get_lines()]
-    ax.legend(handles=handles, fontsize="small", loc="center right")
+    _legend_above(ax, handles)
     return ax
 
 
@@ -306,8 +323,9 @@ def plot_confusion(confusion: pd.DataFrame, ax: Axes | None = None) -> Axes:
     shares = values / np.maximum(values.sum(axis=1, keepdims=True), 1)
     ax.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     for (i, j), count in np.ndenumerate(values):
-        ax.annotate(f"{count:.0f}", (j, i), ha="center", va="center", fontsize="small",
-                    color="black" if shares[i, j] > 0.6 else "white")  # fmt: skip
+        nothing = i == values.shape[0] - 1 and j == values.shape[1] - 1  # background, not detected
+        ax.annotate("" if nothing else f"{count:.0f}", (j, i), ha="center", va="center",
+                    fontsize="small", color="black" if shares[i, j] > 0.6 else "white")  # fmt: skip
     ax.set_xticks(range(values.shape[1]), counts.columns, rotation=30, ha="right")
     ax.set_yticks(range(values.shape[0]), counts.index)
     ax.set(xlabel="detected as", ylabel="truth", title="Confusion on the test ground")
@@ -351,35 +369,43 @@ def plot_density(
         detections: `detections.csv` of a trial, without those below the threshold.
         blocks: Ground blocks; ground that is not test stays blank.
         raster: Identifier of the raster.
-        cell: Side of the cells in px.
+        cell: About the side of the cells in px; each block is cut into equal ones.
         ax: Where to draw; None makes a figure.
     """
-    ground = blocks[(blocks["raster"] == raster)]
+    ground = blocks[blocks["raster"] == raster]
     width, height = (ground["x"] + ground["width"]).max(), (ground["y"] + ground["height"]).max()
-    edges_x, edges_y = (np.arange(0, side + cell, cell) for side in (width, height))
     mine = detections[detections["raster"] == raster]
-    counts, _, _ = np.histogram2d(mine["pixel_y"], mine["pixel_x"], bins=(edges_y, edges_x))
-    tested = np.zeros(counts.shape, dtype=bool)
+    counts = []
     for b in ground[ground["split"] == "test"].itertuples():
-        rows = slice(b.y // cell, -(-(b.y + b.height) // cell))
-        tested[rows, b.x // cell : -(-(b.x + b.width) // cell)] = True
+        edges_x = np.linspace(b.x, b.x + b.width, max(1, round(b.width / cell)) + 1)
+        edges_y = np.linspace(b.y, b.y + b.height, max(1, round(b.height / cell)) + 1)
+        inside = mine[mine["block"] == b.block]
+        found, _, _ = np.histogram2d(inside["pixel_y"], inside["pixel_x"], bins=(edges_y, edges_x))
+        counts.append((found, (b.x, b.x + b.width, b.y + b.height, b.y)))
     ax = _axes(ax, (WIDTH * 0.75, WIDTH * 0.6))
-    drawn = ax.imshow(np.ma.masked_where(~tested, counts), cmap="cividis",
-                      extent=(0, edges_x[-1], edges_y[-1], 0))  # fmt: skip
-    ax.figure.colorbar(drawn, ax=ax, label=f"detections per {cell} x {cell} px")
+    most = max([1.0, *(found.max() for found, _ in counts)])
+    for found, extent in counts:
+        drawn = ax.imshow(found, cmap="cividis", extent=extent, vmin=0, vmax=most)
+    if counts:
+        ax.figure.colorbar(drawn, ax=ax, label=f"detections per cell of about {cell} px")
     ax.set(xlabel="x (px)", ylabel="y (px)", facecolor="0.9", xlim=(0, width), ylim=(height, 0),
            title=f"Density of detections on the test ground of {raster}")  # fmt: skip
     return ax
 
 
 def plot_detections(
-    image: ImageData, detections: pd.DataFrame, block: pd.Series, max_side: int = 512
+    image: ImageData,
+    detections: pd.DataFrame,
+    objects: pd.DataFrame,
+    block: pd.Series,
+    max_side: int = 512,
 ) -> Figure:
     """Draw a block of test ground twice: with its objects, and with what was detected there.
 
     Args:
         image: The annotated raster.
         detections: `detections.csv` of a trial, without those below the threshold.
+        objects: `objects.csv` of the trial.
         block: The row of the block in the ground blocks.
         max_side: Px of the block to show at most; the middle of a larger one is.
     """
@@ -387,24 +413,23 @@ def plot_detections(
     x, y = (int(block[k] + (block[s] - side) // 2)
             for k, s, side in (("x", "width", width), ("y", "height", height)))  # fmt: skip
     window = Window(x, y, int(width), int(height))
-    figure, (left, right) = plt.subplots(
+    found = detections[detections["block"] == block["block"]]
+    truth = objects[objects["block"] == block["block"]]
+    missed = truth["counted"] & ~truth["object"].isin(found["found"])
+    spurious = found["found"] == -1
+
+    figure, axes = plt.subplots(
         1, 2, figsize=(WIDTH, WIDTH / 2 + 0.9), sharex=True, sharey=True, layout="constrained"
     )
-    mine = detections[detections["block"] == block["block"]]
-    colors = _label_colors([*image.df["label"], *detections["label"]])
-    for ax, df, title in ((left, image.df, "truth"), (right, mine, "detections")):
+    colors = _label_colors([*truth["label"], *found["label"]])
+    sides = (("truth", truth, missed, "missed"), ("detections", found, spurious, "spurious"))
+    for ax, (title, df, wrong, word) in zip(axes, sides, strict=True):
         show_window(ax, image.raster, window)
-        center_x, center_y = (df["xmin"] + df["xmax"]) / 2, (df["ymin"] + df["ymax"]) / 2
-        inside = center_x.between(x, x + width) & center_y.between(y, y + height)
-        if title == "detections":
-            right_ones = df["found"] != -1
-            _draw_labelled(ax, df[right_ones], colors)
-            _draw_labelled(ax, df[~right_ones], colors, linestyles="--")
-        else:
-            _draw_labelled(ax, df, colors)
-        ax.set_title(f"{title}: {inside.sum()}", fontsize="medium")
+        _draw_labelled(ax, df[~wrong], colors)
+        _draw_labelled(ax, df[wrong], colors, linestyles="--", linewidths=1.6)
+        ax.set_title(f"{title}: {len(df)}, {wrong.sum()} of them {word}", fontsize="medium")
     handles = [Line2D([], [], color=color, label=label) for label, color in colors.items()]
-    handles.append(Line2D([], [], color="0.5", linestyle="--", label="no such object"))
+    handles.append(Line2D([], [], color="0.5", linestyle="--", label="missed or spurious"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     figure.suptitle(f"{image.image_identifier}, test block {block['block']}", fontsize="medium")
     return figure

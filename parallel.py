@@ -15,6 +15,8 @@ from typing import TypeVar
 from loky import get_reusable_executor
 from tqdm.auto import tqdm
 
+from ImageData import InputError
+
 log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
@@ -86,6 +88,8 @@ def map_ordered(
 
 
 def _name_item(error: Exception, description: str, item: object) -> None:
+    if isinstance(error, InputError):
+        return  # it names what it is about itself
     text = repr(item)
     shown = text if len(text) <= 200 else text[:200] + "..."
     error.add_note(f"while {description or 'working'} on {shown}")

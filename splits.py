@@ -56,12 +56,13 @@ def ground_blocks(
         InputError: A raster is smaller than a tile, or there are fewer than three blocks.
     """
     for raster in rasters:
-        for name, side in (("width", raster.width), ("height", raster.height)):
-            if max_tile_size > side:
-                raise InputError(
-                    f"tile_size must be <= {side} px (the {name} of {raster.path.name}), "
-                    f"got {max_tile_size}; lower PATCH_SIZES"
-                )
+        side = min(raster.width, raster.height)
+        if max_tile_size > side:
+            name = "height" if side == raster.height else "width"
+            raise InputError(
+                f"tile_size must be <= {side} px (the {name} of {raster.path.name}), "
+                f"got {max_tile_size}; lower PATCH_SIZES"
+            )
     if split_by == "raster":
         sizes = [None]
     elif block_size is not None:
@@ -74,8 +75,9 @@ def ground_blocks(
             break
     if len(blocks) < len(SPLITS):
         raise InputError(
-            f"the ground falls into {len(blocks)} blocks, but training, validation and test need "
-            "one each; lower BLOCK_SIZE or PATCH_SIZES, or add rasters"
+            f"the ground falls into {len(blocks)} blocks of at least {size or 'a raster'}, but "
+            "training, validation and test need one each; lower BLOCK_SIZE or PATCH_SIZES to at "
+            f"most {_largest_block(rasters)} px, or add rasters"
         )
     blocks.insert(0, "block", np.arange(len(blocks)))
 
@@ -96,6 +98,14 @@ def ground_blocks(
     blocks.loc[ranked.index[is_test], "split"] = "test"
     blocks.loc[rest[:share], "split"] = "validation"
     return blocks
+
+
+def _largest_block(rasters: Sequence[RasterHandle]) -> int:
+    """Return the largest block side, in px, that gives every split a block."""
+    size = min(min(r.width, r.height) for r in rasters)
+    while sum((r.width // size) * (r.height // size) for r in rasters) < len(SPLITS):
+        size -= 1
+    return size
 
 
 def _cut(raster: RasterHandle, size: int | None) -> pd.DataFrame:

@@ -144,7 +144,7 @@ def test_every_dropped_row_is_in_the_quarantine_with_its_reason(tmp_path):
     assert cleaned.df["diameter"].tolist() == [15.0, 1.5, 1.5]
     reasons = dict(zip(cleaned.quarantine["row"], cleaned.quarantine["reason"], strict=True))
     assert reasons == {
-        1: "diameter not numeric", 2: "diameter not numeric", 5: "too large",
+        1: "diameter not numeric", 2: "diameter not numeric", 5: "not under MAX_DIAMETER, 75 px",
         6: "over the left or upper edge", 7: "over the right or lower edge",
         8: "pixel_x not numeric", 9: "centre off the raster",
     }  # fmt: skip
@@ -170,6 +170,12 @@ def test_the_report_adds_up(small_sample):
         numbers = pd.to_numeric(raw["diameter"], errors="coerce")
         centred = pd.to_numeric(raw["pixel_x"], errors="coerce").notna()
         assert repaired == (numbers[centred] <= 0).sum() > 0
+
+
+def test_a_large_loss_is_a_warning_that_names_the_setting(tmp_path, caplog):
+    text = "pixel_x,pixel_y,diameter,label\n50,50,9,a\n40,40,30,a\n60,60,30,a\n"
+    an.preprocess_df(write(tmp_path, text), (100, 100), max_diameter=25)
+    assert "2 of 3 rows dropped: not under MAX_DIAMETER, 25 px" in caplog.text
 
 
 def test_clipping_keeps_objects_over_the_edge(tmp_path):

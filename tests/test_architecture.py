@@ -84,7 +84,7 @@ def test_notebook_is_stripped_and_its_cells_are_short(notebook):
         assert not cell.outputs
         assert cell.execution_count is None
         if not {"parameters"} & set(cell.metadata.get("tags", [])):
-            assert len(cell.source.splitlines()) <= 21, cell.source
+            assert len(cell.source.splitlines()) <= 18, cell.source
 
 
 def test_contents_lead_to_every_section(notebook):

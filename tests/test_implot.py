@@ -74,7 +74,7 @@ def test_confusion_curve_and_learning_are_drawn():
         {"truth": ["a", "b", "background"], "a": [3, 1, 2], "b": [0, 4, 0], "missed": [1, 0, 0]}
     )
     ax = implot.plot_confusion(confusion)
-    assert [t.get_text() for t in ax.texts] == list("301140200")
+    assert [t.get_text() for t in ax.texts] == [*"30114020", ""]
     curve = pd.DataFrame({"recall": [0.2, 0.8], "precision": [1.0, 0.7]})
     values = {"box_recall": 0.8, "box_precision": 0.7, "box_f1": 0.75, "score_threshold": 0.4,
               "AP50": 0.6}  # fmt: skip
@@ -92,20 +92,28 @@ def test_density_counts_detections_on_test_ground_only(prepared):
     block = prepared.blocks[prepared.blocks["split"] == "test"].iloc[0]
     inside = {"raster": block["raster"], "pixel_x": [block["x"] + 5.0] * 3,
               "pixel_y": [block["y"] + 5.0] * 3}  # fmt: skip
-    ax = implot.plot_density(pd.DataFrame(inside), prepared.blocks, block["raster"], cell=64)
-    shown = ax.images[0].get_array()
-    assert shown.sum() == 3
-    assert shown.mask.any()
+    ax = implot.plot_density(
+        pd.DataFrame(inside).assign(block=block["block"]), prepared.blocks, block["raster"], cell=64
+    )
+    tests = prepared.blocks[prepared.blocks["split"] == "test"]
+    drawn = [shown.get_array() for shown in ax.images]
+    assert len(drawn) == (tests["raster"] == block["raster"]).sum()
+    assert sum(cells.sum() for cells in drawn) == 3
 
 
 def test_detections_stand_beside_the_truth(prepared):
     block = prepared.blocks[prepared.blocks["split"] == "test"].iloc[0]
     image = next(i for i in prepared.images if i.image_identifier == block["raster"])
     found = image.df.head(5).assign(block=block["block"], score=0.9, found=[0, 1, 2, -1, -2])
-    figure = implot.plot_detections(image, found, block)
+    objects = image.df.head(4).assign(
+        block=block["block"], object=range(4), counted=[True, True, True, True]
+    )
+    figure = implot.plot_detections(image, found, objects, block)
     left, right = figure.axes
-    assert boxes_drawn(left) == len(image.df)
+    assert boxes_drawn(left) == 4
+    assert left.get_title() == "truth: 4, 1 of them missed"
     assert boxes_drawn(right) == 5
+    assert right.get_title() == "detections: 5, 1 of them spurious"
     assert left.get_xlim() == right.get_xlim()
 
 

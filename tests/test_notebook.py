@@ -80,6 +80,27 @@ def test_the_artefacts_are_there_and_agree(tiny_run):
     assert json.loads((run / "parameters.json").read_text())["RUN_NAME"] == "tiny"
 
 
+def test_a_run_with_results_refuses_other_parameters_before_it_writes(tiny_run):
+    clean = tiny_run.folder / "runs" / "tiny" / "clean" / "first.csv"
+    before = clean.stat().st_mtime_ns
+    with pytest.raises(papermill.PapermillExecutionError) as caught:
+        execute(tiny_run.folder, tiny_run.parameters | {"MAX_DIAMETER": 20.0})
+    assert "were made with MAX_DIAMETER = 25.0 (now 20.0)" in caught.value.evalue
+    assert clean.stat().st_mtime_ns == before
+
+
+def test_objects_and_detections_tell_the_same_story(tiny_run):
+    run = tiny_run.folder / "runs" / "tiny"
+    values = json.loads((run / "metrics.json").read_text())["values"]
+    objects, detections = (pd.read_csv(run / f"{n}.csv") for n in ("objects", "detections"))
+    kept = detections[detections["score"] >= values["score_threshold"]]
+    assert objects["counted"].sum() == values["objects"]
+    assert (kept["found"] != -2).sum() == values["detections"]
+    found = (objects["found_score"] >= values["score_threshold"]).sum()
+    assert found == (kept["found"] >= 0).sum()
+    assert values["box_recall"] == pytest.approx(found / values["objects"], abs=1e-5)
+
+
 def test_rasters_and_chips_are_written_when_asked(tiny_run):
     folder = tiny_run.folder
     turned = {path.name for path in (folder / "turned").glob("*.tif")}
