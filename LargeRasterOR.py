@@ -389,9 +389,8 @@ class LargeRasterORModel(pl.LightningModule):
         done, epochs = self.current_epoch + 1, self.trainer.max_epochs
         elapsed = time.monotonic() - self._started
         known = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        shown = [
-            f"{n} {known[n]:.3f}" for n in ("val_loss", "val_AP50", "val_box_f1") if n in known
-        ]
+        names = ["val_loss", *(["val_AP50", "val_box_f1"] if self._measures("validation") else [])]
+        shown = [f"{name} {known[name]:.3f}" for name in names if name in known]
         log.info(
             "epoch %d of %d: %s; %.0f s, about %.0f s to go", done, epochs, ", ".join(shown),
             elapsed, elapsed / done * (epochs - done),

@@ -32,7 +32,8 @@ FileName = Annotated[str, Field(min_length=1)]
 # Parameters that the next execution of a run may change: what the search spans, where and how it
 # runs, what it shows. All others decide whether its trials can be ranked together.
 MAY_CHANGE = {
-    "PATCH_SIZES", "BATCH_SIZES", "N_EPOCHS", "SAMPLE_SIZES", "LEARNING_RATES", "RETRY_FAILED",
+    "RUN_NAME", "PR_COMPUTE_INTERVAL", "PATCH_SIZES", "BATCH_SIZES", "N_EPOCHS", "SAMPLE_SIZES",
+    "LEARNING_RATES", "RETRY_FAILED",
     "FORCE_CREATION", "ACCELERATOR", "DEVICES", "WORKERS", "RUNS_DIR", "DF_DIR", "IMG_DIR",
     "TILING_DIRECTORY", "IMAGE_OUTPUT_DIRECTORY", "MATERIALIZE_TILES", "WANDB_ACTIVE",
     "WANDB_PROJECT", "PLOT_IMAGE", "INTERACTIVE",
@@ -252,6 +253,13 @@ class RunParameters:
             for name, value in now.items()
             if name not in MAY_CHANGE and name in before and before[name] != value
         ]
+        blocks_follow = self.SPLIT_BY == "block" and self.BLOCK_SIZE is None
+        largest = max(before.get("PATCH_SIZES", self.PATCH_SIZES))
+        if blocks_follow and max(self.PATCH_SIZES) != largest:
+            changed.append(
+                f"tiles of up to {largest} px (now {max(self.PATCH_SIZES)}), from which the ground "
+                "blocks follow while BLOCK_SIZE is None"
+            )
         if changed:
             raise InputError(
                 f"the results in {self.run_dir} were made with {', '.join(changed)}; set another "

@@ -296,7 +296,8 @@ def preprocess_df(
         max_diameter: Objects from this diameter on are noise, in the table's units (boxes: px).
         clip_to_raster: Cut boxes at the raster's edge instead of dropping those that reach over it.
         extra_filters: Further box filters, see `filter_invalid_bboxes`.
-        extra_steps: Further steps (frame -> frame), run on boxes before the filters check them.
+        extra_steps: Further steps (frame -> frame), run on centres and diameters in px before boxes
+            are made of them, or on the boxes of the table.
 
     Returns:
         The clean table with `pixel_x, pixel_y, diameter, label, xmin, ymin, xmax, ymax` in px, its
@@ -324,8 +325,10 @@ def preprocess_df(
         )
         for name in numeric
     }
+    own_steps = [(name_of(step), step) for step in extra_steps]
     if from_columns:
         steps["swapped corners"] = correct_bounding_boxes
+        _add(steps, own_steps)
         steps["measure boxes"] = measure_bboxes
     else:
         steps["units to pixels"] = partial(
@@ -335,6 +338,7 @@ def preprocess_df(
         )
         if diameter_column != "diameter":
             steps["name the diameter"] = lambda df: df.assign(diameter=df[diameter_column])
+        _add(steps, own_steps)
         steps["boxes"] = generate_bboxes
         steps["swapped corners"] = correct_bounding_boxes
     size = {"sizex": width, "sizey": height}
@@ -345,8 +349,6 @@ def preprocess_df(
         *((name_of(box_filter), box_filter) for box_filter in extra_filters),
         ("no area", area_filter),
     ]
-    # Own steps come before the filters, which then check what they made of the boxes.
-    _add(steps, [(name_of(step), step) for step in extra_steps])
     too_large = partial(max_diameter_filter, max_diameter=limit_px)
     limit_name = f"not under MAX_DIAMETER, {limit_px:g} px"
     for name, box_filter in (("centre off the raster", center_filter), (limit_name, too_large)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -108,52 +107,73 @@ def recreate_directory(directory: Path) -> Path:
 
 
 def fingerprint(value: object) -> str:
-    """Digest a JSON-able value, paths and callables included, to a short stable text.
+    """Digest a value to a short text that is the same in every process.
 
-    A path stands for the file's name, size and modification time; a callable for its code, its
-    defaults, and the variables it uses, so that an edited filter is a new one.
+    A path stands for the file's name, size and modification time; a function for its code, its
+    defaults, and the variables and functions of its module that it uses, so that an edited filter
+    is another one; functions of libraries for their names.
     """
-    text = json.dumps(value, sort_keys=True, default=_identity)
+    text = json.dumps(_identity(value, frozenset()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _identity(value: object) -> object:
-    if isinstance(value, Path):
-        if not value.exists():
-            return [str(value), None]
-        stat = value.stat()
-        return [value.name, stat.st_size, stat.st_mtime_ns]
-    if isinstance(value, partial):
-        return [value.func, value.args, sorted(value.keywords.items())]
-    if isinstance(value, FunctionType):
-        return _function_identity(value)
-    if isinstance(value, ModuleType):
-        return value.__name__
-    if isinstance(value, pd.DataFrame):
-        rows = pd.util.hash_pandas_object(value, index=False)
-        return [list(value.columns), hashlib.sha256(rows.to_numpy().tobytes()).hexdigest()]
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    if isinstance(value, set | frozenset):
-        return sorted(map(repr, value))  # their own order changes from process to process
+def _identity(value: object, above: frozenset[int]) -> object:
+    """Turn a value into JSON; `above` are those around it, as functions may use themselves."""
+    if id(value) in above:
+        return "itself"
+    inner = partial(_identity, above=above | {id(value)})
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case Path():
+            stat = value.stat() if value.exists() else None
+            return [value.name, stat.st_size, stat.st_mtime_ns] if stat else [str(value), None]
+        case Mapping():
+            return sorted([str(key), inner(item)] for key, item in value.items())
+        case list() | tuple():
+            return [inner(item) for item in value]
+        case set() | frozenset():
+            return sorted(map(repr, value))  # their own order changes from process to process
+        case pd.DataFrame():
+            rows = pd.util.hash_pandas_object(value, index=False)
+            return [list(value.columns), hashlib.sha256(rows.to_numpy().tobytes()).hexdigest()]
+        case np.generic() | np.ndarray():
+            return value.tolist()
+        case partial():
+            return [inner(value.func), inner(value.args), inner(value.keywords)]
+        case MethodType():
+            return [inner(value.__func__), inner(value.__self__)]
+        case CodeType():
+            return [value.co_code.hex(), inner(value.co_consts), inner(value.co_names)]
+        case FunctionType():
+            defaults = [value.__defaults__, value.__kwdefaults__]
+            return [value.__qualname__, inner(value.__code__), inner(defaults), inner(_used(value))]
+        case ModuleType():
+            return value.__name__
+        case type():
+            members = {k: m for k, m in vars(value).items() if isinstance(m, FunctionType)}
+            return [value.__qualname__, inner(members)]
     if type(value).__repr__ is object.__repr__:  # it would show an address
-        return [type(value).__qualname__, getattr(value, "__dict__", None)]
+        return [inner(type(value)), inner(getattr(value, "__dict__", None))]
     return repr(value)
 
 
-def _function_identity(function: FunctionType) -> list[object]:
-    used = inspect.getclosurevars(function)
-    variables = {
-        name: value if not isinstance(value, FunctionType) else _code(value.__code__)
-        for name, value in (used.nonlocals | used.globals).items()
+def _used(function: FunctionType) -> dict[str, object]:
+    """Return the outer variables that a function uses, those of its inner functions included."""
+    codes, names = [function.__code__], set()
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names)
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    used = {name: value for name, value in function.__globals__.items() if name in names}
+    cells = function.__closure__ or ()
+    used |= zip(function.__code__.co_freevars, (c.cell_contents for c in cells), strict=True)
+    return {
+        name: f"{value.__module__}.{name}"
+        if isinstance(value, FunctionType | type) and value.__module__ != function.__module__
+        else value
+        for name, value in used.items()
     }
-    defaults = [function.__defaults__, function.__kwdefaults__]
-    return [function.__qualname__, _code(function.__code__), defaults, variables]
-
-
-def _code(code: CodeType) -> list[object]:
-    constants = [_code(c) if isinstance(c, CodeType) else _identity(c) for c in code.co_consts]
-    return [code.co_code.hex(), constants, code.co_names]
 
 
 def is_finished(path: Path, parameters: Mapping[str, Any]) -> bool:
@@ -445,7 +465,8 @@ def read_table(path: Path, text_columns: Sequence[str] = ()) -> pd.DataFrame:
 
     Args:
         path: The file.
-        text_columns: Columns to keep as they are written, so that the label 01 is not 1.
+        text_columns: Columns to keep as they are written, so that the label 01 is not 1, and NA
+            no missing one; only an empty cell is missing.
 
     Raises:
         InputError: The file is missing, empty, or not a table.
@@ -454,7 +475,10 @@ def read_table(path: Path, text_columns: Sequence[str] = ()) -> pd.DataFrame:
     if not path.exists():
         raise InputError(f"annotation table {path} does not exist; check DF_DIR and DF_FILENAMES")
     try:
-        df = pd.read_csv(path, low_memory=False, dtype=dict.fromkeys(text_columns, str))
+        df = pd.read_csv(
+            path, low_memory=False, keep_default_na=False, na_values=[""],
+            dtype=dict.fromkeys(text_columns, str),
+        )  # fmt: skip
     except pd.errors.EmptyDataError:
         raise InputError(f"{path} is empty; expected a header and a row per object") from None
     except (pd.errors.ParserError, UnicodeDecodeError) as error:

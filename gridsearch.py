@@ -47,6 +47,7 @@ from ModelConfig import ModelConfig
 
 log = logging.getLogger(__name__)
 
+TRASH = ".trash-"  # prefix of folders that are being deleted
 RANKED_BY = "val_AP50"  # the best trial is chosen on validation ground, never on the test's
 OUTCOMES = {"values", "error"}  # attributes of a trial, one of which tells that it came to an end
 BEST_FILES = (
@@ -68,6 +69,7 @@ class SearchData:
         radiometry: How raw values become model input.
         blocks: Ground blocks.
         evaluation_overlap: Overlap of evaluation windows in px.
+        tile_marks: Tile size -> fingerprint of its index.
     """
 
     tilings: Mapping[int, Path]
@@ -76,6 +78,7 @@ class SearchData:
     radiometry: imutils.Radiometry
     blocks: pd.DataFrame
     evaluation_overlap: int
+    tile_marks: Mapping[int, str]
 
 
 def prepare_search(
@@ -110,6 +113,7 @@ def prepare_search(
         radiometry=tiling.sample_radiometry(blocks, rasters, seed=conf.seed),
         blocks=blocks,
         evaluation_overlap=tiling.evaluation_overlap(images),
+        tile_marks={s: fileio.fingerprint(tiling.read_tiles(d)) for s, d in tilings.items()},
     )
     counts = None
     for size, directory in tilings.items():
@@ -145,6 +149,7 @@ def run_search(
     *,
     force: bool = False,
     retry_failed: bool = False,
+    parameters: Mapping[str, Any] | None = None,
     wandb_active: bool = False,
     wandb_project: str = "LargeRasterOR",
     progress: bool = False,
@@ -157,7 +162,8 @@ def run_search(
         conf: Configuration of all trials, each of which sets its own hyperparameters.
         run_dir: The run's folder.
         force: Forget earlier trials of this run.
-        retry_failed: Train once more what failed earlier.
+        retry_failed: Train once more what failed earlier; a changed grid does so in any case.
+        parameters: Recorded as `parameters.json` once the search is known to go ahead.
         wandb_active: Send the records to Weights & Biases as well.
         wandb_project: Its project there.
         progress: Show bars.
@@ -172,6 +178,7 @@ def run_search(
     with fileio.exclusive(run_dir):
         marks = _check_same_input(data, conf, run_dir, force=force)
         fileio.write_json(run_dir / "classes.json", dict(data.ids))
+        fileio.write_json(run_dir / "parameters.json", parameters or {})
         grid = {name: list(values) for name, values in sorted(search_space.items())}
         study = _open_study(grid, run_dir, conf.seed)
 
@@ -192,7 +199,7 @@ def run_search(
             trial.set_user_attr("values", values)
             return values[RANKED_BY]
 
-        to_do = _count_to_do(study, grid, retry_failed=retry_failed)
+        to_do = _count_to_do(study, grid, run_dir, retry_failed=retry_failed)
         log.info("search: %d trials to do of %d", to_do, math.prod(map(len, grid.values())))
         for _ in range(to_do):  # one at a time: the sampler stops a study once its grid is visited
             study.optimize(objective, n_trials=1, catch=(Exception,))
@@ -278,9 +285,15 @@ def train_iteration(
     conf.train.lr = hyperparams["learning_rate"]
     pl.seed_everything(conf.seed, workers=True, verbose=False)
 
-    tiles, boxes = tiling.read_tiles(data.tilings[hyperparams["patch_size"]])
+    size = hyperparams["patch_size"]
+    tiles, boxes = tiling.read_tiles(data.tilings[size])
+    if fileio.fingerprint((tiles, boxes)) != data.tile_marks[size]:
+        raise InputError(
+            f"the tiles in {data.tilings[size]} changed while the search ran; another run must not "
+            "write to them. Run all again, or give each run a TILING_DIRECTORY of its own"
+        )
     module = _module(data, tiles, boxes, conf, hyperparams["sample_size"])
-    contract = make_contract(data, module, hyperparams["patch_size"])
+    contract = make_contract(data, module, size)
     model = LargeRasterORModel(data.ids, conf, contract)
     model.load_pretrained()
     checkpoint = ModelCheckpoint(
@@ -369,8 +382,8 @@ def write_evaluation(trial_dir: Path, model: LargeRasterORModel, blocks: pd.Data
     fileio.write_table(trial_dir / "detections.csv", pd.concat(detections, ignore_index=True))
     fileio.write_table(trial_dir / "objects.csv", pd.concat(objects, ignore_index=True))
     fileio.write_table(trial_dir / "curve.csv", pd.DataFrame(vars(model.evaluation.curve)))
-    confusion = pd.DataFrame(model.evaluation.confusion, columns=[*model.labels, "missed"])
-    confusion.insert(0, "truth", [*model.labels, "background"])
+    confusion = pd.DataFrame(model.evaluation.confusion, columns=[*model.labels, "(missed)"])
+    confusion.insert(0, "(truth)", [*model.labels, "(background)"])
     fileio.write_table(trial_dir / "confusion.csv", confusion)
 
 
@@ -456,11 +469,14 @@ def _check_same_input(
         Tile size -> fingerprint of all that a trial of this size is made from.
     """
     trials, record = run_dir / "trials", run_dir / "trials" / "made_from.json"
-    if force and trials.exists():
+    if force:
         (run_dir / "study.journal").unlink(missing_ok=True)
-        trash = trials.rename(run_dir / f".trash-{secrets.token_hex(4)}")  # whole or not at all
+        if trials.exists():  # goes as a whole, whenever the deletion is stopped
+            trials.rename(run_dir / f"{TRASH}{secrets.token_hex(4)}")
+    for trash in run_dir.glob(f"{TRASH}*"):
         shutil.rmtree(trash)
     configuration = conf.to_dict()
+    configuration["validation"].pop("pr_compute_interval")
     # what a trial sets itself, and what only says where it runs, may differ
     for name in ("batch_size", "workers", "accelerator", "devices"):
         configuration.pop(name)
@@ -472,12 +488,10 @@ def _check_same_input(
         "radiometry": asdict(data.radiometry),
         "configuration": configuration,
     }
-    tiles = {
-        str(size): fileio.fingerprint(tiling.read_tiles(path))
-        for size, path in data.tilings.items()
-    }
+    tiles = {str(size): mark for size, mark in data.tile_marks.items()}
     now = json.loads(json.dumps(common | {"tiles": tiles}))
-    before = _read_json(record) if record.exists() else now
+    ranked = record.exists() and any(trials.glob("*/result.json"))
+    before = _read_json(record) if ranked else now
     differing = [name for name in common if before[name] != now[name]]
     if any(before["tiles"].get(size, mark) != mark for size, mark in tiles.items()):
         differing.append("tiles")
@@ -504,7 +518,9 @@ def _open_study(grid: Mapping[str, list], run_dir: Path, seed: int) -> optuna.St
     )
 
 
-def _count_to_do(study: optuna.Study, grid: Mapping[str, list], *, retry_failed: bool) -> int:
+def _count_to_do(
+    study: optuna.Study, grid: Mapping[str, list], run_dir: Path, *, retry_failed: bool
+) -> int:
     """Count the trials to train, after putting those that are to be repeated into the queue."""
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)  # its process was stopped
@@ -512,9 +528,12 @@ def _count_to_do(study: optuna.Study, grid: Mapping[str, list], *, retry_failed:
     latest = {t.system_attrs["grid_id"]: t for t in study.trials if "grid_id" in t.system_attrs}
     queued = [trial for trial in latest.values() if trial.state == TrialState.WAITING]
     for trial in latest.values():
-        cut_short = trial.state != TrialState.WAITING and not trial.user_attrs.keys() & OUTCOMES
+        result = run_dir / "trials" / trial.user_attrs.get("key", "") / "result.json"
+        lost = "values" in trial.user_attrs and not result.exists()
+        open_ended = not trial.user_attrs.keys() & OUTCOMES
+        cut_short = trial.state != TrialState.WAITING and (open_ended or lost)
         if cut_short:
-            log.warning("trial %d was interrupted; it starts over", trial.number)
+            log.warning("trial %d has no result; it starts over", trial.number)
         if cut_short or (retry_failed and "error" in trial.user_attrs):
             # under its place in the grid, as Optuna's own retry callback does
             place = {name: trial.system_attrs[name] for name in ("grid_id", "search_space")}

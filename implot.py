@@ -317,7 +317,7 @@ def _write_cells(ax: Axes, values: np.ndarray, text: str, light_below: float) ->
 
 def plot_confusion(confusion: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Draw the confusion matrix of `confusion.csv`: counts, coloured by share of the row."""
-    counts = confusion.set_index("truth")
+    counts = confusion.set_index("(truth)")
     ax = _axes(ax, (WIDTH * 0.6, 1.6 + 0.55 * len(counts)))
     values = counts.to_numpy(dtype=float)
     shares = values / np.maximum(values.sum(axis=1, keepdims=True), 1)
@@ -413,9 +413,15 @@ def plot_detections(
     x, y = (int(block[k] + (block[s] - side) // 2)
             for k, s, side in (("x", "width", width), ("y", "height", height)))  # fmt: skip
     window = Window(x, y, int(width), int(height))
-    found = detections[detections["block"] == block["block"]]
-    truth = objects[objects["block"] == block["block"]]
-    missed = truth["counted"] & ~truth["object"].isin(found["found"])
+    found, truth = (
+        df[(df["block"] == block["block"])
+           & ((df["xmin"] + df["xmax"]) / 2).between(x, x + width)
+           & ((df["ymin"] + df["ymax"]) / 2).between(y, y + height)]
+        for df in (detections, objects)
+    )  # fmt: skip
+    missed = truth["counted"] & ~truth["object"].isin(
+        detections["found"][detections["block"] == block["block"]]
+    )
     spurious = found["found"] == -1
 
     figure, axes = plt.subplots(

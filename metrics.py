@@ -50,10 +50,10 @@ def merge_tiles(
 ) -> Ground:
     """Merge what the tiles of one block found, and what they know.
 
-    A detection is kept if its centre lies in the tile's core, or beyond it by less than half the
-    way to the tile's edge: two tiles may each see the centre on the other's side of the seam, and
-    none would keep it. Of those that both report, class-aware non-maximum suppression keeps the
-    better.
+    A detection is kept if its centre lies in the tile's core. Two tiles may each see the centre on
+    the other's side of the seam, and none would keep it; so it is also kept up to half the way to
+    the tile's edge, unless it touches an edge beyond which another tile sees more of it. Of those
+    that both report, class-aware non-maximum suppression keeps the better.
 
     Args:
         detections: Per tile `boxes` (px of the tile), `scores`, `labels`.
@@ -64,8 +64,12 @@ def merge_tiles(
     for found, target in zip(detections, targets, strict=True):
         on_raster = found["boxes"] + target["window"][:2].repeat(2)
         center = (on_raster[:, :2] + on_raster[:, 2:]) / 2
-        low, high = ((target["core"] + target["window"]) / 2).split(2)
-        own = ((center >= low) & (center <= high)).all(dim=1)
+        core, window = target["core"], target["window"]
+        own = ((center >= core[:2]) & (center < core[2:])).all(dim=1)
+        low, high = ((core + window) / 2).split(2)
+        near = ((center >= low) & (center <= high)).all(dim=1)
+        cut = (((on_raster - window).abs() < 1) & (core != window)).any(dim=1)
+        own |= near & ~cut
         boxes.append(on_raster[own])
         scores.append(found["scores"][own])
         labels.append(found["labels"][own])

@@ -75,9 +75,9 @@ def ground_blocks(
             break
     if len(blocks) < len(SPLITS):
         raise InputError(
-            f"the ground falls into {len(blocks)} blocks of at least {size or 'a raster'}, but "
-            "training, validation and test need one each; lower BLOCK_SIZE or PATCH_SIZES to at "
-            f"most {_largest_block(rasters)} px, or add rasters"
+            f"the ground falls into {len(blocks)} blocks, but training, validation and test need "
+            "one each; add rasters, or with SPLIT_BY = 'block' lower BLOCK_SIZE and PATCH_SIZES to "
+            f"at most {_largest_block(rasters)} px"
         )
     blocks.insert(0, "block", np.arange(len(blocks)))
 

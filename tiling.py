@@ -425,7 +425,7 @@ def sample_radiometry(
         blocks: Ground blocks; only training blocks are read, whatever the tiles of the run are.
         rasters: Identifier -> raster; all have the same bands.
         seed: Of the sample.
-        max_windows: Most windows of 128 px to read.
+        max_windows: Most windows of up to 128 px to read.
         pixels_per_window: Most valid pixels to take from each.
         percentiles: See `imutils.measure_radiometry`.
 
@@ -433,7 +433,9 @@ def sample_radiometry(
         InputError: No sampled pixel is valid.
     """
     grids = [
-        window_grid(Window(b.x, b.y, b.width, b.height), 128).assign(raster=b.raster)
+        window_grid(Window(b.x, b.y, b.width, b.height), min(128, b.width, b.height)).assign(
+            raster=b.raster
+        )
         for b in blocks[blocks["split"] == "train"].itertuples()
     ]
     windows = pd.concat(grids, ignore_index=True)

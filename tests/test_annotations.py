@@ -232,10 +232,19 @@ def test_two_lambdas_are_two_filters(tmp_path):
 
 
 def test_labels_stay_as_they_are_written(tmp_path):
-    path = write(tmp_path, "pixel_x,pixel_y,diameter,label\n5,5,4,01\n9,9,4,2\n7,7,4,\n")
+    path = write(tmp_path, "pixel_x,pixel_y,diameter,label\n5,5,4,01\n9,9,4,NA\n7,7,4,\n")
     cleaned = an.preprocess_df(path, (100, 100))
-    assert cleaned.df["label"].tolist()[:2] == ["01", "2"]
+    assert cleaned.df["label"].tolist()[:2] == ["01", "NA"]
     assert cleaned.df["label"].isna().tolist() == [False, False, True]
+
+
+def test_own_steps_move_objects_with_their_boxes(tmp_path):
+    path = write(tmp_path, "pixel_x,pixel_y,diameter,label\n50,50,3,a\n")
+    cleaned = an.preprocess_df(
+        path, (100, 100), diameter_scale=3,
+        extra_steps=[lambda df: df.assign(pixel_x=df["pixel_x"] + 10, diameter=2 * df["diameter"])],
+    )  # fmt: skip
+    assert cleaned.df[an.BOX_COLUMNS].to_numpy().tolist() == [[51, 41, 69, 59]]
 
 
 @pytest.mark.parametrize(
@@ -250,7 +259,7 @@ def test_steps_that_lose_track_of_rows_are_refused(tmp_path, step):
 
 def test_what_own_steps_break_is_still_caught(tmp_path):
     def shrink(df):
-        return df.assign(xmin=df["pixel_x"], xmax=df["pixel_x"] + 1e-7, ymin=np.nan)
+        return df.assign(diameter=1e-7)
 
     with pytest.raises(InputError, match="no valid row left"):
         an.preprocess_df(write(tmp_path, DIRTY), (100, 100), extra_steps=[shrink])

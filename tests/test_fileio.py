@@ -208,6 +208,33 @@ def test_an_edited_filter_is_another_one(monkeypatch):
     }  # fmt: skip
     assert len(prints) == 1  # from process to process, too
 
+    def uses_a_global_inside(image):
+        return any(v > LIMIT for v in image)
+
+    def calls_a_helper(image):
+        return uses_a_global(image)
+
+    class Brighter:
+        def __init__(self, limit):
+            self.limit = limit
+
+        def __call__(self, image):
+            return image.mean() > self.limit
+
+        def method(self, image):
+            return self(image)
+
+    with_dict = lambda image: {(1, 2): 3, 1: 4}.get(image)  # noqa: E731
+    filters = [uses_a_global_inside, calls_a_helper, Brighter(3), Brighter(3).method, with_dict]
+    before = [fileio.fingerprint(f) for f in filters]
+    again = [uses_a_global_inside, calls_a_helper, Brighter(3), Brighter(3).method, with_dict]
+    assert [fileio.fingerprint(f) for f in again] == before
+    monkeypatch.setitem(globals(), "LIMIT", 7)
+    assert [fileio.fingerprint(f) == b for f, b in zip(filters, before, strict=True)] == [
+        False, False, True, True, True
+    ]  # fmt: skip
+    assert fileio.fingerprint(Brighter(4)) != before[2]
+
     def recursive(n):
         return n and recursive(n - 1)
 

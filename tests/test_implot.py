@@ -71,7 +71,12 @@ def test_the_search_heatmap_shows_the_best_of_each_pair():
 
 def test_confusion_curve_and_learning_are_drawn():
     confusion = pd.DataFrame(
-        {"truth": ["a", "b", "background"], "a": [3, 1, 2], "b": [0, 4, 0], "missed": [1, 0, 0]}
+        {
+            "(truth)": ["a", "b", "(background)"],
+            "a": [3, 1, 2],
+            "b": [0, 4, 0],
+            "(missed)": [1, 0, 0],
+        }
     )
     ax = implot.plot_confusion(confusion)
     assert [t.get_text() for t in ax.texts] == [*"30114020", ""]
@@ -104,8 +109,12 @@ def test_density_counts_detections_on_test_ground_only(prepared):
 def test_detections_stand_beside_the_truth(prepared):
     block = prepared.blocks[prepared.blocks["split"] == "test"].iloc[0]
     image = next(i for i in prepared.images if i.image_identifier == block["raster"])
-    found = image.df.head(5).assign(block=block["block"], score=0.9, found=[0, 1, 2, -1, -2])
-    objects = image.df.head(4).assign(
+    center = (image.df["xmin"] + image.df["xmax"]) / 2, (image.df["ymin"] + image.df["ymax"]) / 2
+    inside = center[0].between(block["x"], block["x"] + block["width"])
+    inside &= center[1].between(block["y"], block["y"] + block["height"])
+    mine = image.df[inside]
+    found = mine.head(5).assign(block=block["block"], score=0.9, found=[0, 1, 2, -1, -2])
+    objects = mine.head(4).assign(
         block=block["block"], object=range(4), counted=[True, True, True, True]
     )
     figure = implot.plot_detections(image, found, objects, block)

@@ -139,7 +139,7 @@ def test_ap_is_cocos_even_with_many_detections(count):
     assert values["AP50"] == pytest.approx(expected, abs=1e-6)
 
 
-def tile_of(core, offset, boxes, scores, truth, ids, owned):
+def tile_of(core, offset, boxes, scores, truth, ids, owned, size=64):
     found = {
         "boxes": torch.tensor(boxes).float().reshape(-1, 4),
         "scores": torch.tensor(scores).float(),
@@ -147,10 +147,11 @@ def tile_of(core, offset, boxes, scores, truth, ids, owned):
     }
     target = {
         "core": torch.tensor(core).float(),
-        "window": torch.tensor([*offset, offset[0] + 64, offset[1] + 64]).float(),
+        "window": torch.tensor([*offset, offset[0] + size, offset[1] + size]).float(),
         "truth_boxes": torch.tensor(truth).float().reshape(-1, 4),
         "truth_labels": torch.zeros(len(ids), dtype=torch.long),
-        "truth_ids": torch.tensor(ids), "truth_owned": torch.tensor(owned),
+        "truth_ids": torch.tensor(ids, dtype=torch.long),
+        "truth_owned": torch.tensor(owned, dtype=torch.bool),
         "ground": torch.tensor(7),
     }  # fmt: skip
     return found, target
@@ -180,6 +181,17 @@ def test_an_object_is_not_lost_when_each_window_sees_it_on_the_others_side():
                     [False])  # fmt: skip
     merged = metrics.merge_tiles([left[0], right[0]], [left[1], right[1]], 0.3)
     assert merged.scores.tolist() == pytest.approx([0.8])
+
+
+def test_a_fragment_at_the_tiles_edge_does_not_displace_the_whole():
+    """256 px windows that overlap by 64 px; the object is twice as wide as the overlap."""
+    whole = [218.0, 40, 338, 160]
+    fragment = [218.0, 40, 256, 160]
+    left = tile_of([0, 0, 224, 256], [0, 0], [fragment], [0.9], [], [], [], size=256)
+    right = tile_of([224, 0, 448, 256], [192, 0], [[26.0, 40, 146, 160]], [0.8], [whole], [1],
+                    [True], size=256)  # fmt: skip
+    merged = metrics.merge_tiles([left[0], right[0]], [left[1], right[1]], 0.3)
+    assert merged.boxes.tolist() == [whole]
 
 
 def test_an_object_of_other_ground_is_ignored():

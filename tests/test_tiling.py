@@ -171,6 +171,18 @@ def test_filters_never_touch_what_is_measured(half_black, tmp_path, split):
     assert tiles["kept"].all()
 
 
+def test_pixel_statistics_come_from_training_ground_only(tmp_path):
+    path = tmp_path / "two.tif"
+    pixels = np.full((1, 64, 128), 10, np.uint8)
+    pixels[:, :, 64:] = 250
+    with fileio.create_raster(path, width=128, height=64, count=1, dtype="uint8") as dst:
+        dst.write(pixels)
+    blocks = pd.DataFrame({"raster": "two", "x": [0, 64], "y": 0, "width": 64, "height": 64,
+                           "split": ["train", "test"]})  # fmt: skip
+    fitted = tiling.sample_radiometry(blocks, {"two": fileio.read_raster(path)}, seed=0)
+    assert fitted.mean == (pytest.approx(10 / 255),)
+
+
 def test_no_data_is_black(tmp_path):
     path = tmp_path / "nodata.tif"
     pixels = np.full((1, 64, 64), -9999, np.float32)
