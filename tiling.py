@@ -306,19 +306,27 @@ def generate_split_raster_annotation(
         The ground windows, numbered from 0, with `objects` (owned); and the boxes, see
         `assign_boxes`.
     """
+    mine = blocks[blocks["raster"] == image.image_identifier]
+    mine = mine.assign(
+        overlap=np.where(
+            mine["split"] == "train", options.overlap, options.evaluation_overlap_of(size)
+        )
+    )
     grids = []
-    for block in blocks[blocks["raster"] == image.image_identifier].itertuples():
-        training = block.split == "train"
-        overlap = options.overlap if training else options.evaluation_overlap_of(size)
-        extent = Window(block.x, block.y, block.width, block.height)
-        grids.append(
-            window_grid(extent, size, overlap).assign(
-                raster=image.image_identifier, block=block.block, split=block.split,
-                block_xmin=block.x, block_ymin=block.y,
-                block_xmax=block.x + block.width, block_ymax=block.y + block.height,
-            )
+    # blocks of one shape share their grid
+    for (width, height, overlap), group in mine.groupby(["width", "height", "overlap"]):
+        grid = window_grid(Window(0, 0, int(width), int(height)), size, int(overlap))
+        x, y = (np.repeat(group[name].to_numpy(), len(grid)) for name in ("x", "y"))
+        windows = grid.iloc[np.tile(np.arange(len(grid)), len(group))].assign(
+            block=np.repeat(group["block"].to_numpy(), len(grid)),
+            split=np.repeat(group["split"].to_numpy(), len(grid)),
+            block_xmin=x, block_ymin=y, block_xmax=x + width, block_ymax=y + height,
         )  # fmt: skip
-    windows = pd.concat(grids, ignore_index=True)
+        windows[["x", "core_xmin", "core_xmax"]] += x[:, None]
+        windows[["y", "core_ymin", "core_ymax"]] += y[:, None]
+        grids.append(windows)
+    windows = pd.concat(grids).sort_values(["block", "row", "col"], ignore_index=True)
+    windows["raster"] = image.image_identifier
     windows["window"] = np.arange(len(windows))
     # Evaluation knows all that reaches in, to ignore detections of it; training shows what helps.
     least = np.where(windows["split"] == "train", options.min_visible, 0.0)
