@@ -106,6 +106,7 @@ def prepare_search(
             training, or a model as configured cannot be built.
     """
     rasters = {image.image_identifier: image.raster for image in images}
+    indexes = {size: tiling.read_tiles(directory) for size, directory in tilings.items()}
     data = SearchData(
         tilings=dict(tilings),
         rasters=rasters,
@@ -113,11 +114,10 @@ def prepare_search(
         radiometry=tiling.sample_radiometry(blocks, rasters, seed=conf.seed),
         blocks=blocks,
         evaluation_overlap=tiling.evaluation_overlap(images),
-        tile_marks={s: fileio.fingerprint(tiling.read_tiles(d)) for s, d in tilings.items()},
+        tile_marks={size: fileio.fingerprint(index) for size, index in indexes.items()},
     )
     counts = None
-    for size, directory in tilings.items():
-        tiles, boxes = tiling.read_tiles(directory)
+    for size, (tiles, boxes) in indexes.items():
         for sample_size in sorted(sample_sizes):
             try:
                 module = _module(data, tiles, boxes, conf, sample_size)
