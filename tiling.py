@@ -259,7 +259,7 @@ def make_single_size(
         "size": size,
         "options": vars(options),
         "blocks": blocks,
-        "rasters": [image.raster.path for image in images],
+        "rasters": [image.raster.made_from for image in images],
         "annotations": [image.df for image in images],
     }
     manifest = directory / "manifest.json"
@@ -527,7 +527,7 @@ def split_and_save_tiles(jobs: Sequence[tuple[fileio.Raster, Window, int, Path]]
             ):
                 dst.write(image)
         else:
-            profile |= {"dtype": image.dtype, "nodata": raster.nodata}
+            profile |= {"dtype": image.dtype, "nodata": raster.nodata[0]}
             with fileio.create_raster(path, **profile) as dst:
                 dst.write(image)
 
@@ -559,7 +559,7 @@ def rotate_single_annotation(
     for angle in angles:
         path = Path(output_directory) / f"{data.image_identifier}_{angle}.tif"
         manifest = path.with_suffix(".json")
-        made_from = {"raster": raster.path, "angle": angle}
+        made_from = {"raster": raster.made_from, "angle": angle}
         if force or not fileio.is_finished(manifest, made_from):
             _write_turned(raster, angle, path)
             fileio.mark_finished(manifest, made_from, [path.name])
@@ -588,12 +588,11 @@ def _write_turned(raster: fileio.Raster, angle: int, path: Path) -> None:
         (ox, ux, vx), (oy, uy, vy) = np.reshape(raster.transform, (2, 3)) @ [x, y, [1, 1, 1]]
         transform = rasterio.Affine(ux - ox, vx - ox, ox, uy - oy, vy - oy, oy)
         profile = {"crs": raster.crs, "transform": transform}
-    own_mask = raster.masked and raster.nodata is None  # an alpha band or a mask turns, too
     with (
         rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
         fileio.create_raster(
             path, width=turned_width, height=turned_height, count=len(raster.bands),
-            dtype=raster.dtype, nodata=raster.nodata, **profile,
+            dtype=raster.dtype, nodata=raster.nodata[0], **profile,
         ) as dst,
     ):  # fmt: skip
         for _, out in dst.block_windows(1):
@@ -603,7 +602,7 @@ def _write_turned(raster: fileio.Raster, angle: int, path: Path) -> None:
             source = Window(int(x0), int(y0), int(x1 - x0), int(y1 - y0))
             image, valid = read_tile(raster, source, angle)
             dst.write(image, window=out)
-            if own_mask:
+            if raster.masked:  # an alpha band or a mask turns, too
                 dst.write_mask(valid, window=out)
 
 

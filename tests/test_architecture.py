@@ -20,7 +20,10 @@ from ModelConfig import RunParameters
 LAYERS = [
     ["ImageData"],
     ["ModelConfig"],
-    ["imutils", "fileio", "parallel"],
+    ["artefacts", "imutils", "parallel"],
+    ["rasters", "formats"],
+    ["layout"],
+    ["fileio"],
     ["sampledata", "annotations", "tiling", "splits"],
     ["datasets", "metrics", "logger", "implot"],
     ["LargeRasterOR"],

@@ -1,0 +1,554 @@
+"""Rasters by windows: handles, validity, regions, map coordinates, new files.
+
+A raster is whatever GDAL opens: GeoTIFF, COG, VRT, JPEG 2000, PNG, and files behind `https://`,
+`s3://` and GDAL's other virtual file systems. FITS images are read through a VRT made on the fly.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import numpy as np
+import pyproj
+import rasterio
+import rasterio.features
+import shapely
+from pyproj.exceptions import ProjError
+from rasterio.enums import ColorInterp, MaskFlags, Resampling
+from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
+from rasterio.windows import Window as RasterioWindow
+
+from artefacts import atomic_path
+from ImageData import InputError, Window
+
+# A raster without a map reference is an ordinary one here.
+warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
+
+# GDAL would keep up to a twentieth of the memory full of blocks that were read once.
+os.environ.setdefault("GDAL_CACHEMAX", "64")  # MB
+
+MAX_OPEN_DATASETS = 32  # per thread; GDAL keeps a file descriptor and buffers for each
+SCHEMES = {"https": "vsicurl", "http": "vsicurl", "s3": "vsis3", "gs": "vsigs", "az": "vsiaz"}
+# a remote folder is not listed, and no file is looked for beside the raster
+REMOTE = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_HTTP_MAX_RETRY": "3"}
+FITS_TYPES = {8: "Byte", 16: "Int16", 32: "Int32", 64: "Int64", -32: "Float32", -64: "Float64"}
+FITS_UNSIGNED = {16: ("UInt16", 2**15), 32: ("UInt32", 2**31)}  # stored signed, with this BZERO
+
+_open_datasets = threading.local()
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Which ground of a raster counts: inside an area of interest, outside what is ignored.
+
+    Attributes:
+        aoi: Polygons in px of the raster; None: everywhere.
+        ignored: Polygons in px of the raster; they win over `aoi`.
+    """
+
+    aoi: tuple[shapely.Geometry, ...] | None = None
+    ignored: tuple[shapely.Geometry, ...] = ()
+
+    @cached_property
+    def _trees(self) -> tuple[shapely.STRtree | None, shapely.STRtree]:
+        aoi = None if self.aoi is None else shapely.STRtree(self.aoi)
+        return aoi, shapely.STRtree(self.ignored)
+
+    def mask(self, window: Window) -> np.ndarray:
+        """Tell which pixels of a window count, by their centres, as bool (height, width)."""
+        aoi, ignored = self._trees
+        counted = _paint(ignored, window) ^ True
+        return counted if aoi is None else counted & _paint(aoi, window)
+
+    def contain(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Tell which points (px) lie on ground that counts, as bool (N,)."""
+        points = shapely.points(x, y)
+        aoi, ignored = self._trees
+        counted = np.full(len(points), aoi is None)
+        if aoi is not None:
+            counted[aoi.query(points, predicate="intersects")[0]] = True
+        counted[ignored.query(points, predicate="intersects")[0]] = False
+        return counted
+
+    def share(self, boxes_xyxy: np.ndarray) -> np.ndarray:
+        """Return the share (0-1) of each box (N, 4) that counts."""
+        boxes = shapely.box(*np.asarray(boxes_xyxy, dtype=float).T)
+        areas = shapely.area(boxes)
+        ground = boxes
+        if self.aoi is not None:
+            ground = shapely.intersection(boxes, shapely.union_all(self.aoi))
+        if self.ignored:
+            ground = shapely.difference(ground, shapely.union_all(self.ignored))
+        return shapely.area(ground) / areas
+
+
+def _paint(tree: shapely.STRtree, window: Window) -> np.ndarray:
+    x, y, width, height = window
+    shapes = tree.geometries[tree.query(shapely.box(x, y, x + width, y + height))]
+    if not len(shapes):
+        return np.zeros((height, width), dtype=bool)
+    return rasterio.features.geometry_mask(
+        shapes, (height, width), rasterio.Affine.translation(x, y), invert=True
+    )
+
+
+@dataclass(frozen=True)
+class Raster:
+    """A handle to a raster: its shape and kind, and windows of it on demand.
+
+    The handle is small and picklable. Each thread of each process opens the file once and keeps at
+    most `MAX_OPEN_DATASETS` open.
+
+    Attributes:
+        path: The file; its stem names the raster. Of a remote one, its address.
+        source: What GDAL opens: the file, an address in its virtual file systems, or a VRT.
+        width: Columns in px.
+        height: Rows in px.
+        bands: One-based indexes of the bands that `read` returns, in that order.
+        band_count: Number of bands of the file that hold pixels; an alpha band is none.
+        dtype: NumPy name of the pixels' type.
+        nodata: Per band that is read, the value that marks missing pixels, if the file declares
+            one that its type can hold.
+        crs: Coordinate reference system as WKT, if the file declares one.
+        transform: The six affine coefficients from pixels to map units.
+        block_shape_hw: Height and width of the file's internal blocks.
+        masked: Whether an alpha band or a mask tells valid pixels.
+        regions: Which ground counts; None: all of it.
+    """
+
+    path: Path
+    source: str
+    width: int
+    height: int
+    bands: tuple[int, ...]
+    band_count: int
+    dtype: str
+    nodata: tuple[float | None, ...]
+    crs: str | None
+    transform: tuple[float, ...]
+    block_shape_hw: tuple[int, int]
+    masked: bool
+    regions: Regions | None = None
+
+    @classmethod
+    def open(cls, path: Path | str, bands: Sequence[int] | None = None) -> Raster:
+        """Read a raster's header.
+
+        Args:
+            path: A file, or an address that starts with `https://`, `s3://`, `gs://`, `az://` or
+                `/vsi`.
+            bands: One-based indexes of the bands to read, in the order wanted; None takes all but
+                an alpha band.
+
+        Raises:
+            InputError: The file is missing, or not a raster, or has no such band.
+        """
+        source, local = _source(path)
+        with _opening(path, source, local=local) as src:
+            if not src.count:
+                raise InputError(f"{path} holds no band of its own, only {src.subdatasets}")
+            colored = tuple(
+                i for i, kind in zip(src.indexes, src.colorinterp, strict=True)
+                if kind != ColorInterp.alpha
+            )  # fmt: skip
+            bands = colored if bands is None else tuple(bands)
+            if strangers := [band for band in bands if band not in src.indexes]:
+                raise InputError(
+                    f"{path} has the bands 1 to {src.count}, got {strangers} in BANDS "
+                    f"{list(bands)}; name those that are there"
+                )
+            dtype = np.result_type(*(src.dtypes[band - 1] for band in bands))
+            if dtype.kind not in "uif":
+                raise InputError(
+                    f"{path} holds {dtype} pixels, which are no numbers to order; convert it, for "
+                    "example to amplitudes in float32"
+                )
+            flags = {flag for band in bands for flag in src.mask_flag_enums[band - 1]}
+            flags |= {MaskFlags.alpha} if len(colored) < src.count else set()
+            return cls(
+                path=Path(path), source=source, width=src.width, height=src.height, bands=bands,
+                band_count=len(colored), dtype=dtype.name,
+                nodata=tuple(_representable(src.nodatavals[band - 1], dtype) for band in bands),
+                crs=src.crs.to_wkt() if src.crs else None, transform=tuple(src.transform)[:6],
+                block_shape_hw=tuple(src.block_shapes[0]),
+                masked=bool(flags & {MaskFlags.alpha, MaskFlags.per_dataset}),
+            )  # fmt: skip
+
+    @property
+    def identifier(self) -> str:
+        """Name of the raster in every table and file: the stem of its path."""
+        return self.path.stem
+
+    @property
+    def made_from(self) -> dict[str, object]:
+        """What a result that was made from this raster depends on, for manifests."""
+        regions = None
+        if self.regions is not None:
+            aoi, ignored = self.regions.aoi, self.regions.ignored
+            regions = [aoi and [part.wkb_hex for part in aoi], [part.wkb_hex for part in ignored]]
+        file = self.path if self.path.exists() else self.source
+        return {"file": file, "bands": self.bands, "regions": regions}
+
+    def with_regions(self, regions: Regions | None) -> Raster:
+        """Return a handle to the same file whose ground counts in these regions only."""
+        return replace(self, regions=regions)
+
+    # -- pixels ---------------------------------------------------------------------------------
+
+    def read(self, window: Window) -> np.ndarray:
+        """Read a window as (bands, height, width), in the raster's own type.
+
+        What lies outside the raster is filled with nodata, or 0 where the file declares none.
+
+        Raises:
+            InputError: The file cannot be read there (names the window).
+        """
+        inside, (top, left) = self._clip(window)
+        if inside == window:
+            return self._read_inside(inside)
+        image = np.empty((len(self.bands), window.height, window.width), dtype=self.dtype)
+        image[:] = np.array([value or 0 for value in self.nodata], self.dtype)[:, None, None]
+        if inside.width and inside.height:
+            image[:, top : top + inside.height, left : left + inside.width] = self._read_inside(
+                inside
+            )
+        return image
+
+    def read_valid(self, window: Window, image: np.ndarray) -> np.ndarray:
+        """Tell the valid pixels of a window as bool (height, width).
+
+        Invalid are pixels outside the raster, those that the file's alpha band or mask excludes,
+        those that are nodata in every band, and those that are not finite in any band.
+
+        Args:
+            window: The window.
+            image: What `read` returned for it.
+        """
+        inside, (top, left) = self._clip(window)
+        valid = np.zeros((window.height, window.width), dtype=bool)
+        if inside.width and inside.height:
+            rows, cols = slice(top, top + inside.height), slice(left, left + inside.width)
+            if self.masked:
+                with self._reading(inside) as src:
+                    valid[rows, cols] = src.dataset_mask(window=RasterioWindow(*inside)) > 0
+            else:
+                valid[rows, cols] = True
+        return valid & self._has_value(image)
+
+    def read_counted(self, window: Window, valid: np.ndarray) -> np.ndarray:
+        """Tell which pixels of a window are ground that counts: valid, and in the regions.
+
+        Args:
+            window: The window.
+            valid: What `read_valid` returned for it.
+        """
+        return valid if self.regions is None else valid & self.regions.mask(window)
+
+    @property
+    def all_counted(self) -> bool:
+        """Whether every pixel is known to be valid and to count, without reading it."""
+        plain = not self.masked and set(self.nodata) == {None} and self.regions is None
+        return plain and np.dtype(self.dtype).kind != "f"
+
+    def _has_value(self, image: np.ndarray) -> np.ndarray:
+        present = np.ones(image.shape[1:], dtype=bool)
+        if None not in self.nodata:
+            nodata = np.array(self.nodata, self.dtype)[:, None, None]
+            present = (image != nodata).any(axis=0)
+        if image.dtype.kind == "f":
+            present &= np.isfinite(image).all(axis=0)
+        return present
+
+    def preview(self, longest_side: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+        """Read the whole raster decimated to at most `longest_side` px, from overviews if any.
+
+        Returns:
+            Pixels (bands, height, width) and their validity (height, width).
+        """
+        scale = min(1.0, longest_side / max(self.width, self.height))
+        height, width = (max(1, round(side * scale)) for side in (self.height, self.width))
+        window = Window(0, 0, self.width, self.height)
+        plain = not self.masked and set(self.nodata) == {None}
+        with self._reading(window) as src:
+            image = src.read(
+                list(self.bands), out_shape=(len(self.bands), height, width),
+                out_dtype=self.dtype,
+                resampling=Resampling.average if plain else Resampling.nearest,
+            )  # fmt: skip
+            valid = self._has_value(image)
+            if self.masked:
+                valid &= src.dataset_mask(out_shape=(height, width)) > 0
+        return image, valid
+
+    def _clip(self, window: Window) -> tuple[Window, tuple[int, int]]:
+        x0, y0 = max(window.x, 0), max(window.y, 0)
+        x1 = max(min(window.x + window.width, self.width), x0)
+        y1 = max(min(window.y + window.height, self.height), y0)
+        return Window(x0, y0, x1 - x0, y1 - y0), (y0 - window.y, x0 - window.x)
+
+    def _read_inside(self, window: Window) -> np.ndarray:
+        with self._reading(window) as src:
+            return src.read(list(self.bands), window=RasterioWindow(*window), out_dtype=self.dtype)
+
+    @contextmanager
+    def _reading(self, window: Window) -> Iterator[rasterio.DatasetReader]:
+        try:
+            yield self._dataset()
+        except RasterioError as error:
+            reason = str(error.__cause__ or error)
+            raise InputError(
+                f"{self.path} cannot be read in window {tuple(window)} (x, y, width, height): "
+                f"{reason}; the file may be damaged there, restore or re-encode it"
+            ) from error
+
+    def _dataset(self) -> rasterio.DatasetReader:
+        # A dataset must not cross a fork, so the process is part of the cache's identity.
+        if getattr(_open_datasets, "pid", None) != os.getpid():
+            _open_datasets.pid, _open_datasets.cache = os.getpid(), OrderedDict()
+        cache: OrderedDict[tuple[str, int], rasterio.DatasetReader] = _open_datasets.cache
+        local = not _is_remote(self.source)
+        try:
+            # a rewritten file is another file
+            key = (self.source, self.path.stat().st_mtime_ns if local else 0)
+        except FileNotFoundError:
+            raise InputError(f"raster {self.path} has disappeared; restore it") from None
+        if key not in cache:
+            cache[key] = _open(self.source)
+            if len(cache) > MAX_OPEN_DATASETS:
+                cache.popitem(last=False)[1].close()
+        cache.move_to_end(key)
+        return cache[key]
+
+    # -- map ------------------------------------------------------------------------------------
+
+    def to_map(self, xy: np.ndarray) -> np.ndarray:
+        """Turn points (N, 2) in px into map coordinates of the raster's CRS."""
+        a, b, c, d, e, f = self.transform
+        return np.asarray(xy, dtype=float) @ np.array([[a, d], [b, e]]) + [c, f]
+
+    def to_pixel(self, xy: np.ndarray) -> np.ndarray:
+        """Turn points (N, 2) in map coordinates of the raster's CRS into px."""
+        a, b, c, d, e, f = self.transform
+        # the origin goes first: map coordinates are large, pixels are small
+        return np.linalg.solve([[a, b], [d, e]], (np.asarray(xy, dtype=float) - [c, f]).T).T
+
+    def metres_per_pixel(self, xy: np.ndarray) -> np.ndarray:
+        """Measure the ground under pixels, on the ellipsoid of the raster's CRS.
+
+        Args:
+            xy: Points (N, 2) in px.
+
+        Returns:
+            (N, 2, 2): east and north components, in metres, of a step of one pixel in x (first
+            column) and in y (second column).
+
+        Raises:
+            InputError: The raster has no CRS, or one without a place on a globe.
+        """
+        if self.crs is None:
+            raise InputError(
+                f"{self.path} has no coordinate reference system, so that metres mean nothing on "
+                "it; give pixel coordinates and diameters in px"
+            )
+        try:
+            crs = pyproj.CRS.from_wkt(self.crs)
+            globe = pyproj.Transformer.from_crs(crs, crs.geodetic_crs, always_xy=True)
+            geod = crs.get_geod()
+        except (ProjError, AttributeError, TypeError) as error:
+            raise InputError(
+                f"the coordinate reference system of {self.path} has no place on a globe "
+                f"({error}); assign the right one, or give pixel coordinates"
+            ) from error
+        xy = np.asarray(xy, dtype=float).reshape(-1, 2)
+        steps = []
+        for step in ([0.5, 0.0], [0.0, 0.5]):
+            low, high = (globe.transform(*self.to_map(p).T) for p in (xy - step, xy + step))
+            azimuth, _, length = geod.inv(*low, *high)
+            azimuth = np.radians(azimuth)
+            steps.append(np.stack([length * np.sin(azimuth), length * np.cos(azimuth)], axis=-1))
+        return np.stack(steps, axis=-1)
+
+    @cached_property
+    def resolution(self) -> float | None:
+        """Side of a pixel on the ground in metres, at the raster's centre; None without a CRS."""
+        if self.crs is None:
+            return None
+        try:
+            (jacobian,) = self.metres_per_pixel(np.array([[self.width / 2, self.height / 2]]))
+        except InputError:
+            return None
+        return float(np.sqrt(abs(np.linalg.det(jacobian))))
+
+
+def read_raster(path: Path | str, bands: Sequence[int] | None = None) -> Raster:
+    """Open a raster by its handle; the pixels stay on disk until a window is asked for."""
+    return Raster.open(path, bands)
+
+
+def read_rasters(
+    paths: Sequence[Path | str],
+    bands: Sequence[int] | None = None,
+    resolution_tolerance: float | None = None,
+) -> list[Raster]:
+    """Open rasters that one model is to be trained on.
+
+    Args:
+        paths: Files or addresses.
+        bands: See `Raster.open`.
+        resolution_tolerance: Largest relative difference of their ground resolutions; None allows
+            any.
+
+    Raises:
+        InputError: One cannot be opened, or they differ in the number of bands, the type or, by
+            more than the tolerance, in resolution.
+    """
+    rasters = [read_raster(path, bands) for path in paths]
+    kinds = {r.path.name: f"{len(r.bands)} x {r.dtype}" for r in rasters}
+    if len(set(kinds.values())) > 1:
+        raise InputError(
+            f"the rasters of a run need the same number of bands and the same type, got {kinds}; "
+            "choose common bands with BANDS, or run those that differ apart"
+        )
+    sides = {r.path.name: r.resolution for r in rasters if r.resolution}
+    if sides and resolution_tolerance is not None:
+        smallest, largest = min(sides.values()), max(sides.values())
+        if largest > smallest * (1 + resolution_tolerance):
+            shown = {name: f"{side:.4g} m" for name, side in sides.items()}
+            raise InputError(
+                f"the rasters of a run need ground resolutions within RESOLUTION_TOLERANCE = "
+                f"{resolution_tolerance:g} of each other, got {shown}; resample them, or set "
+                "RESOLUTION_TOLERANCE = None if objects look alike at all of them"
+            )
+    return rasters
+
+
+def _is_remote(source: str) -> bool:
+    return source.startswith("/vsi")
+
+
+def _source(path: Path | str) -> tuple[str, bool]:
+    """Return what GDAL is to open, and whether it is a file on this machine."""
+    text = str(path)
+    if match := re.match(r"^(\w+)://(.+)$", text):
+        scheme, rest = match.groups()
+        if scheme not in SCHEMES:
+            raise InputError(f"{text} starts with {scheme}://, expected one of {list(SCHEMES)}")
+        return f"/{SCHEMES[scheme]}/{text if scheme.startswith('http') else rest}", False
+    if text.startswith("/vsi"):
+        return text, False
+    if not Path(text).exists():
+        raise InputError(f"raster {text} does not exist; check IMG_DIR and IMAGE_FILENAMES")
+    if Path(text).suffix.lower() in (".fits", ".fit", ".fts"):
+        return _fits_as_vrt(Path(text)), True
+    return text, True
+
+
+@contextmanager
+def _opening(path: Path | str, source: str, *, local: bool) -> Iterator[rasterio.DatasetReader]:
+    try:
+        with _open(source) as src:
+            yield src
+    except (RasterioError, CRSError) as error:
+        size = f" ({Path(path).stat().st_size} bytes)" if local else ""
+        raise InputError(f"{path} is not a raster that GDAL can read{size}: {error}") from error
+
+
+def _open(source: str) -> rasterio.DatasetReader:
+    with rasterio.Env(**(REMOTE if _is_remote(source) else {})):
+        return rasterio.open(source)
+
+
+def _representable(value: float | None, dtype: np.dtype) -> float | None:
+    """Return a nodata value if pixels of the type can have it (NaN: any way not finite)."""
+    if value is None or np.isnan(value):
+        return None
+    if dtype.kind == "f":
+        return float(value)
+    limits = np.iinfo(dtype)
+    return float(value) if limits.min <= value <= limits.max and value == int(value) else None
+
+
+def _fits_as_vrt(path: Path) -> str:
+    """Describe the first image of a FITS file as a VRT, for builds of GDAL without a FITS driver.
+
+    Rows keep the order of the file, as in the arrays that astronomers see: row 0 is FITS row 1.
+
+    Raises:
+        InputError: There is no image, or a compressed one.
+    """
+    from astropy.io import fits  # slow to import, and few need it
+
+    try:
+        with warnings.catch_warnings(action="ignore"), fits.open(path, memmap=True) as units:
+            images = [u for u in units if u.is_image and u.header.get("NAXIS", 0) >= 2]
+            unit = next((u for u in images if not isinstance(u, fits.CompImageHDU)), None)
+            if unit is None:
+                found = [type(u).__name__ for u in units]
+                raise InputError(
+                    f"{path} holds no uncompressed image, only {found}; unpack it with funpack"
+                )
+            header, start = unit.header, unit.fileinfo()["datLoc"]
+            bits, bzero, bscale = header["BITPIX"], unit._orig_bzero, unit._orig_bscale
+            blank = header.get("BLANK")
+            axes = [header[f"NAXIS{i + 1}"] for i in range(header["NAXIS"])]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is not a FITS file that can be read: {error}") from error
+    (width, height), count = axes[:2], int(np.prod(axes[2:], initial=1))
+    size, end = abs(bits) // 8, start + width * height * count * abs(bits) // 8
+    if path.stat().st_size < end:
+        raise InputError(
+            f"{path} is cut short: its header promises {end} bytes, it has {path.stat().st_size}"
+        )
+    shape = f'rasterXSize="{width}" rasterYSize="{height}"'
+    raw = "".join(
+        f'<VRTRasterBand dataType="{FITS_TYPES[bits]}" band="{i + 1}" subClass="VRTRawRasterBand">'
+        f'<SourceFilename relativeToVRT="0">{escape(str(path.resolve()))}</SourceFilename>'
+        f"<ImageOffset>{start + i * width * height * size}</ImageOffset>"
+        f"<PixelOffset>{size}</PixelOffset><LineOffset>{width * size}</LineOffset>"
+        f"<ByteOrder>MSB</ByteOrder></VRTRasterBand>"
+        for i in range(count)
+    )
+    raw = f"<VRTDataset {shape}>{raw}</VRTDataset>"
+    if (bzero, bscale) == (0, 1) and blank is None:
+        return raw
+    unsigned = FITS_UNSIGNED.get(bits, (None, None))
+    kind = unsigned[0] if (unsigned[1], 1) == (bzero, bscale) else "Float64"
+    nodata = "" if blank is None else f"<NoDataValue>{blank * bscale + bzero}</NoDataValue>"
+    scaled = "".join(
+        f'<VRTRasterBand dataType="{kind}" band="{i + 1}">{nodata}<ComplexSource>'
+        f'<SourceFilename relativeToVRT="0">{escape(raw)}</SourceFilename>'
+        f"<SourceBand>{i + 1}</SourceBand><ScaleOffset>{bzero}</ScaleOffset>"
+        f"<ScaleRatio>{bscale}</ScaleRatio></ComplexSource></VRTRasterBand>"
+        for i in range(count)
+    )
+    return f"<VRTDataset {shape}>{scaled}</VRTDataset>"
+
+
+@contextmanager
+def create_raster(path: Path, **profile: object) -> Iterator[rasterio.io.DatasetWriter]:
+    """Open a new tiled GeoTIFF for writing by windows; it takes its name when the block succeeds.
+
+    Args:
+        path: The file to make.
+        profile: `width, height, count, dtype` and, where known, `crs, transform, nodata`; anything
+            else that GDAL's GTiff driver takes overrides the layout (256 px blocks, zstd).
+    """
+    layout: dict[str, object] = {
+        "driver": "GTiff", "tiled": True, "blockxsize": 256, "blockysize": 256,
+        "compress": "zstd", "bigtiff": "if_safer",
+    }  # fmt: skip
+    layout |= profile
+    with atomic_path(path) as temporary, rasterio.open(temporary, "w", **layout) as dst:
+        yield dst
