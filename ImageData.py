@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,8 +35,13 @@ class RasterHandle(Protocol):
     path: Path
     width: int
     height: int
+    bands: tuple[int, ...]
+    band_count: int
+    dtype: str
     crs: str | None
     transform: tuple[float, ...]
+    resolution: float | None
+    regions: Any
 
     def read(self, window: Window) -> np.ndarray:
         """Read a window as an array (bands, height, width)."""

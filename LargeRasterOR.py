@@ -23,13 +23,14 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.detection import RetinaNet
+from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import (
     BackboneWithFPN,
 )
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FrozenBatchNorm2d, box_iou
 
 import metrics
 from datasets import Batch, Target
@@ -79,24 +80,39 @@ def fit_anchors(boxes_xyxy: np.ndarray) -> Anchors:
     return Anchors(sizes, (0.5, 1.0, 2.0) if elongated.mean() > 0.1 else (1.0,))
 
 
+def best_anchor_iou(anchors: Anchors, boxes_xyxy: np.ndarray) -> np.ndarray:
+    """Return for each box (N, 4) the IoU (N,) with the anchor that fits it best, centre on centre.
+
+    Real anchors stand on a grid, so that this is what a box can reach, not what it gets.
+    """
+    sizes = np.concatenate(anchors.sizes)
+    ratios = np.sqrt(anchors.aspect_ratios)[:, None]
+    height, width = (sizes * ratios).ravel(), (sizes / ratios).ravel()
+    sides = boxes_xyxy[:, None, 2:] - boxes_xyxy[:, None, :2]
+    shared = np.minimum(sides[..., 0], width) * np.minimum(sides[..., 1], height)
+    return (shared / (sides.prod(axis=-1) + width * height - shared)).max(axis=1)
+
+
 @dataclass
 class DataContract:
     """What a checkpoint says of the data it was trained on, and asks of data to come.
 
     Attributes:
         tile_size: Side of the tiles, px.
-        bands: Number of bands.
+        bands: One-based indexes of the bands read, in their order.
+        band_count: Number of bands of the files, without alpha.
         dtype: Type of the raw pixels.
         radiometry: How they become input.
         anchors: See `fit_anchors`.
         detections_per_tile: Most detections kept of a tile.
-        resolution: Side of a pixel in units of the CRS, None without one.
+        resolution: Side of a pixel on the ground in metres, None without a CRS.
         split_hash: Fingerprint of the ground blocks; the test ground of the same hash is unseen.
         evaluation_overlap: Overlap of neighbouring tiles that fits the largest object, px.
     """
 
     tile_size: Annotated[int, Field(ge=1)]
-    bands: Annotated[int, Field(ge=1)]
+    bands: tuple[int, ...]
+    band_count: int
     dtype: str
     radiometry: Radiometry
     anchors: Anchors
@@ -125,7 +141,7 @@ class TileRetinaNet(RetinaNet):
             norm_layer=_group_norm,
         )
         super().__init__(
-            make_backbone(conf, contract.bands),
+            make_backbone(conf, len(contract.bands)),
             classes,
             min_size=contract.tile_size,
             max_size=contract.tile_size,
@@ -148,7 +164,8 @@ class TileRetinaNet(RetinaNet):
 
         Args:
             images: float32 (B, bands, H, W), stretched.
-            targets: Per tile `boxes` (N, 4) xyxy px and `labels` (N,).
+            targets: Per tile `boxes` (N, 4) xyxy px, `labels` (N,) and, where some of it is ground
+                that does not count, `counted` (H, W).
             detect: Whether to decode detections.
 
         Returns:
@@ -177,6 +194,22 @@ class TileRetinaNet(RetinaNet):
                 by_level, [list(a.split(counts)) for a in anchors], [tuple(size_hw)] * len(batch)
             )
         return losses, detections
+
+    def compute_loss(
+        self, targets: list[Target], head_outputs: dict[str, Tensor], anchors: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """Match anchors as the parent does; on ground that does not count, none is background."""
+        matches = []
+        for mine, target in zip(anchors, targets, strict=True):
+            match = torch.full((len(mine),), Matcher.BELOW_LOW_THRESHOLD, device=mine.device)
+            if len(target["boxes"]):
+                match = self.proposal_matcher(box_iou(target["boxes"], mine))
+            if "counted" in target:
+                stray = ~metrics.counted_at_centers(target["counted"], mine)
+                background = match == Matcher.BELOW_LOW_THRESHOLD
+                match[background & stray] = Matcher.BETWEEN_THRESHOLDS
+            matches.append(match)
+        return self.head.compute_loss(targets, head_outputs, anchors, matches)
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
@@ -339,7 +372,7 @@ class LargeRasterORModel(pl.LightningModule):
             InputError: See `make_backbone`.
         """
         if self.conf.weights:
-            backbone = make_backbone(self.conf, self.contract.bands, load=True)
+            backbone = make_backbone(self.conf, len(self.contract.bands), load=True)
             self.network.backbone.load_state_dict(backbone.state_dict())
 
     def forward(self, images: Tensor) -> list[dict[str, Tensor]]:

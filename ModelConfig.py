@@ -6,6 +6,7 @@ field raises just as constructing with one does.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib.util
 import json
@@ -15,6 +16,7 @@ from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -26,6 +28,7 @@ Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]  # of a whole
 SampleShare = Annotated[float, Field(gt=0, le=1)]
+Percent = Annotated[float, Field(ge=0, le=100)]
 Proportion = Annotated[float, Field(gt=0, lt=1)]
 FileName = Annotated[str, Field(min_length=1)]
 
@@ -33,7 +36,7 @@ FileName = Annotated[str, Field(min_length=1)]
 # runs, what it shows. All others decide whether its trials can be ranked together.
 MAY_CHANGE = {
     "RUN_NAME", "PR_COMPUTE_INTERVAL", "PATCH_SIZES", "BATCH_SIZES", "N_EPOCHS", "SAMPLE_SIZES",
-    "LEARNING_RATES", "RETRY_FAILED",
+    "LEARNING_RATES", "RETRY_FAILED", "REPAIR_LAYOUT", "CACHE_DIR", "RESOLUTION_TOLERANCE",
     "FORCE_CREATION", "ACCELERATOR", "DEVICES", "WORKERS", "RUNS_DIR", "DF_DIR", "IMG_DIR",
     "TILING_DIRECTORY", "IMAGE_OUTPUT_DIRECTORY", "MATERIALIZE_TILES", "WANDB_ACTIVE",
     "WANDB_PROJECT", "PLOT_IMAGE", "INTERACTIVE",
@@ -114,13 +117,27 @@ class RunParameters:
     IMAGE_FILENAMES: list[FileName]
     DF_DIR: Path
     IMG_DIR: Path
-    DIAMETER_COLUMN_NAME: str
-    LABEL_COLUMN_NAME: str
+    AOI_FILENAMES: list[FileName | None] | None
+    IGNORE_FILENAMES: list[FileName | None] | None
+    BANDS: Annotated[list[Positive], Field(min_length=1)] | None
+    RESOLUTION_TOLERANCE: Annotated[float, Field(ge=0)] | None
+    REPAIR_LAYOUT: bool
+    CACHE_DIR: Path
     BOX_SOURCE: Literal["diameter", "columns"]
+    COORDINATES: FileName
+    X_COLUMN_NAME: FileName
+    Y_COLUMN_NAME: FileName
+    DIAMETER_COLUMN_NAME: FileName
+    LABEL_COLUMN_NAME: FileName
+    DEFAULT_LABEL: FileName | None
+    IMAGE_COLUMN_NAME: FileName | None
+    LAYER: FileName | None
+    ATTRIBUTE_FILTER: FileName | None
     DEFAULT_OBJECT_DIAMETER: PositiveFloat
     DIAMETER_SCALE: PositiveFloat
     MAX_DIAMETER: PositiveFloat
     CLIP_TO_RASTER: bool
+    DROP_DUPLICATES: bool
     LABEL_PERCENTILE: Annotated[float, Field(gt=0, le=100)]
     ROTATION_ANGLES: list[Literal[90, 180, 270]]
     IMAGE_OUTPUT_DIRECTORY: Path | None
@@ -134,6 +151,7 @@ class RunParameters:
     TILE_OVERLAP: Annotated[int, Field(ge=0)]
     MIN_VISIBLE: SampleShare
     EMPTY_TILE_RATIO: Annotated[float, Field(ge=0)]
+    MIN_VALID: Share
     CENSORED_PIXELS_LIMIT: Annotated[int, Field(ge=0)]
     MATERIALIZE_TILES: bool
     FORCE_CREATION: bool
@@ -142,6 +160,8 @@ class RunParameters:
     SAMPLE_SIZES: Annotated[list[SampleShare], Field(min_length=1)]
     LEARNING_RATES: Annotated[list[PositiveFloat], Field(min_length=1)]
     RETRY_FAILED: bool
+    STRETCH: Literal["auto", "none", "minmax", "percentile", "log"]
+    STRETCH_PERCENTILES: Annotated[list[Percent], Field(min_length=2, max_length=2)]
     BACKBONE: Backbone
     WEIGHTS: str | None
     FPN_CHANNELS: Annotated[int, Field(ge=8, multiple_of=8)]
@@ -168,6 +188,18 @@ class RunParameters:
             raise InputError(
                 f"IMAGE_FILENAMES and DF_FILENAMES pair up by position, but name {rasters} rasters "
                 f"and {tables} tables; give each raster its table"
+            )
+        for name in ("AOI_FILENAMES", "IGNORE_FILENAMES"):
+            files = getattr(self, name)
+            if files is not None and len(files) != rasters:
+                raise InputError(
+                    f"{name} pairs up with IMAGE_FILENAMES by position, but names {len(files)} "
+                    f"files for {rasters} rasters; write None for a raster without one"
+                )
+        if self.STRETCH_PERCENTILES[0] >= self.STRETCH_PERCENTILES[1]:
+            raise InputError(
+                "STRETCH_PERCENTILES must rise, such as [0.5, 99.5], "
+                f"got {self.STRETCH_PERCENTILES}"
             )
         if not rasters:
             raise InputError("IMAGE_FILENAMES is empty; name at least one raster and its table")
@@ -235,6 +267,32 @@ class RunParameters:
             ]
             raise InputError("\n".join(lines)) from None
 
+    @classmethod
+    def from_files(cls, notebook: Path, parameters: Path | None = None) -> RunParameters:
+        """Collect the parameters as papermill would: the notebook's defaults, then a YAML file.
+
+        Raises:
+            InputError: A file cannot be read, or see `from_notebook`.
+        """
+        try:
+            cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+            cell = next(c for c in cells if "parameters" in c["metadata"].get("tags", []))
+            values = {
+                node.targets[0].id: ast.literal_eval(node.value)
+                for node in ast.parse("".join(cell["source"])).body
+            }
+        except (OSError, ValueError, KeyError, StopIteration, SyntaxError) as error:
+            raise InputError(f"{notebook} is no notebook with a parameters cell: {error}") from None
+        if parameters is not None:
+            try:
+                given = yaml.safe_load(Path(parameters).read_text(encoding="utf-8")) or {}
+            except (OSError, ValueError, yaml.YAMLError) as error:
+                raise InputError(f"{parameters} cannot be read as YAML: {error}") from None
+            if not isinstance(given, dict):
+                raise InputError(f"{parameters} must hold lines `NAME: value`, got {given!r}")
+            values |= given
+        return cls.from_notebook(values)
+
     def check_unchanged(self) -> None:
         """Refuse to go on with a run whose trials were made with other parameters.
 
@@ -277,9 +335,24 @@ class RunParameters:
         return self.run_dir / self.TILING_DIRECTORY
 
     @property
-    def image_paths(self) -> list[Path]:
-        """Paths of the rasters."""
-        return [self.IMG_DIR / name for name in self.IMAGE_FILENAMES]
+    def image_paths(self) -> list[Path | str]:
+        """Paths of the rasters, or their addresses (`https://...`)."""
+        remote = ("://", "/vsi")
+        return [
+            name if any(mark in name for mark in remote) else self.IMG_DIR / name
+            for name in self.IMAGE_FILENAMES
+        ]
+
+    @property
+    def region_paths(self) -> list[tuple[Path | None, Path | None]]:
+        """Return the files of the area of interest and of ignored regions of each raster."""
+        nothing = [None] * len(self.IMAGE_FILENAMES)
+        return [
+            tuple(self.DF_DIR / name if name else None for name in names)
+            for names in zip(
+                self.AOI_FILENAMES or nothing, self.IGNORE_FILENAMES or nothing, strict=True
+            )
+        ]
 
     @property
     def df_paths(self) -> list[Path]:
@@ -306,9 +379,17 @@ class RunParameters:
     def cleaning_options(self) -> dict[str, Any]:
         """Return the arguments of `annotations.clean_annotations` that are parameters."""
         return {
+            "box_source": self.BOX_SOURCE,
+            "coordinates": self.COORDINATES,
+            "x_column": self.X_COLUMN_NAME,
+            "y_column": self.Y_COLUMN_NAME,
             "diameter_column": self.DIAMETER_COLUMN_NAME,
             "label_column": self.LABEL_COLUMN_NAME,
-            "box_source": self.BOX_SOURCE,
+            "default_label": self.DEFAULT_LABEL,
+            "image_column": self.IMAGE_COLUMN_NAME,
+            "layer": self.LAYER,
+            "attribute_filter": self.ATTRIBUTE_FILTER,
+            "drop_duplicates": self.DROP_DUPLICATES,
             "default_diameter": self.DEFAULT_OBJECT_DIAMETER,
             "diameter_scale": self.DIAMETER_SCALE,
             "max_diameter": self.MAX_DIAMETER,
@@ -334,10 +415,15 @@ class RunParameters:
             "overlap": self.TILE_OVERLAP,
             "min_visible": self.MIN_VISIBLE,
             "empty_tile_ratio": self.EMPTY_TILE_RATIO,
+            "min_valid": self.MIN_VALID,
             "pixel_limit": self.CENSORED_PIXELS_LIMIT,
             "materialize": self.MATERIALIZE_TILES,
             "seed": self.SEED,
         }
+
+    def stretch_options(self) -> dict[str, Any]:
+        """Return the arguments of `imutils.measure_radiometry` that are parameters."""
+        return {"stretch": self.STRETCH, "percentiles": tuple(self.STRETCH_PERCENTILES)}
 
     def model_config(self) -> ModelConfig:
         """Return what all trials share; each trial then sets its own hyperparameters."""

@@ -1,4 +1,4 @@
-"""The cleaning pipeline: from a raw annotation table to clean boxes, with nothing lost unseen.
+"""The cleaning pipeline: from any annotation file to clean boxes, with nothing lost unseen.
 
 Every step takes a frame and returns a new one, so steps chain with `DataFrame.pipe` and a user's
 own step is as good as ours. `run_steps` chains them and compares each frame with the one before:
@@ -8,17 +8,23 @@ what disappeared goes to the quarantine with the step's name as its reason, what
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pandas as pd
+import pyproj
+import shapely
+from pyproj.exceptions import ProjError
 
 import fileio
+import geometries
 import parallel
 from ImageData import BOX_COLUMNS, CENTER_COLUMNS, ImageData, InputError
+from imutils import clip_boxes
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +32,20 @@ UNKNOWN = "Unknown"  # the label that stands for all uncommon ones
 MIN_SIDE = 0.01  # px; a box thinner than this has no area in float32
 LARGE_LOSS = 0.3  # share of the rows that one step may drop before it is worth a warning
 ROW_BASE = 2**40  # index of the first row while steps run
+QUARANTINE_BOX_COLUMNS = [f"px_{name}" for name in BOX_COLUMNS]
+EARTH_RADIUS = 6_378_137.0  # m; a globe within 1 % of it is the Earth
+SAME_BOX_DIGITS = 6  # digits of px in which duplicates agree
+
+# Reasons why an object is dropped although it is real, and part of it may be seen
+OVER_LEFT, OVER_RIGHT = "over the left or upper edge", "over the right or lower edge"
+OFF_RASTER = "centre off the raster"
+OUTSIDE_AOI, IGNORED = "outside the area of interest", "in an ignored region"
+EDGES = (OVER_LEFT, OVER_RIGHT, OFF_RASTER, OUTSIDE_AOI, IGNORED)
+
+# Reasons that are no fault of a row
+OTHER_RASTER = "names another raster"
+NOT_SELECTED = "not selected by ATTRIBUTE_FILTER"
+DUPLICATE = "duplicate"
 
 Step = Callable[[pd.DataFrame], pd.DataFrame]
 BoxFilter = Callable[..., object]  # (x_min, y_min, x_max, y_max, diam, sizex, sizey) -> keep
@@ -85,11 +105,22 @@ def measure_bboxes(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def clip_bboxes(df: pd.DataFrame, sizex: int, sizey: int) -> pd.DataFrame:
-    """Cut the boxes at the raster's edge, (0, 0) to (sizex, sizey)."""
-    return df.assign(
-        xmin=df["xmin"].clip(0, sizex), xmax=df["xmax"].clip(0, sizex),
-        ymin=df["ymin"].clip(0, sizey), ymax=df["ymax"].clip(0, sizey),
-    )  # fmt: skip
+    """Cut the boxes at the raster's edge, (0, 0) to (sizex, sizey).
+
+    Where a polygon in `geometry` (px) reaches over the edge, what is left of its box bounds what is
+    left of the polygon; nothing is left of a box if nothing is left of its polygon.
+    """
+    limits = np.array([0, 0, sizex, sizey], dtype=float)
+    before = df[BOX_COLUMNS].to_numpy(dtype="float64")
+    boxes = clip_boxes(before, limits)
+    shapes = geometries.polygons_of(df)
+    cut = ~shapely.is_missing(shapes) & (boxes != before).any(axis=1)
+    if cut.any():
+        visible = shapely.bounds(shapely.clip_by_rect(shapes[cut], *limits))
+        low = np.fmax(boxes[cut, :2], visible[:, :2])
+        high = np.where(np.isnan(visible[:, 2:]), low, np.fmin(boxes[cut, 2:], visible[:, 2:]))
+        boxes[cut] = np.hstack([low, high])
+    return df.assign(**dict(zip(BOX_COLUMNS, boxes.T, strict=True)))
 
 
 def min_filter(x_min, y_min, x_max, y_max, diam, sizex, sizey):  # noqa: ANN001, ANN201
@@ -152,6 +183,72 @@ def filter_invalid_bboxes(
             )
         keep &= answer
     return df[keep]
+
+
+# ---------------------------------------------------------------------------------------------
+# Steps that choose rows and write labels out
+# ---------------------------------------------------------------------------------------------
+
+
+def select_raster(df: pd.DataFrame, column_name: str, stem: str) -> pd.DataFrame:
+    """Keep the rows whose column names a raster, by the stem of a file name or path."""
+    names = df[column_name]
+    mine = [name for name in names.dropna().unique() if _stem(name) == stem]
+    return df[names.isin(mine)]
+
+
+def _stem(name: object) -> str:
+    return PureWindowsPath(str(name)).stem  # it splits at either slash
+
+
+def select_rows(df: pd.DataFrame, expression: str) -> pd.DataFrame:
+    """Keep the rows that an expression for `DataFrame.query` selects.
+
+    Raises:
+        InputError: It cannot be evaluated.
+    """
+    try:
+        chosen = df.query(expression, local_dict={}, global_dict={}, engine="python")
+    except Exception as error:
+        raise InputError(
+            f"ATTRIBUTE_FILTER {expression!r} cannot be evaluated: {error}; the columns are "
+            f"{list(df.columns)}"
+        ) from error
+    return chosen
+
+
+def drop_problem(df: pd.DataFrame, problem: str) -> pd.DataFrame:
+    """Drop the rows of which a reader said that they cannot be used, and why."""
+    return df[df["problem"] != problem]
+
+
+def write_labels_out(df: pd.DataFrame, column_name: str) -> pd.DataFrame:
+    """Make labels text: 1, also as the float 1.0, becomes "1"; an empty text is a missing label."""
+    labels = df[column_name].astype(object).map(_label_text, na_action="ignore")
+    return df.assign(**{column_name: labels.where(labels != "")})
+
+
+def _label_text(label: object) -> str:
+    whole = isinstance(label, float) and label.is_integer()
+    return str(int(label) if whole else label)
+
+
+def find_duplicates(df: pd.DataFrame, label_column: str = "label") -> np.ndarray:
+    """Tell, as bool (N,), which rows have the label and, to 1e-6 px, the box of an earlier one."""
+    keys = df[BOX_COLUMNS].round(SAME_BOX_DIGITS) + 0.0  # no -0.0
+    keys = keys.assign(label=pd.factorize(df[label_column])[0])
+    digest = np.zeros(len(df), dtype="uint64")
+    for name in keys.columns:  # one number per row finds the few rows worth comparing
+        digest = digest * np.uint64(31) + pd.util.hash_array(keys[name].to_numpy())
+    candidates = pd.Series(digest).duplicated(keep=False).to_numpy()
+    duplicated = np.zeros(len(df), dtype=bool)
+    duplicated[candidates] = keys[candidates].duplicated().to_numpy()
+    return duplicated
+
+
+# ---------------------------------------------------------------------------------------------
+# Labels
+# ---------------------------------------------------------------------------------------------
 
 
 def gather_common_labels(
@@ -217,19 +314,23 @@ class Cleaned:
     report: pd.DataFrame
 
 
-def run_steps(raw: pd.DataFrame, steps: Mapping[str, Step]) -> Cleaned:
+def run_steps(
+    raw: pd.DataFrame, steps: Mapping[str, Step], boxes_from: str | None = None
+) -> Cleaned:
     """Pipe a frame through named steps, keeping account of every row.
 
     Args:
         raw: The frame.
         steps: Name -> callable that returns a frame with some of the rows it was given.
+        boxes_from: The step that makes `xmin, ymin, xmax, ymax` (px); before it, columns of these
+            names are the file's own. None: the frame brings its boxes.
 
     Raises:
         InputError: A step fails, or returns rows that it was not given.
     """
     # An index that no step makes by accident tells rows that were given from rows that were made.
     raw = raw.set_axis(pd.RangeIndex(ROW_BASE, ROW_BASE + len(raw)))
-    before, dropped, report = raw, [], []
+    before, dropped, report, boxed = raw, [], [], boxes_from is None
     for name, step in steps.items():
         try:
             after = before.pipe(step)
@@ -244,15 +345,26 @@ def run_steps(raw: pd.DataFrame, steps: Mapping[str, Step]) -> Cleaned:
                 "each at most once and under its index (no reset_index)"
             )
         gone = before.index.difference(after.index, sort=False)
-        dropped.append(raw.loc[gone].assign(reason=name, row=gone - ROW_BASE))
+        dropped.append(
+            raw.loc[gone].assign(reason=name, row=gone - ROW_BASE, **_boxes_of(before, gone, boxed))
+        )
         report.append(
             {"step": name, "rows_in": len(before), "dropped": len(gone),
              "changed": _count_changed(before, after), "rows_out": len(after)}
         )  # fmt: skip
-        before = after
-    quarantine = pd.concat(dropped) if dropped else raw.iloc[:0].assign(reason="", row=0)
+        before, boxed = after, boxed or name == boxes_from
+    nothing = raw.iloc[:0].assign(reason="", row=0, **_boxes_of(raw, raw.index[:0], boxed=False))
+    quarantine = pd.concat(dropped) if dropped else nothing
     quarantine = quarantine.sort_index(ignore_index=True)
     return Cleaned(before.reset_index(drop=True), quarantine, pd.DataFrame(report))
+
+
+def _boxes_of(df: pd.DataFrame, rows: pd.Index, boxed: bool) -> dict[str, np.ndarray]:
+    """Return the boxes of some rows as columns for the quarantine, NaN where there are none."""
+    boxes = np.full((len(rows), 4), np.nan)
+    if boxed and set(BOX_COLUMNS) <= set(df.columns) and len(rows):
+        boxes = df.loc[rows, BOX_COLUMNS].apply(pd.to_numeric, errors="coerce").to_numpy(float)
+    return dict(zip(QUARANTINE_BOX_COLUMNS, boxes.T, strict=True))
 
 
 def _count_changed(before: pd.DataFrame, after: pd.DataFrame) -> int:
@@ -260,124 +372,424 @@ def _count_changed(before: pd.DataFrame, after: pd.DataFrame) -> int:
     changed = np.zeros(len(after), dtype=bool)
     for name in after.columns.intersection(before.columns):
         old, new = before[name], after[name]
+        if old.dtype == new.dtype == object:  # objects that stay themselves are not compared
+            rows = np.flatnonzero(np.fromiter(map(operator.is_not, old, new), bool, len(new)))
+            old, new = old.iloc[rows], new.iloc[rows]
+            if shapely.is_valid_input(old).all() and shapely.is_valid_input(new).all():
+                changed[rows] |= ~shapely.equals_identical(old.to_numpy(), new.to_numpy())
+                continue
+        else:
+            rows = np.arange(len(new))
         if pd.api.types.is_numeric_dtype(new) and not pd.api.types.is_numeric_dtype(old):
             old = pd.to_numeric(old, errors="coerce")  # "7.0" read as a number is no change
-        rows = np.flatnonzero(old.ne(new).to_numpy(dtype=bool, na_value=True))
-        both_missing = old.iloc[rows].isna().to_numpy() & new.iloc[rows].isna().to_numpy()
-        changed[rows[~both_missing]] = True
+        differing = np.flatnonzero(old.ne(new).to_numpy(dtype=bool, na_value=True))
+        both_missing = old.iloc[differing].isna().to_numpy() & new.iloc[differing].isna().to_numpy()
+        changed[rows[differing[~both_missing]]] = True
     return int(changed.sum())
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading: from any annotation file to boxes in pixels
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReadingOptions:
+    """How an annotation file is to be understood.
+
+    Attributes:
+        diameter_column: Name of the column with diameters: of tables, and of points in vector
+            files, which may lack it. In units of `1 / diameter_scale` px, or metres on the ground
+            if the coordinates are those of a map.
+        label_column: Name of the column with labels. COCO, VOC and YOLO name their classes
+            themselves.
+        x_column: Name of a table's column with the x of centres.
+        y_column: Name of a table's column with the y of centres.
+        box_source: Of a table, "diameter" makes boxes from centre and diameter; "columns" takes
+            `xmin, ymin, xmax, ymax` from it.
+        default_diameter: Replaces diameters of zero and below, in the file's units; points without
+            a diameter column have it too.
+        diameter_scale: Pixels, or metres, per unit of the diameter column.
+        coordinates: "auto", "pixel", "map" (the raster's CRS), "lonlat" (degrees; on the Earth
+            EPSG:4326), or any text that names a CRS. "auto" takes vector files in the CRS they
+            declare and anything else in pixels; all others hold whatever the file declares.
+        layer: Layer of a vector file with several.
+        attribute_filter: Which rows are wanted, as text for `DataFrame.query` on the columns of
+            the file.
+        default_label: The label of rows without one; it also stands in for a missing column.
+        drop_duplicates: Drop rows with the label and the box of another, instead of warning.
+        image_column: Column of a table or vector file that names the raster of each row; rows of
+            others do not count. COCO names its images itself.
+        extra_steps: Further steps (frame -> frame), run on centres and diameters in px before boxes
+            are made of them where a table gives those in px, and otherwise on the boxes in px.
+    """
+
+    diameter_column: str = "diameter"
+    label_column: str = "label"
+    x_column: str = "pixel_x"
+    y_column: str = "pixel_y"
+    box_source: str = "diameter"
+    default_diameter: float = 0.5
+    diameter_scale: float = 1.0
+    coordinates: str = "auto"
+    layer: str | None = None
+    attribute_filter: str | None = None
+    default_label: str | None = None
+    drop_duplicates: bool = False
+    image_column: str | None = None
+    extra_steps: Sequence[Step] = ()
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What `read_annotations` is going to do, open to further steps.
+
+    Attributes:
+        raw: The rows as they are in the file.
+        steps: The steps that turn them into boxes (px).
+        boxes_from: See `run_steps`.
+        label_column: The column with the labels.
+        scale: Pixels per unit of the diameter; 1 where the file gives boxes or polygons.
+        unit: Where diameters belong to points of a map or a vector file, in the column
+            `given_diameter`: what they are after scaling, "m" or "px".
+    """
+
+    raw: pd.DataFrame
+    steps: dict[str, Step]
+    boxes_from: str | None
+    label_column: str
+    scale: float = 1.0
+    unit: str | None = None
+
+
+def read_annotations(path: Path, raster: fileio.Raster, **options: object) -> Cleaned:
+    """Turn an annotation file of any format into boxes in pixels of a raster.
+
+    Tables (CSV, Parquet) with centres or boxes, vector files with points or polygons, COCO, Pascal
+    VOC and YOLO are understood, see `formats`.
+
+    Args:
+        path: The file.
+        raster: The raster it annotates.
+        options: See `ReadingOptions`.
+
+    Returns:
+        The rows with `pixel_x, pixel_y, diameter, label, xmin, ymin, xmax, ymax` (float64, px; the
+        diameter is the longer side), `score` and `iscrowd` where the file has them, and, where it
+        gives polygons, `geometry` (px; None for points); quarantine and report. Nothing is said of
+        where the boxes lie: that is up to `preprocess_df`.
+
+    Raises:
+        InputError: The file cannot be used, or no row is left.
+    """
+    reading = _plan_reading(Path(path), raster, ReadingOptions(**options))
+    return _carry_out(Path(path), reading, ("score", "iscrowd", "geometry"))
 
 
 def preprocess_df(
     path: Path,
-    shape_hw: tuple[int, int],
+    raster: fileio.Raster,
     *,
-    diameter_column: str = "diameter",
-    label_column: str = "label",
-    box_source: str = "diameter",
-    default_diameter: float = 0.5,
-    diameter_scale: float = 1.0,
     max_diameter: float = np.inf,
     clip_to_raster: bool = False,
     extra_filters: Sequence[BoxFilter] = (),
-    extra_steps: Sequence[Step] = (),
+    **options: object,
 ) -> Cleaned:
-    """Read and clean the annotation table of one raster.
+    """Read and clean the annotations of one raster.
 
     Args:
-        path: A CSV with `pixel_x, pixel_y` (px), a diameter and a label, or with box columns.
-        shape_hw: Height and width of the raster in px.
-        diameter_column: Name of the column with diameters, in units of `1 / diameter_scale` px.
-        label_column: Name of the column with labels.
-        box_source: "diameter" makes square boxes from centre and diameter; "columns" takes
-            `xmin, ymin, xmax, ymax` (px) from the table.
-        default_diameter: Replaces diameters of zero and below, in the table's units.
-        diameter_scale: Pixels per unit of the diameter column.
-        max_diameter: Objects from this diameter on are noise, in the table's units (boxes: px).
+        path: The annotation file, of any format that `read_annotations` knows.
+        raster: The raster it annotates.
+        max_diameter: Objects from this diameter on are noise, in the units of the diameter column
+            (boxes and polygons: px).
         clip_to_raster: Cut boxes at the raster's edge instead of dropping those that reach over it.
         extra_filters: Further box filters, see `filter_invalid_bboxes`.
-        extra_steps: Further steps (frame -> frame), run on centres and diameters in px before boxes
-            are made of them, or on the boxes of the table.
+        options: See `ReadingOptions`.
 
     Returns:
         The clean table with `pixel_x, pixel_y, diameter, label, xmin, ymin, xmax, ymax` in px, its
         quarantine and its report.
 
     Raises:
-        InputError: The file is missing, empty, or lacks a column, or no row is left.
+        InputError: The file cannot be used, or no row is left.
     """
-    height, width = shape_hw
-    raw = fileio.read_table(path, text_columns=[label_column])
-    from_columns = box_source == "columns"
-    numeric = BOX_COLUMNS if from_columns else [*CENTER_COLUMNS, diameter_column]
-    if missing := [name for name in (*numeric, label_column) if name not in raw.columns]:
-        raise InputError(
-            f"{path} lacks the columns {missing}; it has {list(raw.columns)}. Set "
-            "DIAMETER_COLUMN_NAME and LABEL_COLUMN_NAME, or BOX_SOURCE = 'columns' for a table of "
-            f"boxes {BOX_COLUMNS}"
-        )
-
-    steps: dict[str, Step] = {
-        f"{name} not numeric": partial(
-            remove_non_numeric_rows,
-            column_name=name,
-            default_diameter=default_diameter if name == diameter_column else None,
-        )
-        for name in numeric
-    }
-    own_steps = [(name_of(step), step) for step in extra_steps]
-    if from_columns:
-        steps["swapped corners"] = correct_bounding_boxes
-        _add(steps, own_steps)
-        steps["measure boxes"] = measure_bboxes
-    else:
-        steps["units to pixels"] = partial(
-            apply_column_transform,
-            column_name=diameter_column,
-            transform=partial(np.multiply, diameter_scale),
-        )
-        if diameter_column != "diameter":
-            steps["name the diameter"] = lambda df: df.assign(diameter=df[diameter_column])
-        _add(steps, own_steps)
-        steps["boxes"] = generate_bboxes
-        steps["swapped corners"] = correct_bounding_boxes
-    size = {"sizex": width, "sizey": height}
-    limit_px = max_diameter if from_columns else max_diameter * diameter_scale
+    reading = _plan_reading(Path(path), raster, ReadingOptions(**options))
+    steps = dict(reading.steps)
+    size = {"sizex": raster.width, "sizey": raster.height}
     filters: list[tuple[str, BoxFilter]] = [
-        ("over the left or upper edge", min_filter),
-        ("over the right or lower edge", max_filter),
+        (OVER_LEFT, min_filter),
+        (OVER_RIGHT, max_filter),
         *((name_of(box_filter), box_filter) for box_filter in extra_filters),
         ("no area", area_filter),
     ]
-    too_large = partial(max_diameter_filter, max_diameter=limit_px)
-    limit_name = f"not under MAX_DIAMETER, {limit_px:g} px"
-    for name, box_filter in (("centre off the raster", center_filter), (limit_name, too_large)):
-        steps[name] = partial(_apply_filter, **size, box_filter=box_filter)
+    steps[OFF_RASTER] = partial(_apply_filter, **size, box_filter=center_filter)
+    limit = max_diameter * reading.scale
+    if reading.unit is None:
+        too_large = partial(max_diameter_filter, max_diameter=limit)
+        steps[f"not under MAX_DIAMETER, {limit:g} px"] = partial(
+            _apply_filter, **size, box_filter=too_large
+        )
+    else:  # polygons of the same file have no diameter but that of their box
+        name = f"not under MAX_DIAMETER, {limit:g} {reading.unit} (polygons: {max_diameter:g} px)"
+        steps[name] = partial(limit_diameters, max_given=limit, max_px=max_diameter)
+    if raster.regions is not None:
+        inside = fileio.Regions(aoi=raster.regions.aoi)
+        steps[OUTSIDE_AOI] = partial(keep_counted, regions=inside)
+        steps[IGNORED] = partial(keep_counted, regions=raster.regions)
     if clip_to_raster:
         steps["cut at the edge"] = partial(clip_bboxes, **size)
     _add(steps, [(name, partial(_apply_filter, **size, box_filter=f)) for name, f in filters])
+    return _carry_out(Path(path), replace(reading, steps=steps))
 
+
+def keep_counted(df: pd.DataFrame, regions: fileio.Regions) -> pd.DataFrame:
+    """Keep objects whose centre lies on ground that counts."""
+    return df[regions.contain(df["pixel_x"], df["pixel_y"])]
+
+
+def limit_diameters(df: pd.DataFrame, max_given: float, max_px: float) -> pd.DataFrame:
+    """Keep points by their `given_diameter` and polygons by the longer side of their box (px)."""
+    given = df[geometries.GIVEN]
+    return df[np.where(given.notna(), given < max_given, df["diameter"] < max_px)]
+
+
+def _plan_reading(path: Path, raster: fileio.Raster, o: ReadingOptions) -> _Reading:
+    """Read a file and choose the steps that turn its rows into boxes."""
+    text_columns = [name for name in (o.label_column, o.image_column) if name]
+    file = fileio.read_annotation_file(path, raster, layer=o.layer, text_columns=text_columns)
+    raw, is_table = file.df, file.kind == "table"
+    label = o.label_column if file.kind != "boxes" or o.label_column in raw.columns else "label"
+    from_columns = is_table and o.box_source == "columns"
+    numeric = BOX_COLUMNS if from_columns else [o.x_column, o.y_column, o.diameter_column]
+    _check_columns(path, file, o, [*(numeric if is_table else ()), label])
+    crs = _find_crs(path, file, raster, o.coordinates)
+    if label not in raw.columns:
+        raw = raw.assign(**{label: pd.Series(None, index=raw.index, dtype=object)})
+
+    steps = _choosing_steps(path, file, raster, o)
+    steps |= _label_steps(raw, label, o.default_label)
+    for name in numeric if is_table else ():
+        default = o.default_diameter if name == o.diameter_column else None
+        steps[f"{name} not numeric"] = partial(
+            remove_non_numeric_rows, column_name=name, default_diameter=default
+        )
+    own_steps = [(name_of(step), step) for step in o.extra_steps]
+    boxes_from, scale, unit = "boxes", 1.0, None
+    if is_table and crs is None and not from_columns:
+        scale = o.diameter_scale
+        steps |= _center_steps(o)
+        _add(steps, own_steps)
+        steps["boxes"] = generate_bboxes
+        steps["swapped corners"] = correct_bounding_boxes
+    else:
+        if file.kind == "boxes" or (from_columns and crs is None):
+            boxes_from = "swapped corners" if is_table else None
+            if not is_table and "geometry" in raw.columns:
+                steps["invalid geometry repaired"] = geometries.repair
+            steps["swapped corners"] = correct_bounding_boxes
+        else:
+            has_points = not from_columns
+            if is_table:
+                steps["geometry"] = partial(
+                    geometries.from_columns,
+                    column_names=BOX_COLUMNS if from_columns else numeric[:2],
+                )
+            else:
+                has_points = bool(
+                    (shapely.get_type_id(raw["geometry"].to_numpy()) == geometries.POINT).any()
+                )
+            if has_points:
+                scale, unit = o.diameter_scale, "px" if crs is None else "m"
+            steps |= _geometry_steps(raster, o, crs, from_file=not is_table, unit=unit)
+        _add(steps, own_steps)
+        steps["measure boxes"] = measure_bboxes
+    if o.drop_duplicates:
+        steps[DUPLICATE] = lambda df: df[~find_duplicates(df, label)]
+    return _Reading(raw, steps, boxes_from, label, scale, unit)
+
+
+def _check_columns(
+    path: Path, file: fileio.AnnotationFile, o: ReadingOptions, needed: Sequence[str]
+) -> None:
+    columns = list(file.df.columns)
+    named = file.kind != "boxes" and o.image_column is not None
+    needed = [*needed, o.image_column] if named else needed
+    spared = o.label_column if o.default_label is not None else None
+    if missing := [name for name in needed if name not in columns and name != spared]:
+        remedy = "Set LABEL_COLUMN_NAME, or DEFAULT_LABEL to label all objects alike"
+        if file.kind == "table":
+            remedy = (
+                "Set DIAMETER_COLUMN_NAME and LABEL_COLUMN_NAME, or BOX_SOURCE = 'columns' for a "
+                f"table of boxes {BOX_COLUMNS}"
+            )
+        raise InputError(f"{path} lacks the columns {missing}; it has {columns}. {remedy}")
+
+
+def _find_crs(
+    path: Path, file: fileio.AnnotationFile, raster: fileio.Raster, coordinates: str
+) -> pyproj.CRS | None:
+    """Return the CRS of a file's coordinates, None for px."""
+    declared = file.crs if coordinates == "auto" else None
+    if coordinates == "pixel" or (coordinates == "auto" and file.kind != "vector"):
+        return None
+    if file.kind == "boxes":
+        raise InputError(
+            f"{path} holds pixels by its format, got COORDINATES = {coordinates!r}; use 'auto'"
+        )
+    if coordinates == "auto" and declared is None:
+        if raster.crs is None:
+            return None
+        raise InputError(
+            f"{path} declares no coordinate reference system; set COORDINATES to 'pixel', 'map' "
+            "(the raster's), 'lonlat' or a code such as 'EPSG:4326'"
+        )
+    if raster.crs is None:
+        given = "auto', the file's own" if declared is not None else coordinates
+        raise InputError(
+            f"{raster.path} has no coordinate reference system and so takes pixel coordinates "
+            f"only, got COORDINATES = '{given}' for {path}; set COORDINATES = 'pixel' if they are, "
+            "or georeference the raster"
+        )
     try:
-        cleaned = run_steps(raw, steps)
+        own = pyproj.CRS.from_wkt(raster.crs)
+        if coordinates == "map":
+            crs = own
+        elif coordinates == "lonlat":
+            radius = own.ellipsoid.semi_major_metre if own.ellipsoid else 0.0
+            on_earth = abs(radius / EARTH_RADIUS - 1) < 0.01
+            crs = pyproj.CRS.from_epsg(4326) if on_earth else own.geodetic_crs
+        else:
+            crs = declared or pyproj.CRS.from_user_input(coordinates)
+        if crs is None:
+            raise InputError(f"the CRS of {raster.path} ({own.name}) knows no longitude")
+        geometries.find_transformer(crs, own)
+    except ProjError as error:
+        raise InputError(
+            f"{path}: its coordinates (COORDINATES = {coordinates!r}) cannot be placed on "
+            f"{raster.path}: {error}; set 'pixel', 'map' (the raster's CRS), 'lonlat' or a code "
+            "such as 'EPSG:4326'"
+        ) from error
+    return crs
+
+
+def _choosing_steps(
+    path: Path, file: fileio.AnnotationFile, raster: fileio.Raster, o: ReadingOptions
+) -> dict[str, Step]:
+    steps: dict[str, Step] = {}
+    if file.kind == "boxes":
+        for problem in file.df["problem"].dropna().unique():
+            steps[problem] = partial(drop_problem, problem=problem)
+    elif o.image_column is not None:
+        mine = partial(select_raster, column_name=o.image_column, stem=raster.path.stem)
+        if mine(file.df).empty:
+            raise InputError(
+                f"no row of {path} names the raster {raster.path.name} in its column "
+                f"{o.image_column!r}, but for example "
+                f"{file.df[o.image_column].dropna().unique()[:5].tolist()}"
+            )
+        steps[OTHER_RASTER] = mine
+    if o.attribute_filter is not None:
+        steps[NOT_SELECTED] = partial(select_rows, expression=o.attribute_filter)
+    return steps
+
+
+def _label_steps(raw: pd.DataFrame, label: str, default: str | None) -> dict[str, Step]:
+    steps: dict[str, Step] = {}
+    if not pd.api.types.is_string_dtype(raw[label]) or raw[label].eq("").any():
+        steps["label as text"] = partial(write_labels_out, column_name=label)
+    if default is not None:
+        steps["default label"] = partial(
+            apply_column_transform,
+            column_name=label, transform=lambda labels: labels.where(labels.notna(), default),
+        )  # fmt: skip
+    return steps
+
+
+def _center_steps(o: ReadingOptions) -> dict[str, Step]:
+    steps: dict[str, Step] = {
+        "units to pixels": partial(
+            apply_column_transform,
+            column_name=o.diameter_column, transform=partial(np.multiply, o.diameter_scale),
+        )
+    }  # fmt: skip
+    if [o.x_column, o.y_column] != CENTER_COLUMNS:
+        steps["name the centre"] = lambda df: df.assign(
+            pixel_x=df[o.x_column], pixel_y=df[o.y_column]
+        )
+    if o.diameter_column != "diameter":
+        steps["name the diameter"] = lambda df: df.assign(diameter=df[o.diameter_column])
+    return steps
+
+
+def _geometry_steps(
+    raster: fileio.Raster,
+    o: ReadingOptions,
+    crs: pyproj.CRS | None,
+    *,
+    from_file: bool,
+    unit: str | None,
+) -> dict[str, Step]:
+    steps: dict[str, Step] = {}
+    if from_file:
+        steps["no geometry"] = geometries.drop_empty
+        steps["coordinates not finite"] = geometries.drop_infinite
+        steps["invalid geometry repaired"] = geometries.repair
+        steps["neither point nor polygon"] = geometries.drop_other
+    if unit is not None:
+        steps["point without a diameter"] = partial(
+            geometries.measure_points, column_name=o.diameter_column,
+            default_diameter=o.default_diameter, scale=o.diameter_scale,
+        )  # fmt: skip
+    if crs is not None:
+        steps["map to pixels"] = partial(geometries.move_to_pixels, raster=raster, crs=crs)
+        steps["outside the projection"] = geometries.drop_empty
+    steps["boxes"] = partial(geometries.add_bounds, raster=raster, in_metres=crs is not None)
+    if unit == "m":
+        steps["no size on the ground"] = geometries.drop_infinite_boxes
+    return steps
+
+
+def _carry_out(path: Path, reading: _Reading, further: Sequence[str] = ()) -> Cleaned:
+    """Run the steps, say what they lost, and keep the columns of a clean table."""
+    raw = reading.raw
+    try:
+        cleaned = run_steps(raw, reading.steps, reading.boxes_from)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     if cleaned.df.empty:
         reasons = cleaned.quarantine["reason"].value_counts().to_dict()
         raise InputError(
             f"{path} has no valid row left of {len(raw)}; dropped were {reasons}, for example "
-            f"{raw.iloc[0].to_dict()}. Check the units (DIAMETER_SCALE, MAX_DIAMETER) and the "
-            "columns (DIAMETER_COLUMN_NAME, BOX_SOURCE)"
+            f"{str(raw.iloc[0].to_dict())[:300]}. Check the units (DIAMETER_SCALE, MAX_DIAMETER), "
+            "the columns (DIAMETER_COLUMN_NAME, BOX_SOURCE) and COORDINATES"
         )
-    lost = cleaned.report[cleaned.report["dropped"] > LARGE_LOSS * cleaned.report["rows_in"]]
-    for step in lost.itertuples():
+    _warn_of_losses(path, cleaned, reading.label_column)
+    df = cleaned.df.assign(label=cleaned.df[reading.label_column])
+    columns = fileio.PIXEL_COLUMNS
+    further = [name for name in further if name in raw.columns]
+    if "geometry" in further:
+        df = geometries.with_geometry(df, geometries.polygons_of(df))
+        further = further if df["geometry"].notna().any() else [*set(further) - {"geometry"}]
+    return Cleaned(df[[*columns, *further]], cleaned.quarantine, cleaned.report)
+
+
+def _warn_of_losses(path: Path, cleaned: Cleaned, label_column: str) -> None:
+    report = cleaned.report
+    lost = report[report["dropped"] > LARGE_LOSS * report["rows_in"]]
+    wanted = [OTHER_RASTER, NOT_SELECTED, DUPLICATE, OUTSIDE_AOI, IGNORED]
+    for step in lost[~lost["step"].isin(wanted)].itertuples():
         log.warning(
             "%s: %d of %d rows dropped: %s; is that meant?", path.name, step.dropped, step.rows_in,
             step.step,
         )  # fmt: skip
-    df = cleaned.df.assign(label=cleaned.df[label_column])
-    return Cleaned(
-        df[[*CENTER_COLUMNS, "diameter", "label", *BOX_COLUMNS]], cleaned.quarantine, cleaned.report
-    )
+    dropped = int((cleaned.quarantine["reason"] == DUPLICATE).sum())
+    if dropped:
+        log.warning("%s: %d duplicates dropped", path.name, dropped)
+    elif kept := int(find_duplicates(cleaned.df, label_column).sum()):
+        log.warning(
+            "%s: %d objects have the label and box of another; set DROP_DUPLICATES to drop them",
+            path.name, kept,
+        )  # fmt: skip
 
 
 def _add(steps: dict[str, Step], more: Iterable[tuple[str, Step]]) -> None:
@@ -403,33 +815,40 @@ def clean_annotations(
     *,
     label_percentile: float,
     output_dir: Path,
+    region_paths: Sequence[tuple[Path | None, Path | None]] | None = None,
     workers: int | None = None,
     progress: bool = False,
     **options: object,
 ) -> tuple[list[ImageData], pd.DataFrame]:
-    """Clean the tables of all rasters in parallel and merge uncommon labels over all of them.
+    """Clean the annotations of all rasters in parallel, and merge uncommon labels over all of them.
+
+    An object that reaches over the edge of the raster or of its area of interest is dropped, but
+    it is real: the ground under its box does not count.
 
     Writes, per raster, `<identifier>.csv` and `<identifier>_quarantine.csv` to `output_dir`, and
     `report.csv` over all.
 
     Args:
-        df_paths: The tables, in the order of the rasters.
+        df_paths: The annotation files, in the order of the rasters.
         rasters: The rasters they annotate.
         label_percentile: See `gather_common_labels`.
         output_dir: Where clean tables, quarantine and report go.
+        region_paths: Per raster, see `read_regions`.
         workers: Processes; None takes all cores.
         progress: Show a bar.
         options: Passed to `preprocess_df`.
 
     Returns:
-        The annotated rasters, and the report with one row per raster and step.
+        The annotated rasters, with their regions, and the report with one row per raster and step.
     """
-    jobs = [
-        (path, (raster.height, raster.width))
-        for path, raster in zip(df_paths, rasters, strict=True)
-    ]
+    if region_paths is not None:
+        coordinates = str(options.get("coordinates", "auto"))
+        rasters = [
+            raster.with_regions(read_regions(*paths, raster, coordinates))
+            for paths, raster in zip(region_paths, rasters, strict=True)
+        ]
     cleaned = parallel.map_ordered(
-        partial(_preprocess_job, options=options), jobs,
+        partial(_preprocess_job, options=options), list(zip(df_paths, rasters, strict=True)),
         workers=workers, description="cleaning", progress=progress,
     )  # fmt: skip
     common = gather_common_labels([c.df for c in cleaned], label_percentile)
@@ -447,7 +866,7 @@ def clean_annotations(
         report.insert(0, "raster", identifier)
         fileio.write_table(output_dir / f"{identifier}.csv", last.df)
         fileio.write_table(output_dir / f"{identifier}_quarantine.csv", first.quarantine)
-        images.append(ImageData(raster, identifier, last.df))
+        images.append(ImageData(_ignore_edges(raster, first), identifier, last.df))
         reports.append(report)
         log.info(
             "%s: kept %d of %d rows, %d in quarantine", path.name, len(last.df),
@@ -458,9 +877,78 @@ def clean_annotations(
     return images, report
 
 
-def _preprocess_job(job: tuple[Path, tuple[int, int]], options: dict[str, object]) -> Cleaned:
-    path, shape_hw = job
-    return preprocess_df(path, shape_hw, **options)
+def read_regions(
+    aoi_path: Path | None, ignore_path: Path | None, raster: fileio.Raster, coordinates: str
+) -> fileio.Regions | None:
+    """Read the area of interest and the ignored regions of a raster.
+
+    Args:
+        aoi_path: File of polygons outside which nothing counts, of any format that has polygons.
+        ignore_path: File of polygons inside which nothing counts.
+        raster: The raster.
+        coordinates: Of the annotations; "pixel" holds for these files, too, and otherwise each is
+            in the CRS that it declares.
+
+    Returns:
+        The regions in px, or None where there are no files.
+
+    Raises:
+        InputError: A file cannot be used, or no part of the area of interest lies on the raster.
+    """
+    if aoi_path is None and ignore_path is None:
+        return None
+    coordinates = "pixel" if coordinates == "pixel" else "auto"
+    aoi, ignored = (
+        path and _read_polygons(path, raster, coordinates) for path in (aoi_path, ignore_path)
+    )
+    if aoi is not None and not aoi:
+        raise InputError(
+            f"no polygon of {aoi_path} lies on {raster.path}, so that nothing of it would count; "
+            "check that they belong together, and the CRS of both"
+        )
+    return fileio.Regions(aoi, ignored or ())
+
+
+def _read_polygons(
+    path: Path, raster: fileio.Raster, coordinates: str
+) -> tuple[shapely.Geometry, ...]:
+    """Return the parts of a file's polygons that touch a raster, in px."""
+    file = fileio.read_annotation_file(path, raster)
+    if "geometry" not in file.df.columns:
+        raise InputError(f"{path} holds no polygons, only {list(file.df.columns)}")
+    crs = _find_crs(path, file, raster, coordinates)
+    df = geometries.drop_empty(file.df).pipe(geometries.drop_infinite).pipe(geometries.repair)
+    if crs is not None:
+        df = geometries.move_to_pixels(df, raster, crs)
+    polygons = geometries.polygons_of(df)
+    polygons = polygons[~shapely.is_missing(polygons)]
+    if len(polygons) < len(file.df):
+        log.warning(
+            "%s: %d of %d features are no polygons that can be placed on %s",
+            path.name, len(file.df) - len(polygons), len(file.df), raster.path.name,
+        )  # fmt: skip
+    parts = shapely.get_parts(polygons)
+    return tuple(parts[shapely.intersects(parts, shapely.box(0, 0, raster.width, raster.height))])
+
+
+def _ignore_edges(raster: fileio.Raster, cleaned: Cleaned) -> fileio.Raster:
+    """Let the ground under objects that were dropped at an edge not count."""
+    dropped = cleaned.quarantine[cleaned.quarantine["reason"].isin(EDGES)]
+    boxes = dropped[QUARANTINE_BOX_COLUMNS].to_numpy(dtype="float64")
+    sides = boxes[:, 2:] - boxes[:, :2]
+    # what is larger than anything kept may be noise, and would take much ground with it
+    boxes = boxes[(sides > 0).all(axis=1) & (sides.max(axis=1) <= cleaned.df["diameter"].max())]
+    shapes = shapely.box(*boxes.T)
+    shapes = shapes[shapely.intersects(shapes, shapely.box(0, 0, raster.width, raster.height))]
+    if not len(shapes):
+        return raster
+    regions = raster.regions or fileio.Regions()
+    return raster.with_regions(replace(regions, ignored=(*regions.ignored, *shapes)))
+
+
+def _preprocess_job(job: tuple[Path, fileio.Raster], options: dict[str, object]) -> Cleaned:
+    path, raster = job
+    return preprocess_df(path, raster, **options)
 
 
 def summarize_report(report: pd.DataFrame) -> pd.DataFrame:

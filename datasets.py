@@ -1,8 +1,9 @@
 """Torch data: tiles read from the rasters as they are needed, in batches.
 
 An item is `(image, target)`. The image is float32 (bands, size, size), stretched. The target holds
-tensors only: `boxes` float32 (N, 4), xyxy px of the tile, and `labels` int64 (N,), class ids; for
-evaluation also where the tile lies and which objects it knows:
+tensors only: `boxes` float32 (N, 4), xyxy px of the tile, `labels` int64 (N,), class ids, and, of a
+tile with ground that does not count, `counted` bool (size, size); for evaluation also where the
+tile lies and which objects it knows:
 
     ground   int64 ()       block of ground, the unit of evaluation
     window   float32 (4,)   the tile, xyxy px of the raster
@@ -87,11 +88,13 @@ class BboxDataset(Dataset):
         tile = self.tiles.iloc[index]
         window = Window(*(int(tile[name]) for name in tiling.WINDOW_COLUMNS))
         angle = int(tile["angle"])
-        image, valid = tiling.read_tile(self.rasters[tile["raster"]], window, angle)
+        image, valid, counted = tiling.read_tile(self.rasters[tile["raster"]], window, angle)
         stretched = torch.from_numpy(np.ascontiguousarray(self.radiometry.stretch(image, valid)))
         rows = slice(self.first[index], self.last[index])
         boxes = tiling.boxes_of_tile(self.boxes[rows], angle, window.width, window.height)
         target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(self.labels[rows])}
+        if not counted.all():
+            target["counted"] = tv_tensors.Mask(np.ascontiguousarray(counted))
         if self.transform is not None:
             target["boxes"] = tv_tensors.BoundingBoxes(
                 target["boxes"], format="XYXY", canvas_size=(window.height, window.width)
@@ -99,6 +102,8 @@ class BboxDataset(Dataset):
             stretched, target = self.transform(tv_tensors.Image(stretched), target)
             stretched = stretched.as_subclass(torch.Tensor)
             target["boxes"] = target["boxes"].as_subclass(torch.Tensor)
+        if "counted" in target:
+            target["counted"] = target["counted"].as_subclass(torch.Tensor)
         if self.evaluation:
             core = tile[tiling.CORE_COLUMNS].to_numpy(dtype=np.float32, copy=True)
             target |= {

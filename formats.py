@@ -1,13 +1,128 @@
-"""Annotation files: what each format holds, read into one kind of table and written back."""
+"""Annotation files: what each format holds, read into one kind of table and written back.
+
+| suffix | format | kind | places |
+|---|---|---|---|
+| `.csv`, `.parquet` | a table | table | numbers in columns |
+| `.gpkg`, `.geojson`, `.shp`, `.fgb`, GeoParquet, whatever else GDAL reads | features | vector |
+    geometries in the CRS that the file declares |
+| `.json` | COCO | boxes | px: boxes, polygons, run-length masks |
+| `.xml` | Pascal VOC | boxes | px: boxes |
+| `.txt` | YOLO | boxes | shares of width and height: boxes, polygons |
+
+Readers convert nothing but units of the format to px, and leave no annotation out: a row that
+cannot be used says why in the column `problem`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import defusedxml.ElementTree
+import geopandas as gpd
+import numpy as np
 import pandas as pd
+import pyarrow.parquet
+import pyogrio
+import pyproj
+import rasterio.features
+import shapely
+import yaml
 
-from ImageData import InputError
+from artefacts import atomic_path
+from ImageData import BOX_COLUMNS, CENTER_COLUMNS, InputError, RasterHandle
+
+log = logging.getLogger(__name__)
+
+PIXEL_COLUMNS = [*CENTER_COLUMNS, "diameter", "label", *BOX_COLUMNS]
+YOLO_NAMES = ("classes.txt", "data.yaml", "dataset.yaml")
+TOLERANCE = 1e-6  # px; a polygon whose bounds differ by more from its box does not stand for it
+SHOWN = 5  # names that a message lists
+
+
+@dataclass(frozen=True)
+class AnnotationFile:
+    """What an annotation file holds.
+
+    Attributes:
+        df: One row per annotation. "table": the columns of the file. "vector": its attributes and
+            `geometry` in `crs`. "boxes": `label, xmin, ymin, xmax, ymax` (px), `geometry` (polygons
+            in px or None) where the format knows polygons, `problem` (why a row cannot be used, or
+            None), and what else the format says of an object, such as `score` or `iscrowd`.
+        kind: "table", "vector" or "boxes".
+        crs: The CRS that the file declares, if any.
+    """
+
+    df: pd.DataFrame
+    kind: str
+    crs: pyproj.CRS | None = None
+
+
+def read_annotation_file(
+    path: Path,
+    raster: RasterHandle,
+    *,
+    layer: str | None = None,
+    text_columns: Sequence[str] = (),
+) -> AnnotationFile:
+    """Read an annotation file of any format, by its suffix and content.
+
+    Args:
+        path: The file.
+        raster: The raster it annotates; COCO files are searched for its name, YOLO files are
+            scaled by its size.
+        layer: Layer of a vector file; None takes the only one that holds geometries.
+        text_columns: See `read_table`.
+
+    Raises:
+        InputError: The file is missing, empty, damaged, of no known format, or annotates another
+            raster.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        return AnnotationFile(read_table(path, text_columns), "table")
+    if not path.exists():
+        raise InputError(f"annotation file {path} does not exist; check DF_DIR and DF_FILENAMES")
+    if path.is_file() and not path.stat().st_size:
+        raise InputError(f"{path} is empty (0 bytes); write it again, or leave its raster out")
+    if suffix == ".parquet":
+        file = _read_parquet(path)
+    elif suffix == ".json":
+        file = _read_json(path, raster, layer)
+    elif suffix == ".xml":
+        file = _read_voc(path, raster)
+    elif suffix == ".txt":
+        file = _read_yolo(path, raster)
+    else:
+        file = _read_vector(path, layer)
+    if file.df.empty:
+        raise InputError(f"{path} holds no annotation; leave its raster out if it has no object")
+    return file
+
+
+@contextmanager
+def _parsing(path: Path, what: str, remedy: str) -> Iterator[None]:
+    """Turn whatever a parser raises into an `InputError` that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # parsers of foreign files raise anything
+        reason = str(error) or type(error).__name__
+        raise InputError(f"{path} cannot be read as {what}: {reason}; {remedy}") from error
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------
 
 
 def read_table(path: Path, text_columns: Sequence[str] = ()) -> pd.DataFrame:
@@ -25,14 +140,568 @@ def read_table(path: Path, text_columns: Sequence[str] = ()) -> pd.DataFrame:
     if not path.exists():
         raise InputError(f"annotation table {path} does not exist; check DF_DIR and DF_FILENAMES")
     try:
-        df = pd.read_csv(
-            path, low_memory=False, keep_default_na=False, na_values=[""],
-            dtype=dict.fromkeys(text_columns, str),
-        )  # fmt: skip
+        # index_col: cells beyond the header must not shift the columns, but be an error
+        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
+            df = pd.read_csv(
+                path, low_memory=False, keep_default_na=False, na_values=[""], index_col=False,
+                dtype=dict.fromkeys(text_columns, str),
+            )  # fmt: skip
     except pd.errors.EmptyDataError:
         raise InputError(f"{path} is empty; expected a header and a row per object") from None
-    except (pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not a CSV table in UTF-8: {error}") from error
+    except Exception as error:
+        raise InputError(
+            f"{path} is not a CSV table in UTF-8: {error}; save it with commas, a header, and as "
+            "many cells in each row"
+        ) from error
     if df.empty:
         raise InputError(f"{path} has the columns {list(df.columns)} but no row")
     return df
+
+
+def _read_parquet(path: Path) -> AnnotationFile:
+    with _parsing(path, "Parquet", "write it again"):
+        if b"geo" in (pyarrow.parquet.read_schema(path).metadata or {}):
+            return _from_frame(gpd.read_parquet(path))
+        return AnnotationFile(pd.read_parquet(path).reset_index(drop=True), "table")
+
+
+# ---------------------------------------------------------------------------------------------
+# Vector files
+# ---------------------------------------------------------------------------------------------
+
+
+def _read_vector(path: Path, layer: str | None) -> AnnotationFile:
+    remedy = "expected CSV, Parquet, COCO, Pascal VOC, YOLO, or a vector file that GDAL reads"
+    with _parsing(path, "annotations", remedy):
+        layers = dict(pyogrio.list_layers(path))
+        if layer is None:
+            spatial = [name for name, kind in layers.items() if kind is not None] or list(layers)
+            if len(spatial) != 1:
+                raise InputError(f"{path} has the layers {spatial}; name one with LAYER")
+            layer = spatial[0]
+        elif layer not in layers:
+            raise InputError(f"{path} has no layer {layer!r}, only {list(layers)}; set LAYER")
+        df = pyogrio.read_dataframe(
+            path, layer=layer, use_arrow=True, on_invalid="ignore",
+            arrow_to_pandas_kwargs={"integer_object_nulls": True},  # 1 beside null stays 1
+        )  # fmt: skip
+        file = _from_frame(df)
+    if file.df.empty:
+        raise InputError(f"layer {layer!r} of {path} is empty; choose another with LAYER")
+    null = path.suffix.lower() in (".geojson", ".json") and _crs_is_null(path)
+    return AnnotationFile(file.df, file.kind, None if null else file.crs)
+
+
+def _from_frame(df: pd.DataFrame) -> AnnotationFile:
+    """Take the geometries of a frame out of geopandas' hands, whose steps are slower."""
+    df = df.reset_index(drop=True)
+    if not isinstance(df, gpd.GeoDataFrame):  # a layer without geometries is a table
+        return AnnotationFile(df, "table")
+    shapes = np.asarray(df.geometry.array)
+    shapes = shapely.force_2d(shapes) if shapely.has_z(shapes).any() else shapes
+    plain = pd.DataFrame(df.drop(columns=df.geometry.name))
+    plain = plain.assign(geometry=pd.Series(shapes, dtype=object))
+    crs = None if df.crs is None or df.crs.is_engineering else df.crs
+    return AnnotationFile(plain, "vector", crs)
+
+
+def _crs_is_null(path: Path) -> bool:
+    """Tell whether a GeoJSON file says that it has no CRS; GDAL takes that for EPSG:4326."""
+    with path.open("rb") as file:
+        head = file.read(2**16).partition(b'"features"')[0]
+    return re.search(rb'"crs"\s*:\s*null', head) is not None
+
+
+# ---------------------------------------------------------------------------------------------
+# COCO
+# ---------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path, raster: RasterHandle, layer: str | None) -> AnnotationFile:
+    with _parsing(path, "JSON in UTF-8", "write it again"):
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    found = f"a {type(data).__name__}"
+    if isinstance(data, dict):
+        if data.get("type") == "FeatureCollection":
+            return _read_vector(path, layer)
+        if {"images", "annotations", "categories"} <= data.keys():
+            with _parsing(path, "COCO", "write it again"):
+                return _read_coco(path, data, raster)
+        found = f"the keys {list(data)[:SHOWN]}"
+    raise InputError(
+        f"{path} is neither COCO (images, annotations, categories) nor a GeoJSON "
+        f"FeatureCollection, it holds {found}"
+    )
+
+
+def _read_coco(path: Path, data: dict[str, Any], raster: RasterHandle) -> AnnotationFile:
+    """Take the annotations of one image out of a COCO dataset.
+
+    The file's `bbox` is the box; only where it is missing or flat, the segmentation's bounds are.
+    Annotations of other images are none of this raster; those of no image at all are quarantined.
+    """
+    images = _entries(path, data, "images", "id", "file_name")
+    image = _image_of(path, images, raster)
+    size = {side: image[side] for side in ("width", "height") if image.get(side) is not None}
+    if any(value != getattr(raster, side) for side, value in size.items()):
+        raise InputError(
+            f"{path} describes {image['file_name']} with {size}, the raster has {raster.width} x "
+            f"{raster.height} px; annotate the raster itself, or scale the annotations"
+        )
+    ids = {image["id"] for image in images}
+    names = {c["id"]: str(c["name"]) for c in _entries(path, data, "categories", "id", "name")}
+    rows, elsewhere, unread = [], 0, 0
+    for index, entry in enumerate(_entries(path, data, "annotations")):
+        image_id, category = _id(entry.get("image_id")), _id(entry.get("category_id"))
+        if image_id in ids and image_id != image["id"]:
+            elsewhere += 1
+            continue
+        segmentation = entry.get("segmentation")
+        shape = _coco_shape(segmentation, raster, f"{path}: annotations[{index}]")
+        unread += bool(segmentation) and shape is None
+        x, y, width, height = _floats(entry.get("bbox"), 4)
+        box = (x, y, x + width, y + height)
+        if shape is not None and not width * height > 0:
+            box = shape.bounds
+        problem = None
+        if image_id not in ids:
+            problem = "image_id names no image"
+        elif category not in names:
+            problem = "category_id names no category"
+        elif not np.isfinite(box).all():
+            problem = "no box"
+        others = {k: v for k, v in entry.items() if k not in ("bbox", "segmentation", "image_id")}
+        rows.append(
+            others | dict(zip(BOX_COLUMNS, box, strict=True))
+            | {"label": names.get(category), "geometry": shape, "problem": problem}
+        )  # fmt: skip
+    log.info("%s: %d annotations, %d of other images", path.name, len(rows), elsewhere)
+    if unread:
+        log.warning("%s: %d segmentations hold no polygon; their boxes count", path.name, unread)
+    return _boxes(rows)
+
+
+def _entries(path: Path, data: dict[str, Any], key: str, *required: str) -> list[dict[str, Any]]:
+    """Return a list of a COCO dataset when its entries have what is required of them."""
+    if not isinstance(data[key], list):
+        raise InputError(f"{path}: {key} must be a list, got a {type(data[key]).__name__}")
+    for index, entry in enumerate(data[key]):
+        if not isinstance(entry, dict):
+            raise InputError(f"{path}: {key}[{index}] must be an object, got {entry!r:.80}")
+        if missing := [name for name in required if name not in entry]:
+            raise InputError(f"{path}: {key}[{index}] lacks {missing}, it has {list(entry)}")
+        if "id" in required and _id(entry["id"]) is None:
+            raise InputError(f"{path}: {key}[{index}] has no usable id, got {entry['id']!r:.80}")
+    return data[key]
+
+
+def _id(value: object) -> int | str | None:
+    return value if isinstance(value, int | str) else None
+
+
+def _image_of(path: Path, images: list[dict[str, Any]], raster: RasterHandle) -> dict[str, Any]:
+    names = [re.split(r"[/\\]", str(image["file_name"]))[-1] for image in images]
+    for wanted, found in (
+        (raster.path.name, names), (raster.path.stem, [Path(name).stem for name in names]),
+    ):  # fmt: skip
+        matches = [image for image, name in zip(images, found, strict=True) if name == wanted]
+        if len(matches) > 1:
+            raise InputError(f"{path} has {len(matches)} images called {wanted}; keep one of them")
+        if matches:
+            return matches[0]
+    raise InputError(
+        f"{path} is a COCO file whose images do not name the raster {raster.path.name}, but "
+        f"{names[:SHOWN]} ({len(names)} in all); give the image the raster's name"
+    )
+
+
+def _coco_shape(segmentation: object, raster: RasterHandle, place: str) -> shapely.Geometry | None:
+    """Turn a segmentation, polygons or a run-length mask, into a geometry in px."""
+    match segmentation:
+        case {"counts": counts, "size": size}:
+            if size != [raster.height, raster.width]:
+                raise InputError(
+                    f"{place} has a mask of size {size}, the raster has [height, width] "
+                    f"{[raster.height, raster.width]}; annotate the raster itself"
+                )
+            return polygon_from_runs(_runs(counts), raster.height, raster.width)
+        case [_, *_]:
+            parts = [np.asarray(_floats(part)) for part in segmentation]
+            parts = [p for p in parts if p.size >= 6 and p.size % 2 == 0 and np.isfinite(p).all()]
+            return _merge([shapely.polygons(part.reshape(-1, 2)) for part in parts])
+    return None
+
+
+def _merge(polygons: Sequence[shapely.Geometry]) -> shapely.Geometry | None:
+    if len(polygons) < 2:
+        return polygons[0] if len(polygons) else None
+    return shapely.multipolygons(polygons)
+
+
+def _floats(values: object, count: int | None = None) -> list[float]:
+    """Return a list of numbers as floats; as NaN, `count` of them, if it is anything else."""
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError, OverflowError):
+        numbers = []
+    return [float("nan")] * count if count not in (None, len(numbers)) else numbers
+
+
+def _runs(counts: object) -> np.ndarray:
+    """Return the lengths of a mask's runs; nothing if they are unreadable.
+
+    References: `rleFrString` of the COCO API: five bits a character, lowest first, the sixth says
+    that more follow; from the fourth number on differences to the last but one.
+    """
+    if not isinstance(counts, str):
+        numbers = np.asarray(_floats(counts))
+        whole = np.isfinite(numbers).all() and (numbers == np.floor(numbers)).all()
+        return numbers.astype("int64") if whole else np.empty(0, "int64")
+    runs, value, shift = [], 0, 0
+    for character in counts:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 50:
+            return np.empty(0, "int64")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits >> 4 & 1) << shift  # the sign
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    if runs and not -(2**62) < min(runs) <= max(runs) < 2**62:
+        return np.empty(0, "int64")
+    return np.array(runs, dtype="int64")
+
+
+def polygon_from_runs(runs: np.ndarray, height: int, width: int) -> shapely.Geometry | None:
+    """Outline a run-length mask along the edges of its pixels.
+
+    Only the columns that the mask spans are ever unpacked.
+
+    Args:
+        runs: Lengths of the runs of zeros and ones in turn, zeros first, down the columns.
+        height: Of the whole image in px.
+        width: Of the whole image in px.
+
+    Returns:
+        A polygon or a multi-polygon in px; None for runs without ones, or that do not fit.
+    """
+    ends = np.cumsum(runs)
+    fits = len(runs) and runs.min() >= 0 and runs.max() <= height * width >= ends[-1] >= 0
+    starts, ends = (ends - runs)[1::2], ends[1::2]
+    starts, ends = starts[ends > starts], ends[ends > starts]
+    if not fits or not len(starts):
+        return None
+    left, right = starts[0] // height, (ends[-1] - 1) // height + 1
+    pixels = np.zeros((right - left) * height, dtype="uint8")
+    for start, end in zip(starts - left * height, ends - left * height, strict=True):
+        pixels[start:end] = 1
+    mask = pixels.reshape(right - left, height)
+    rows = np.flatnonzero(mask.any(axis=0))
+    mask = np.ascontiguousarray(mask[:, rows[0] : rows[-1] + 1].T)
+    origin = rasterio.Affine.translation(left, rows[0])
+    shapes = rasterio.features.shapes(mask, mask=mask.view(bool), transform=origin)
+    return _merge([shapely.geometry.shape(shape) for shape, _ in shapes])
+
+
+def _boxes(rows: list[dict[str, Any]]) -> AnnotationFile:
+    df = pd.DataFrame(rows)
+    if len(df):
+        df[BOX_COLUMNS] = df[BOX_COLUMNS].astype("float64")
+    for name in {"geometry", "problem"} & set(df.columns):
+        df[name] = pd.Series([row[name] for row in rows], dtype=object)
+    return AnnotationFile(df, "boxes")
+
+
+# ---------------------------------------------------------------------------------------------
+# Pascal VOC and YOLO
+# ---------------------------------------------------------------------------------------------
+
+
+def _read_voc(path: Path, raster: RasterHandle) -> AnnotationFile:
+    """Read a Pascal VOC file; a DTD or an entity in it is refused.
+
+    Boxes are taken as corner coordinates, as the tools of today write them (LabelImg, CVAT,
+    Roboflow). In the data of the challenge itself pixels count from 1 and `xmax` is the last one:
+    take 1 from `xmin` and `ymin` there.
+    """
+    with _parsing(path, "Pascal VOC", "write it again as plain XML without DTD and entities"):
+        root = defusedxml.ElementTree.parse(path, forbid_dtd=True).getroot()
+    if root.tag != "annotation":
+        raise InputError(f"{path} is not Pascal VOC: expected <annotation>, got <{root.tag}>")
+    size = [root.findtext(f"size/{side}", "").strip() for side in ("width", "height")]
+    if all(size) and size != ["0", "0"] and size != [str(raster.width), str(raster.height)]:
+        raise InputError(
+            f"{path} describes an image of {size[0]} x {size[1]} px, the raster has "
+            f"{raster.width} x {raster.height}; annotate the raster itself"
+        )
+    rows = []
+    for entry in root.findall("object"):
+        corners = [_floats([entry.findtext(f"bndbox/{name}")], 1)[0] for name in BOX_COLUMNS]
+        rows.append(
+            {child.tag: child.text for child in entry if not len(child)}
+            | dict(zip(BOX_COLUMNS, corners, strict=True))
+            | {"label": (entry.findtext("name") or "").strip() or None,
+               "problem": None if np.isfinite(corners).all() else "no box"}
+        )  # fmt: skip
+    return _boxes(rows)
+
+
+def _read_yolo(path: Path, raster: RasterHandle) -> AnnotationFile:
+    """Read a YOLO file: `class cx cy w h [score]`, or `class x1 y1 x2 y2 x3 y3 ... [score]`."""
+    with _parsing(path, "YOLO", "write it again as text in UTF-8"):
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    names = _yolo_names(path.parent)
+    size = np.array([raster.width, raster.height], dtype=float)
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        values = np.array(_floats(line.split()))
+        row = dict.fromkeys(BOX_COLUMNS, np.nan) | {"label": None, "geometry": None}
+        row |= {"problem": None, "line": number, "text": line.strip()}
+        count = len(values) - 1 - (len(values) % 2 == 0)  # an even length ends in a score
+        if not len(values) or not np.isfinite(values).all():
+            row["problem"] = "line holds something else than numbers"
+        elif count < 4:
+            row["problem"] = "line is too short for a box or polygon"
+        elif values[0] < 0 or values[0] % 1 or (names and int(values[0]) not in names):
+            row["problem"] = "class is none of those named" if names else "class is no number"
+        else:
+            if count == 4:
+                center, side = values[1:3] * size, values[3:5] * size
+                box = (*(center - side / 2), *(center + side / 2))
+            else:
+                row["geometry"] = shapely.polygons(values[1 : 1 + count].reshape(-1, 2) * size)
+                box = row["geometry"].bounds
+            row |= zip(BOX_COLUMNS, box, strict=True)
+            row["label"] = names[int(values[0])] if names else str(int(values[0]))
+            row |= {"score": values[-1]} if len(values) % 2 == 0 else {}
+        rows.append(row)
+    return _boxes(rows)
+
+
+def _yolo_names(folder: Path) -> dict[int, str]:
+    """Find the names of a YOLO folder's classes: beside its files, or in YAML up to two above."""
+    for place in (folder, *folder.resolve().parents[:2]):
+        for path in (place / name for name in YOLO_NAMES[place != folder :]):
+            if not path.is_file():
+                continue
+            with _parsing(path, "class names", "expected one name a line, or YAML with `names`"):
+                text = path.read_text(encoding="utf-8-sig")
+                if path.suffix == ".txt":
+                    return dict(enumerate(re.split(r"\r?\n", text.rstrip("\r\n"))))
+                # the base loader leaves 01 and yes as they are written
+                names = (yaml.load(text, Loader=yaml.BaseLoader) or {}).get("names", {})
+                if not isinstance(names, Mapping | list):
+                    raise InputError(f"{path}: names must be a list or a mapping, got {names!r}")
+                pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
+                if named := {int(key): str(name) for key, name in pairs}:
+                    return named
+    return {}
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------
+
+
+def write_annotations(path: Path, df: pd.DataFrame, raster: RasterHandle) -> Path:
+    """Write pixel boxes as an annotation file, whole or not at all, by the path's suffix.
+
+    What is written reads back as the same boxes and labels in the same order. Vector files
+    (`.gpkg`, `.geojson`, `.parquet`) are in the raster's CRS, in px if it has none; a feature is
+    the row's polygon if that has the box for its bounds, and the box otherwise, and its attribute
+    `diameter` stays in px. COCO (`.json`) holds polygons without their holes; CSV (`.csv`; read it
+    with `box_source="columns"`) and YOLO (`.txt`) hold boxes only. YOLO files share the
+    `classes.txt` beside them, which keeps its ids and grows by new labels.
+
+    Args:
+        path: The file to make.
+        df: `label, xmin, ymin, xmax, ymax` (px) and, if wanted, `geometry` (px), `score` and
+            further columns; YOLO keeps none but the score.
+        raster: The raster the boxes lie on.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: The suffix is unknown, a column or a label that the format needs is missing, or
+            the format cannot hold the raster's CRS or a column.
+    """
+    path = Path(path)
+    writer = _WRITERS.get(path.suffix.lower())
+    if writer is None:
+        raise InputError(f"{path} must end in one of {list(_WRITERS)}")
+    if missing := [name for name in (*BOX_COLUMNS, "label") if name not in df.columns]:
+        raise InputError(f"boxes to write need the columns {missing}, got {list(df.columns)}")
+    df = df.reset_index(drop=True)
+    low, high = df[BOX_COLUMNS[:2]].to_numpy(float), df[BOX_COLUMNS[2:]].to_numpy(float)
+    center, side = low + (high - low) / 2, high - low
+    measured = {"pixel_x": center[:, 0], "pixel_y": center[:, 1], "diameter": side.max(axis=1)}
+    df = df.assign(**{name: values for name, values in measured.items() if name not in df.columns})
+    with atomic_path(path) as temporary:
+        writer(temporary, path, df, raster)
+    return path
+
+
+def _write_csv(temporary: Path, path: Path, df: pd.DataFrame, raster: RasterHandle) -> None:
+    _further(df, PIXEL_COLUMNS).to_csv(temporary, index=False)
+
+
+def _further(df: pd.DataFrame, first: Sequence[str]) -> pd.DataFrame:
+    """Return some columns, and after them those that are neither of pixels nor polygons."""
+    others = [name for name in df.columns if name not in (*PIXEL_COLUMNS, "geometry")]
+    return df[[*first, *others]]
+
+
+def _write_ogr(temporary: Path, path: Path, df: pd.DataFrame, raster: RasterHandle) -> None:
+    features = _features(df, raster)
+    with _writing(path), warnings.catch_warnings(action="ignore", category=UserWarning):
+        pyogrio.write_dataframe(  # warns that a raster without CRS makes a file without CRS
+            features, temporary, layer=path.stem, driver="GPKG", geometry_type="Unknown"
+        )
+
+
+def _write_parquet(temporary: Path, path: Path, df: pd.DataFrame, raster: RasterHandle) -> None:
+    with _writing(path):
+        _features(df, raster).to_parquet(temporary, index=False)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, pyarrow.ArrowException) as error:
+        raise InputError(f"{path} cannot hold the columns: {error}; rename or drop them") from error
+
+
+def _features(df: pd.DataFrame, raster: RasterHandle) -> gpd.GeoDataFrame:
+    shapes = _shapes(df)
+    if raster.crs is not None:
+        shapes = shapely.transform(shapes, raster.to_map)
+    return gpd.GeoDataFrame(
+        _further(df, ["label", "diameter"]), geometry=gpd.GeoSeries(shapes), crs=raster.crs
+    )
+
+
+def _shapes(df: pd.DataFrame) -> np.ndarray:
+    """Return each row's polygon (px) if it has the row's box for its bounds, or else the box."""
+    shapes = shapely.box(*df[BOX_COLUMNS].to_numpy(dtype=float).T)
+    if "geometry" in df.columns:
+        own = np.where(df["geometry"].isna(), None, df["geometry"].to_numpy(dtype=object))
+        differing = np.abs(shapely.bounds(own) - df[BOX_COLUMNS].to_numpy(float)).max(axis=1)
+        shapes = np.where(differing <= TOLERANCE, own, shapes)  # NaN: there is no polygon
+    return shapes
+
+
+def _write_geojson(temporary: Path, path: Path, df: pd.DataFrame, raster: RasterHandle) -> None:
+    """Write GeoJSON with all digits of the coordinates, which GDAL would round."""
+    features = _features(df, raster)
+    crs = None if raster.crs is None else _crs_name(features.crs)
+    member = None if crs is None else {"type": "name", "properties": {"name": crs}}
+    head = json.dumps({"type": "FeatureCollection", "name": path.stem, "crs": member})
+    records = _records(pd.DataFrame(features.drop(columns="geometry")))
+    shapes = shapely.to_geojson(np.asarray(features.geometry.array))
+    lines = (
+        f'{{"type": "Feature", "properties": {_dumps(record)}, "geometry": {shape}}}'
+        for record, shape in zip(records, shapes, strict=True)
+    )
+    text = f'{head[:-1]}, "features": [\n' + ",\n".join(lines) + "\n]}\n"
+    temporary.write_text(text, encoding="utf-8")
+    if raster.crs is not None and len(df):  # what counts is what readers make of the name
+        written = pyogrio.read_info(temporary)["crs"]
+        same = written and pyproj.CRS(written).equals(features.crs, ignore_axis_order=True)
+        if crs is None or not same:
+            raise InputError(
+                f"{path}: GeoJSON names a CRS by its code, which that of {raster.path} "
+                f"({features.crs.name}) lacks; write a GeoPackage (.gpkg) instead"
+            )
+
+
+def _crs_name(crs: pyproj.CRS) -> str | None:
+    """Return the URN of a CRS in its registry; longitude stands first in GeoJSON of any kind."""
+    if crs.equals(pyproj.CRS("OGC:CRS84"), ignore_axis_order=True) or crs == pyproj.CRS(4326):
+        return "urn:ogc:def:crs:OGC:1.3:CRS84"
+    authority = crs.to_authority()
+    return authority and "urn:ogc:def:crs:{}::{}".format(*authority)
+
+
+def _write_coco(temporary: Path, path: Path, df: pd.DataFrame, raster: RasterHandle) -> None:
+    labels = _required_labels(path, df)
+    names = sorted(set(labels))
+    ids = {name: number for number, name in enumerate(names, 1)}
+    shapes = _shapes(df)
+    is_box = df["geometry"].isna() if "geometry" in df.columns else np.ones(len(df), dtype=bool)
+    corners = df[BOX_COLUMNS].to_numpy(dtype=float)
+    boxes = np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]])
+    others = df.drop(columns={*PIXEL_COLUMNS, "geometry", "id"} & set(df.columns))
+    annotations = [
+        {"iscrowd": 0}
+        | other
+        | {"id": number, "image_id": 1, "category_id": ids[label], "bbox": box, "area": area,
+           "segmentation": [] if boxed else _outlines(shape)}
+        for number, (other, label, box, area, boxed, shape) in enumerate(
+            zip(_records(others), labels, boxes.tolist(), shapely.area(shapes).tolist(), is_box,
+                shapes, strict=True), 1,
+        )
+    ]  # fmt: skip
+    image = {"file_name": raster.path.name, "width": raster.width, "height": raster.height}
+    dataset = {
+        "images": [{"id": 1} | image],
+        "categories": [{"id": number, "name": name} for name, number in ids.items()],
+        "annotations": annotations,
+    }
+    temporary.write_text(_dumps(dataset) + "\n", encoding="utf-8")
+
+
+def _outlines(shape: shapely.Geometry) -> list[list[float]]:
+    return [
+        shapely.get_coordinates(part.exterior)[:-1].ravel().tolist()
+        for part in shapely.get_parts(shape)
+    ]
+
+
+def _write_yolo(temporary: Path, path: Path, df: pd.DataFrame, raster: RasterHandle) -> None:
+    labels = _required_labels(path, df)
+    if broken := [label for label in set(labels) if re.search(r"[\r\n]", label) or not label]:
+        raise InputError(f"{path}: no class can be called {broken[:SHOWN]}; rename the labels")
+    known = _yolo_names(path.parent)
+    names = [known.get(number, str(number)) for number in range(max(known, default=-1) + 1)]
+    names += sorted(set(labels) - set(names))
+    ids = {name: number for number, name in reversed(list(enumerate(names)))}
+    boxes = df[BOX_COLUMNS].to_numpy(dtype=float) / np.tile([raster.width, raster.height], 2)
+    low, side = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
+    values = np.hstack([low + side / 2, side])
+    scores = df["score"].to_numpy(float) if "score" in df.columns else np.full(len(df), np.nan)
+    lines = [
+        " ".join([str(ids[label]), *map(repr, row), *([] if np.isnan(s) else [repr(s)])])
+        for label, row, s in zip(labels, values.tolist(), scores.tolist(), strict=True)
+    ]
+    with atomic_path(path.parent / "classes.txt") as classes:  # first: no id without its name
+        classes.write_text("".join(f"{name}\n" for name in names), encoding="utf-8", newline="")
+    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _required_labels(path: Path, df: pd.DataFrame) -> list[str]:
+    if missing := int(df["label"].isna().sum()):
+        raise InputError(f"{path}: the format needs labels, {missing} boxes have none; name them")
+    return [str(label) for label in df["label"]]
+
+
+def _records(df: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the rows as objects of JSON, which knows neither NaN nor infinity."""
+    if df.columns.empty:
+        return [{} for _ in range(len(df))]
+    df = df.astype(object)
+    return df.where(df.notna() & ~df.isin([np.inf, -np.inf]), None).to_dict("records")
+
+
+def _dumps(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+_WRITERS: dict[str, Callable[[Path, Path, pd.DataFrame, RasterHandle], None]] = {
+    ".csv": _write_csv, ".gpkg": _write_ogr, ".geojson": _write_geojson, ".json": _write_coco,
+    ".parquet": _write_parquet, ".txt": _write_yolo,
+}  # fmt: skip

@@ -87,6 +87,9 @@ def prepare_search(
     tilings: Mapping[int, Path],
     sample_sizes: Sequence[float],
     conf: ModelConfig,
+    *,
+    stretch: str = "auto",
+    percentiles: tuple[float, float] = (0.5, 99.5),
 ) -> tuple[SearchData, pd.DataFrame]:
     """Fix what all trials share, and refuse what would fail after hours of training.
 
@@ -96,6 +99,8 @@ def prepare_search(
         tilings: Tile size -> folder of its index.
         sample_sizes: All sample sizes of the search.
         conf: Configuration of all trials.
+        stretch: See `imutils.measure_radiometry`.
+        percentiles: See there.
 
     Returns:
         The shared data, and the number of objects per label and split (of the last tile size and
@@ -107,11 +112,12 @@ def prepare_search(
     """
     rasters = {image.image_identifier: image.raster for image in images}
     indexes = {size: tiling.read_tiles(directory) for size, directory in tilings.items()}
+    pixels = tiling.sample_pixels(blocks[blocks["split"] == "train"], rasters, seed=conf.seed)
     data = SearchData(
         tilings=dict(tilings),
         rasters=rasters,
         ids=class_ids([label for image in images for label in image.df["label"].unique()]),
-        radiometry=tiling.sample_radiometry(blocks, rasters, seed=conf.seed),
+        radiometry=imutils.measure_radiometry(pixels, stretch, percentiles),
         blocks=blocks,
         evaluation_overlap=tiling.evaluation_overlap(images),
         tile_marks={size: fileio.fingerprint(index) for size, index in indexes.items()},
@@ -178,6 +184,7 @@ def run_search(
     with fileio.exclusive(run_dir):
         marks = _check_same_input(data, conf, run_dir, force=force)
         fileio.write_json(run_dir / "classes.json", dict(data.ids))
+        fileio.write_json(run_dir / "radiometry.json", asdict(data.radiometry))
         fileio.write_json(run_dir / "parameters.json", parameters or {})
         grid = {name: list(values) for name, values in sorted(search_space.items())}
         study = _open_study(grid, run_dir, conf.seed)
@@ -339,7 +346,8 @@ def make_contract(data: SearchData, module: TileDataModule, tile_size: int) -> D
     densest = int(np.max(module.train.last - module.train.first))
     return DataContract(
         tile_size=tile_size,
-        bands=len(raster.bands),
+        bands=raster.bands,
+        band_count=raster.band_count,
         dtype=raster.dtype,
         radiometry=data.radiometry,
         anchors=fit_anchors(module.train.boxes[module.train.owned]),  # neighbours are cut
@@ -355,7 +363,7 @@ def write_evaluation(trial_dir: Path, model: LargeRasterORModel, blocks: pd.Data
 
     `detections.csv`, of all scores: `raster, block, pixel_x, pixel_y, diameter, label, score, xmin,
     ymin, xmax, ymax, found`; `found` is the `object` of the block that the detection found, -1 for
-    none, -2 for one whose centre lies on other ground, which counts neither way.
+    none, -2 for one on an object of other ground, or on ground that does not count.
     `objects.csv`: `raster, block, object, label, xmin, ymin, xmax, ymax, counted, found_score`;
     `counted` unless the centre lies on other ground; the score of the detection that found it.
     `curve.csv`: `threshold, precision, recall, f1`. `confusion.csv`: counts.
@@ -485,6 +493,9 @@ def _check_same_input(
     common = {
         "classes": dict(data.ids),
         "ground": fileio.fingerprint(data.blocks),
+        "bands and regions": fileio.fingerprint(
+            {name: r.made_from | {"file": None} for name, r in data.rasters.items()}
+        ),
         "radiometry": asdict(data.radiometry),
         "configuration": configuration,
     }

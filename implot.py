@@ -199,7 +199,7 @@ def plot_split_map(image: ImageData, blocks: pd.DataFrame, ax: Axes | None = Non
     show_window(ax, image.raster, gray=True)
     mine = blocks[blocks["raster"] == image.image_identifier]
     for b in mine.itertuples():
-        color = SPLIT_COLORS[b.split]
+        color = SPLIT_COLORS.get(b.split, "0.5")  # unused ground
         ax.add_patch(Rectangle((b.x, b.y), b.width, b.height, facecolor=color, alpha=0.35))
         ax.add_patch(Rectangle((b.x, b.y), b.width, b.height, edgecolor="black", fill=False))
     ax.plot(image.df["pixel_x"], image.df["pixel_y"], "o", color="white", markersize=3,
@@ -230,7 +230,7 @@ def plot_tiles(
     figure, axes = _grid(len(shown), min(columns, len(shown)), WIDTH / columns)
     for ax, tile in zip(axes, shown.itertuples(), strict=True):
         window = Window(tile.x, tile.y, tile.width, tile.height)
-        image, valid = tiling.read_tile(rasters[tile.raster], window, tile.angle)
+        image, valid, _ = tiling.read_tile(rasters[tile.raster], window, tile.angle)
         ax.imshow(imutils.preview_stretch(image, valid), cmap="gray",
                   extent=(0, tile.width, tile.height, 0))  # fmt: skip
         mine = boxes[boxes["window"] == tile.window]

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 TURNS = (0, 90, 180, 270)  # degrees, counter-clockwise
+STRETCHES = ("none", "minmax", "percentile", "log")
+LOG_STEEPNESS = 1000.0
 
 
 def rotate_bbox_90(
@@ -80,10 +82,21 @@ def clip_boxes(boxes_xyxy: np.ndarray, limits_xyxy: np.ndarray) -> np.ndarray:
 class Radiometry:
     """How raw pixel values become the model's input, per band; recorded in every checkpoint.
 
-    Values are stretched linearly so that `low` becomes 0 and `high` becomes 1, in float and without
-    clipping; `mean` and `std` are those of the stretched valid pixels of the training ground.
+    `low` becomes 0 and `high` becomes 1, in float and never clipped at the top. The stretch `log`
+    raises faint values between the two, and takes those below `low` for it; the others are linear.
+
+    Attributes:
+        method: One of `STRETCHES`, by which `low` and `high` were found.
+        low: Raw value that becomes 0, per band.
+        high: Raw value that becomes 1, per band.
+        mean: Mean of the stretched valid pixels of the training ground, per band.
+        std: Their standard deviation, per band.
+
+    References:
+        Joye and Mandel 2003, SAOImage DS9, for the logarithm and its steepness of 1000.
     """
 
+    method: str
     low: tuple[float, ...]
     high: tuple[float, ...]
     mean: tuple[float, ...]
@@ -91,34 +104,46 @@ class Radiometry:
 
     def stretch(self, image: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
         """Stretch an image (bands, H, W) to float32; invalid pixels become the mean."""
-        low = np.asarray(self.low, dtype=np.float32)[:, None, None]
-        span = np.asarray(self.high, dtype=np.float32)[:, None, None] - low
-        stretched = (image.astype(np.float32) - low) / span
+        # float32 holds 16-bit integers exactly, wider types need more until the offset is gone
+        work = np.result_type(image.dtype, np.float32)
+        low, high = (np.asarray(v, dtype=work)[:, None, None] for v in (self.low, self.high))
+        with np.errstate(over="ignore", invalid="ignore"):  # where pixels are invalid
+            stretched = ((image.astype(work) - low) / (high - low)).astype(np.float32, copy=False)
+            if self.method == "log":
+                stretched = np.log1p(LOG_STEEPNESS * stretched.clip(0)) / np.log1p(LOG_STEEPNESS)
         if valid is not None and not valid.all():
             mean = np.asarray(self.mean, dtype=np.float32)[:, None, None]
             stretched = np.where(valid, stretched, mean)
-        return stretched
+        return stretched.astype(np.float32, copy=False)
 
 
-def measure_radiometry(samples: list[np.ndarray], percentiles: tuple[float, float]) -> Radiometry:
+def measure_radiometry(
+    pixels: np.ndarray, method: str = "auto", percentiles: tuple[float, float] = (0.5, 99.5)
+) -> Radiometry:
     """Fit a `Radiometry` to valid pixels.
 
     Args:
-        samples: One array of finite raw values per band, any length above zero. 8-bit values keep
-            the fixed range 0-255, so that dark and bright rasters stay comparable.
-        percentiles: Lower and upper percentile (0-100) that become 0 and 1 for other types.
+        pixels: Finite raw values (bands, N), N > 0, in the raster's own type.
+        method: "none" takes the range of an integer type from 0 on, so that dark and bright rasters
+            stay comparable, and floats as they are; "minmax" the least and largest value;
+            "percentile" and "log" the percentiles; "auto" is "none" for 8 bits, else "percentile".
+        percentiles: Lower and upper percentile (0-100) that become 0 and 1.
     """
-    low, high, mean, std = [], [], [], []
-    for values in samples:
-        lo, hi = (0.0, 255.0) if values.dtype == np.uint8 else np.percentile(values, percentiles)
-        if hi <= lo:  # a constant band carries nothing, but must not divide by zero
-            hi = lo + 1.0
-        scaled = (values.astype(np.float64) - lo) / (hi - lo)
-        low.append(float(lo))
-        high.append(float(hi))
-        mean.append(float(scaled.mean()))
-        std.append(float(max(scaled.std(), 1e-3)))
-    return Radiometry(tuple(low), tuple(high), tuple(mean), tuple(std))
+    if method == "auto":
+        method = "none" if pixels.dtype == np.uint8 else "percentile"
+    if method == "none":
+        top = np.iinfo(pixels.dtype).max if pixels.dtype.kind in "ui" else 1
+        low, high = np.zeros(len(pixels)), np.full(len(pixels), float(top))
+    else:
+        bounds = (0, 100) if method == "minmax" else percentiles
+        low, high = np.percentile(pixels.astype(np.float64), bounds, axis=1)
+        # a constant band carries nothing, but must not divide by zero
+        high = np.where(high > low, high, low + np.maximum(1.0, np.abs(low) * 1e-6))
+    bounds = tuple(low.tolist()), tuple(high.tolist())
+    zeros, ones = (tuple(np.full(len(pixels), v).tolist()) for v in (0.0, 1.0))
+    scaled = Radiometry(method, *bounds, zeros, ones).stretch(pixels[:, None]).astype(np.float64)
+    mean, std = scaled.mean(axis=(1, 2)), scaled.std(axis=(1, 2)).clip(1e-3)
+    return Radiometry(method, *bounds, tuple(mean.tolist()), tuple(std.tolist()))
 
 
 def preview_stretch(

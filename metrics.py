@@ -19,7 +19,7 @@ from torchvision.ops import batched_nms
 import imutils
 
 UNMATCHED = -1
-IGNORED = -2  # a detection that lies on an ignored object: neither right nor wrong
+IGNORED = -2  # a detection on an ignored object, or on ground that does not count: neither way
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Ground:
         truth_boxes: float32 (M, 4), xyxy, cut at the block's edge.
         truth_labels: int64 (M,).
         truth_ignored: bool (M,); objects whose centre belongs to other ground.
+        stray: bool (N,); detections whose centre lies on ground that does not count.
     """
 
     boxes: np.ndarray
@@ -41,6 +42,15 @@ class Ground:
     truth_boxes: np.ndarray
     truth_labels: np.ndarray
     truth_ignored: np.ndarray
+    stray: np.ndarray
+
+
+def counted_at_centers(counted: torch.Tensor, boxes_xyxy: torch.Tensor) -> torch.Tensor:
+    """Tell for boxes (N, 4) whether a mask (H, W) holds at their centres; outside it does not."""
+    x, y = ((boxes_xyxy[:, :2] + boxes_xyxy[:, 2:]) / 2).floor().long().unbind(dim=1)
+    height, width = counted.shape
+    inside = (x >= 0) & (y >= 0) & (x < width) & (y < height)
+    return inside & counted[y.clamp(0, height - 1), x.clamp(0, width - 1)]
 
 
 def merge_tiles(
@@ -56,11 +66,11 @@ def merge_tiles(
     that both report, class-aware non-maximum suppression keeps the better.
 
     Args:
-        detections: Per tile `boxes` (px of the tile), `scores`, `labels`.
+        detections: Per tile `boxes` (px of the tile), `scores`, `labels`, `stray`.
         targets: Per tile what `datasets` describes, of the same block.
         nms_threshold: IoU above which the weaker of two detections of a class goes.
     """
-    boxes, scores, labels = [], [], []
+    boxes, scores, labels, stray = [], [], [], []
     for found, target in zip(detections, targets, strict=True):
         on_raster = found["boxes"] + target["window"][:2].repeat(2)
         center = (on_raster[:, :2] + on_raster[:, 2:]) / 2
@@ -73,7 +83,8 @@ def merge_tiles(
         boxes.append(on_raster[own])
         scores.append(found["scores"][own])
         labels.append(found["labels"][own])
-    boxes, scores, labels = torch.cat(boxes), torch.cat(scores), torch.cat(labels)
+        stray.append(found["stray"][own])
+    boxes, scores, labels, stray = map(torch.cat, (boxes, scores, labels, stray))
     keep = batched_nms(boxes, scores, labels, nms_threshold)
 
     ids = torch.cat([t["truth_ids"] for t in targets]).numpy()
@@ -87,6 +98,7 @@ def merge_tiles(
         torch.cat([t["truth_boxes"] for t in targets]).numpy()[first],
         torch.cat([t["truth_labels"] for t in targets]).numpy()[first],
         ~owned[first],
+        stray[keep].numpy(),
     )
 
 
@@ -101,7 +113,11 @@ class GroundCollector:
         """Keep the detections and targets of a batch, on the CPU."""
         for found, target in zip(detections, targets, strict=True):
             mine = self.tiles.setdefault(int(target["ground"]), ([], []))
-            for kept, values in zip(mine, (found, target), strict=True):
+            stray = torch.zeros_like(found["labels"], dtype=torch.bool)
+            if "counted" in target:  # masks are large, and not kept
+                stray = ~counted_at_centers(target["counted"], found["boxes"])
+                target = {k: v for k, v in target.items() if k != "counted"}
+            for kept, values in zip(mine, ({**found, "stray": stray}, target), strict=True):
                 kept.append({name: value.detach().cpu() for name, value in values.items()})
 
     def merge(self, nms_threshold: float) -> dict[int, Ground]:
@@ -242,6 +258,8 @@ def evaluate(
         block: match_boxes(g.boxes, g.scores, g.truth_boxes, iou_threshold, g.truth_ignored)
         for block, g in grounds.items()
     }
+    for block, g in grounds.items():
+        matches[block][g.stray & (matches[block] == UNMATCHED)] = IGNORED
     counted = {block: m != IGNORED for block, m in matches.items()}
     scores = _concatenate(grounds[b].scores[counted[b]] for b in grounds)
     correct = _concatenate(matches[b][counted[b]] != UNMATCHED for b in grounds).astype(bool)
@@ -269,7 +287,7 @@ def evaluate(
         for i, name in enumerate(labels)
         if true_count[i]
     }
-    values = average_precision(grounds) | {
+    values = average_precision(grounds, matches) | {
         "box_precision": found / max(detections, 1),
         "box_recall": found / max(objects, 1),
         "box_f1": 2 * found / max(detections + objects, 1),
@@ -282,8 +300,13 @@ def evaluate(
     return Evaluation(values, curve, confusion, matches)
 
 
-def average_precision(grounds: Mapping[int, Ground]) -> dict[str, float]:
-    """Compute COCO's AP family with a detection limit that never truncates."""
+def average_precision(
+    grounds: Mapping[int, Ground], matches: Mapping[int, np.ndarray]
+) -> dict[str, float]:
+    """Compute COCO's AP family with a detection limit that never truncates.
+
+    Detections on ground that does not count are left out, unless they found an object beside it.
+    """
     most = max([100, *(len(g.boxes) for g in grounds.values())])
     metric = MeanAveragePrecision(
         backend="faster_coco_eval",
@@ -293,8 +316,9 @@ def average_precision(grounds: Mapping[int, Ground]) -> dict[str, float]:
         max_detection_thresholds=[1, 100, most + 1],
     )
     metric.warn_on_many_detections = False
-    for g in grounds.values():
-        found = {"boxes": g.boxes, "scores": g.scores, "labels": g.labels}
+    for block, g in grounds.items():
+        kept = ~(g.stray & (matches[block] == IGNORED))
+        found = {"boxes": g.boxes[kept], "scores": g.scores[kept], "labels": g.labels[kept]}
         truth = {"boxes": g.truth_boxes, "labels": g.truth_labels, "iscrowd": g.truth_ignored * 1}
         metric.update(
             [{name: torch.from_numpy(value) for name, value in found.items()}],

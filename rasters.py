@@ -6,6 +6,7 @@ A raster is whatever GDAL opens: GeoTIFF, COG, VRT, JPEG 2000, PNG, and files be
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import threading
@@ -24,6 +25,7 @@ import rasterio
 import rasterio.features
 import shapely
 from pyproj.exceptions import ProjError
+from rasterio._err import CPLE_BaseError  # some calls let GDAL's own errors through
 from rasterio.enums import ColorInterp, MaskFlags, Resampling
 from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as RasterioWindow
@@ -37,12 +39,16 @@ warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 # GDAL would keep up to a twentieth of the memory full of blocks that were read once.
 os.environ.setdefault("GDAL_CACHEMAX", "64")  # MB
 
+MAX_BANDS = 1024  # read at once; a damaged header may promise tens of thousands
 MAX_OPEN_DATASETS = 32  # per thread; GDAL keeps a file descriptor and buffers for each
 SCHEMES = {"https": "vsicurl", "http": "vsicurl", "s3": "vsis3", "gs": "vsigs", "az": "vsiaz"}
 # a remote folder is not listed, and no file is looked for beside the raster
 REMOTE = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_HTTP_MAX_RETRY": "3"}
 FITS_TYPES = {8: "Byte", 16: "Int16", 32: "Int32", 64: "Int64", -32: "Float32", -64: "Float64"}
 FITS_UNSIGNED = {16: ("UInt16", 2**15), 32: ("UInt32", 2**31)}  # stored signed, with this BZERO
+
+# UnicodeDecodeError: of text in a damaged header
+GDAL_ERRORS = (RasterioError, CRSError, CPLE_BaseError, UnicodeDecodeError)
 
 _open_datasets = threading.local()
 
@@ -79,6 +85,12 @@ class Regions:
             counted[aoi.query(points, predicate="intersects")[0]] = True
         counted[ignored.query(points, predicate="intersects")[0]] = False
         return counted
+
+    def digest(self) -> str:
+        """Return a text that is the same for the same polygons."""
+        parts = [shapely.to_wkb(list(group)).tolist() for group in (self.aoi or (), self.ignored)]
+        text = b"|".join([bytes(self.aoi is None), *parts[0], b"|", *parts[1]])
+        return hashlib.sha256(text).hexdigest()[:16]
 
     def share(self, boxes_xyxy: np.ndarray) -> np.ndarray:
         """Return the share (0-1) of each box (N, 4) that counts."""
@@ -157,28 +169,35 @@ class Raster:
         with _opening(path, source, local=local) as src:
             if not src.count:
                 raise InputError(f"{path} holds no band of its own, only {src.subdatasets}")
+            if src.count > MAX_BANDS and bands is None:
+                raise InputError(
+                    f"{path} has {src.count} bands, at most {MAX_BANDS} can be read; name those "
+                    "wanted with BANDS, or restore the file if it has fewer"
+                )
             colored = tuple(
                 i for i, kind in zip(src.indexes, src.colorinterp, strict=True)
                 if kind != ColorInterp.alpha
             )  # fmt: skip
             bands = colored if bands is None else tuple(bands)
-            if strangers := [band for band in bands if band not in src.indexes]:
+            strangers = [band for band in bands if not 1 <= band <= src.count]
+            if strangers or not bands:
                 raise InputError(
-                    f"{path} has the bands 1 to {src.count}, got {strangers} in BANDS "
+                    f"{path} has the bands 1 to {src.count}, got {strangers or 'none'} in BANDS "
                     f"{list(bands)}; name those that are there"
                 )
-            dtype = np.result_type(*(src.dtypes[band - 1] for band in bands))
+            dtypes, nodata, masks = src.dtypes, src.nodatavals, src.mask_flag_enums
+            dtype = np.result_type(*(dtypes[band - 1] for band in bands))
             if dtype.kind not in "uif":
                 raise InputError(
                     f"{path} holds {dtype} pixels, which are no numbers to order; convert it, for "
                     "example to amplitudes in float32"
                 )
-            flags = {flag for band in bands for flag in src.mask_flag_enums[band - 1]}
+            flags = {flag for band in bands for flag in masks[band - 1]}
             flags |= {MaskFlags.alpha} if len(colored) < src.count else set()
             return cls(
                 path=Path(path), source=source, width=src.width, height=src.height, bands=bands,
                 band_count=len(colored), dtype=dtype.name,
-                nodata=tuple(_representable(src.nodatavals[band - 1], dtype) for band in bands),
+                nodata=tuple(_representable(nodata[band - 1], dtype) for band in bands),
                 crs=src.crs.to_wkt() if src.crs else None, transform=tuple(src.transform)[:6],
                 block_shape_hw=tuple(src.block_shapes[0]),
                 masked=bool(flags & {MaskFlags.alpha, MaskFlags.per_dataset}),
@@ -192,16 +211,23 @@ class Raster:
     @property
     def made_from(self) -> dict[str, object]:
         """What a result that was made from this raster depends on, for manifests."""
-        regions = None
-        if self.regions is not None:
-            aoi, ignored = self.regions.aoi, self.regions.ignored
-            regions = [aoi and [part.wkb_hex for part in aoi], [part.wkb_hex for part in ignored]]
         file = self.path if self.path.exists() else self.source
+        regions = self.regions.digest() if self.regions else None
         return {"file": file, "bands": self.bands, "regions": regions}
 
     def with_regions(self, regions: Regions | None) -> Raster:
         """Return a handle to the same file whose ground counts in these regions only."""
         return replace(self, regions=regions)
+
+    @contextmanager
+    def anew(self) -> Iterator[rasterio.DatasetReader]:
+        """Open the file apart from the datasets that are kept: none of its blocks is cached.
+
+        Raises:
+            InputError: The file cannot be opened, or what is done with it fails.
+        """
+        with _opening(self.path, self.source, local=not _is_remote(self.source)) as src:
+            yield src
 
     # -- pixels ---------------------------------------------------------------------------------
 
@@ -280,9 +306,8 @@ class Raster:
         window = Window(0, 0, self.width, self.height)
         plain = not self.masked and set(self.nodata) == {None}
         with self._reading(window) as src:
-            image = src.read(
-                list(self.bands), out_shape=(len(self.bands), height, width),
-                out_dtype=self.dtype,
+            image = read_bands(
+                src, self.bands, self.dtype, out_shape=(height, width),
                 resampling=Resampling.average if plain else Resampling.nearest,
             )  # fmt: skip
             valid = self._has_value(image)
@@ -298,13 +323,13 @@ class Raster:
 
     def _read_inside(self, window: Window) -> np.ndarray:
         with self._reading(window) as src:
-            return src.read(list(self.bands), window=RasterioWindow(*window), out_dtype=self.dtype)
+            return read_bands(src, self.bands, self.dtype, window=RasterioWindow(*window))
 
     @contextmanager
     def _reading(self, window: Window) -> Iterator[rasterio.DatasetReader]:
         try:
             yield self._dataset()
-        except RasterioError as error:
+        except GDAL_ERRORS as error:
             reason = str(error.__cause__ or error)
             raise InputError(
                 f"{self.path} cannot be read in window {tuple(window)} (x, y, width, height): "
@@ -378,6 +403,18 @@ class Raster:
             steps.append(np.stack([length * np.sin(azimuth), length * np.cos(azimuth)], axis=-1))
         return np.stack(steps, axis=-1)
 
+    @property
+    def crs_name(self) -> str | None:
+        """The CRS as people call it: its authority's code where there is one, else its name."""
+        if self.crs is None:
+            return None
+        try:
+            crs = pyproj.CRS.from_wkt(self.crs)
+        except ProjError:
+            return "unknown"
+        authority = crs.to_authority()
+        return ":".join(authority) if authority else crs.name
+
     @cached_property
     def resolution(self) -> float | None:
         """Side of a pixel on the ground in metres, at the raster's centre; None without a CRS."""
@@ -388,6 +425,24 @@ class Raster:
         except InputError:
             return None
         return float(np.sqrt(abs(np.linalg.det(jacobian))))
+
+
+def read_bands(
+    src: rasterio.DatasetReader, bands: Sequence[int], dtype: str, **options: object
+) -> np.ndarray:
+    """Read bands of an open dataset as one array; rasterio reads those of different types apart.
+
+    Args:
+        src: The dataset.
+        bands: One-based indexes.
+        dtype: Type of the array.
+        options: `window, out_shape, resampling` of rasterio's `read`; `out_shape` is of a band.
+    """
+    if len(set(src.dtypes)) > 1:
+        return np.stack([src.read(band, out_dtype=dtype, **options) for band in bands])
+    if "out_shape" in options:
+        options["out_shape"] = (len(bands), *options["out_shape"])
+    return src.read(list(bands), out_dtype=dtype, **options)
 
 
 def read_raster(path: Path | str, bands: Sequence[int] | None = None) -> Raster:
@@ -439,11 +494,13 @@ def _is_remote(source: str) -> bool:
 def _source(path: Path | str) -> tuple[str, bool]:
     """Return what GDAL is to open, and whether it is a file on this machine."""
     text = str(path)
-    if match := re.match(r"^(\w+)://(.+)$", text):
+    # a `Path` made of an address has but one of its slashes
+    if match := re.match(r"^(\w{2,}):/{1,2}([^/].*)$", text):
         scheme, rest = match.groups()
         if scheme not in SCHEMES:
             raise InputError(f"{text} starts with {scheme}://, expected one of {list(SCHEMES)}")
-        return f"/{SCHEMES[scheme]}/{text if scheme.startswith('http') else rest}", False
+        prefix = f"{scheme}://" if scheme.startswith("http") else ""
+        return f"/{SCHEMES[scheme]}/{prefix}{rest}", False
     if text.startswith("/vsi"):
         return text, False
     if not Path(text).exists():
@@ -458,8 +515,9 @@ def _opening(path: Path | str, source: str, *, local: bool) -> Iterator[rasterio
     try:
         with _open(source) as src:
             yield src
-    except (RasterioError, CRSError) as error:
-        size = f" ({Path(path).stat().st_size} bytes)" if local else ""
+    except GDAL_ERRORS as error:
+        there = local and Path(path).exists()
+        size = f" ({Path(path).stat().st_size} bytes)" if there else ""
         raise InputError(f"{path} is not a raster that GDAL can read{size}: {error}") from error
 
 
@@ -498,9 +556,11 @@ def _fits_as_vrt(path: Path) -> str:
                     f"{path} holds no uncompressed image, only {found}; unpack it with funpack"
                 )
             header, start = unit.header, unit.fileinfo()["datLoc"]
-            bits, bzero, bscale = header["BITPIX"], unit._orig_bzero, unit._orig_bscale
-            blank = header.get("BLANK")
-            axes = [header[f"NAXIS{i + 1}"] for i in range(header["NAXIS"])]
+            bits, blank = header["BITPIX"], header.get("BLANK")
+            bzero, bscale = float(unit._orig_bzero), float(unit._orig_bscale)
+            nodata = "" if blank is None else f"<NoDataValue>{blank * bscale + bzero}</NoDataValue>"
+            axes = [int(header[f"NAXIS{i + 1}"]) for i in range(header["NAXIS"])]
+            plain = FITS_TYPES[bits]
     except (OSError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -513,7 +573,7 @@ def _fits_as_vrt(path: Path) -> str:
         )
     shape = f'rasterXSize="{width}" rasterYSize="{height}"'
     raw = "".join(
-        f'<VRTRasterBand dataType="{FITS_TYPES[bits]}" band="{i + 1}" subClass="VRTRawRasterBand">'
+        f'<VRTRasterBand dataType="{plain}" band="{i + 1}" subClass="VRTRawRasterBand">'
         f'<SourceFilename relativeToVRT="0">{escape(str(path.resolve()))}</SourceFilename>'
         f"<ImageOffset>{start + i * width * height * size}</ImageOffset>"
         f"<PixelOffset>{size}</PixelOffset><LineOffset>{width * size}</LineOffset>"
@@ -524,8 +584,8 @@ def _fits_as_vrt(path: Path) -> str:
     if (bzero, bscale) == (0, 1) and blank is None:
         return raw
     unsigned = FITS_UNSIGNED.get(bits, (None, None))
-    kind = unsigned[0] if (unsigned[1], 1) == (bzero, bscale) else "Float64"
-    nodata = "" if blank is None else f"<NoDataValue>{blank * bscale + bzero}</NoDataValue>"
+    kinds = {(unsigned[1], 1): unsigned[0], (0, 1): plain}
+    kind = kinds.get((bzero, bscale), "Float64")
     scaled = "".join(
         f'<VRTRasterBand dataType="{kind}" band="{i + 1}">{nodata}<ComplexSource>'
         f'<SourceFilename relativeToVRT="0">{escape(raw)}</SourceFilename>'

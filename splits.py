@@ -50,7 +50,8 @@ def ground_blocks(
 
     Returns:
         One row per block: `block` (int), `raster` (identifier), `x, y, width, height` (px), `split`
-        ("train", "validation" or "test"). The blocks of a raster partition it.
+        ("train", "validation", "test", or "unused" where no ground counts). The blocks of a raster
+        partition it.
 
     Raises:
         InputError: A raster is smaller than a tile, or there are fewer than three blocks.
@@ -71,33 +72,48 @@ def ground_blocks(
         sizes = [2 * max_tile_size, 3 * max_tile_size // 2, max_tile_size]
     for size in sizes:
         blocks = pd.concat([_cut(raster, size) for raster in rasters], ignore_index=True)
-        if len(blocks) >= MIN_BLOCKS:
+        used = blocks[_has_counted_ground(blocks, rasters)]
+        if len(used) >= MIN_BLOCKS:
             break
-    if len(blocks) < len(SPLITS):
+    if len(used) < len(SPLITS):
+        unused = len(blocks) - len(used)
+        outside = f" ({unused} more lie outside the areas of interest)" if unused else ""
         raise InputError(
-            f"the ground falls into {len(blocks)} blocks, but training, validation and test need "
-            "one each; add rasters, or with SPLIT_BY = 'block' lower BLOCK_SIZE and PATCH_SIZES to "
-            f"at most {_largest_block(rasters)} px"
+            f"the ground falls into {len(used)} blocks{outside}, but training, validation and test "
+            "need one each; add rasters, or with SPLIT_BY = 'block' lower BLOCK_SIZE and "
+            f"PATCH_SIZES to at most {_largest_block(rasters)} px"
         )
     blocks.insert(0, "block", np.arange(len(blocks)))
 
-    ranked = blocks.iloc[np.argsort(fileio.hash_rows(blocks[["raster", "x", "y"]], seed))]
+    ranked = used.iloc[np.argsort(fileio.hash_rows(used[["raster", "x", "y"]], seed))]
     if test_rasters:
         is_test = ranked["raster"].isin(test_rasters).to_numpy()
         if is_test.all() or (~is_test).sum() < 2:
             raise InputError(
-                f"{len(blocks)} rasters with {is_test.sum()} of them in TEST_FILENAMES leave fewer "
+                f"{len(used)} rasters with {is_test.sum()} of them in TEST_FILENAMES leave fewer "
                 "than two for training and validation; name fewer"
             )
     else:
-        share = min(max(1, round(test_proportion * len(blocks))), len(blocks) - 2)
-        is_test = np.arange(len(blocks)) < share
+        share = min(max(1, round(test_proportion * len(used))), len(used) - 2)
+        is_test = np.arange(len(used)) < share
     rest = ranked.index[~is_test]
     share = min(max(1, round(validation_proportion * len(rest))), len(rest) - 1)
-    blocks["split"] = "train"
+    blocks["split"] = "unused"
+    blocks.loc[ranked.index, "split"] = "train"
     blocks.loc[ranked.index[is_test], "split"] = "test"
     blocks.loc[rest[:share], "split"] = "validation"
     return blocks
+
+
+def _has_counted_ground(blocks: pd.DataFrame, rasters: Sequence[RasterHandle]) -> np.ndarray:
+    counted = np.ones(len(blocks), dtype=bool)
+    for raster in rasters:
+        if raster.regions is not None:
+            mine = (blocks["raster"] == raster.path.stem).to_numpy()
+            x, y, width, height = blocks.loc[mine, ["x", "y", "width", "height"]].to_numpy().T
+            boxes = np.stack([x, y, x + width, y + height], axis=1)
+            counted[mine] = raster.regions.share(boxes) > 0
+    return counted
 
 
 def _largest_block(rasters: Sequence[RasterHandle]) -> int:

@@ -138,8 +138,16 @@ def filter_tiles(
     windows: Sequence[Window],
     filters: Sequence[TileFilter],
     pixel_limit: int,
+    min_valid: float = 0.0,
 ) -> list[str]:
-    """Try tile filters on windows of a raster, one in memory at a time; invalid pixels are 0.
+    """Try windows of a raster, one in memory at a time; invalid pixels are 0 to the filters.
+
+    Args:
+        raster: The raster.
+        windows: What to try.
+        filters: See `TileFilter`.
+        pixel_limit: Handed to every filter.
+        min_valid: Least share (0-1) of a window that is valid ground that counts.
 
     Returns:
         For each window, the name of the first filter that rejects it, or "".
@@ -149,8 +157,10 @@ def filter_tiles(
     """
     rejected_by = []
     for window in windows:
-        image = raster.read(window)
-        valid = raster.read_valid(window, image)
+        image, valid, counted = read_tile(raster, window, 0)
+        if counted.mean() < min_valid:
+            rejected_by.append(f"valid share under MIN_VALID, {min_valid:g}")
+            continue
         image = np.moveaxis(np.where(valid, image, 0), 0, -1)  # no data is black
         reason = ""
         for tile_filter in filters:
@@ -188,6 +198,7 @@ class TilingOptions:
         filters: Tile filters; they apply to training only, for validation and test ground must
             not depend on the tile size.
         pixel_limit: Handed to every filter.
+        min_valid: Least share of a training tile that is valid ground that counts.
         materialize: Write chips too.
         seed: Of the hash that picks empty tiles.
     """
@@ -199,6 +210,7 @@ class TilingOptions:
     empty_tile_ratio: float = 0.25
     filters: tuple[TileFilter, ...] = ()
     pixel_limit: int = 0
+    min_valid: float = 0.25
     materialize: bool = False
     seed: int = 0
 
@@ -306,7 +318,7 @@ def generate_split_raster_annotation(
         The ground windows, numbered from 0, with `objects` (owned); and the boxes, see
         `assign_boxes`.
     """
-    mine = blocks[blocks["raster"] == image.image_identifier]
+    mine = blocks[(blocks["raster"] == image.image_identifier) & (blocks["split"] != "unused")]
     mine = mine.assign(
         overlap=np.where(
             mine["split"] == "train", options.overlap, options.evaluation_overlap_of(size)
@@ -366,28 +378,27 @@ def _reject(
     order = np.argsort(fileio.hash_rows(windows.loc[empty, ["raster", "x", "y"]], options.seed))
     reason[windows.index[empty][order[allowed:]]] = "empty, beyond EMPTY_TILE_RATIO"
 
-    if options.filters:
-        candidates = windows[train & (reason == "")]
-        rasters = {image.image_identifier: image.raster for image in images}
-        jobs, places = [], []
-        for name, group in candidates.groupby("raster", sort=False):
+    candidates = windows[train & (reason == "")]
+    rasters = {image.image_identifier: image.raster for image in images}
+    jobs, places = [], []
+    for name, group in candidates.groupby("raster", sort=False):
+        if options.filters or not rasters[name].all_counted:
             for start in range(0, len(group), JOB_WINDOWS):
                 part = group.iloc[start : start + JOB_WINDOWS]
                 places.append(part.index)
                 jobs.append((rasters[name], _windows(part)))
-        answers = parallel.map_ordered(
-            partial(_filter_job, filters=options.filters, pixel_limit=options.pixel_limit),
-            jobs, workers=workers, description="filtering tiles", progress=progress,
-        )  # fmt: skip
-        for place, answer in zip(places, answers, strict=True):
-            reason[place] = answer
+    options_of = {name: getattr(options, name) for name in ("filters", "pixel_limit", "min_valid")}
+    answers = parallel.map_ordered(
+        partial(_filter_job, **options_of), jobs,
+        workers=workers, description="filtering tiles", progress=progress,
+    )  # fmt: skip
+    for place, answer in zip(places, answers, strict=True):
+        reason[place] = answer
     return windows.assign(kept=(reason == "").to_numpy(), reason=reason.to_numpy())
 
 
-def _filter_job(
-    job: tuple[fileio.Raster, list[Window]], filters: Sequence[TileFilter], pixel_limit: int
-) -> list[str]:
-    return filter_tiles(*job, filters, pixel_limit)
+def _filter_job(job: tuple[fileio.Raster, list[Window]], **options: object) -> list[str]:
+    return filter_tiles(*job, **options)
 
 
 def _windows(df: pd.DataFrame) -> list[Window]:
@@ -410,32 +421,41 @@ def boxes_of_tile(boxes_xyxy: np.ndarray, angle: int, width: int, height: int) -
     return np.ascontiguousarray(turned, dtype=np.float32)
 
 
-def read_tile(raster: fileio.Raster, window: Window, angle: int) -> tuple[np.ndarray, np.ndarray]:
-    """Read a tile's pixels (bands, H, W) and their validity (H, W), turned by `angle`."""
+def read_tile(
+    raster: fileio.Raster, window: Window, angle: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Read a tile's pixels, turned by `angle`.
+
+    Returns:
+        The pixels (bands, H, W), whether each is valid (H, W), and whether it is ground that counts
+        (H, W).
+    """
     image = raster.read(window)
     valid = raster.read_valid(window, image)
+    counted = raster.read_counted(window, valid)
     turns = angle // 90
-    return np.rot90(image, turns, axes=(1, 2)), np.rot90(valid, turns)
+    return np.rot90(image, turns, axes=(1, 2)), np.rot90(valid, turns), np.rot90(counted, turns)
 
 
-def sample_radiometry(
-    blocks: pd.DataFrame,
+def sample_pixels(
+    ground: pd.DataFrame,
     rasters: Mapping[str, fileio.Raster],
     *,
     seed: int,
     max_windows: int = 128,
     pixels_per_window: int = 4096,
-    percentiles: tuple[float, float] = (0.5, 99.5),
-) -> imutils.Radiometry:
-    """Measure the pixel values of the training ground on a sample of its windows.
+) -> np.ndarray:
+    """Read some valid pixels of some windows, spread over the ground by a hash of their place.
 
     Args:
-        blocks: Ground blocks; only training blocks are read, whatever the tiles of the run are.
-        rasters: Identifier -> raster; all have the same bands.
+        ground: Rectangles `raster, x, y, width, height` (px).
+        rasters: Identifier -> raster; all have the same bands and type.
         seed: Of the sample.
         max_windows: Most windows of up to 128 px to read.
         pixels_per_window: Most valid pixels to take from each.
-        percentiles: See `imutils.measure_radiometry`.
+
+    Returns:
+        Raw values (bands, N), in the rasters' own type.
 
     Raises:
         InputError: No sampled pixel is valid.
@@ -444,7 +464,7 @@ def sample_radiometry(
         window_grid(Window(b.x, b.y, b.width, b.height), min(128, b.width, b.height)).assign(
             raster=b.raster
         )
-        for b in blocks[blocks["split"] == "train"].itertuples()
+        for b in ground.itertuples()
     ]
     windows = pd.concat(grids, ignore_index=True)
     order = np.argsort(fileio.hash_rows(windows[["raster", "x", "y"]], seed))[:max_windows]
@@ -452,15 +472,29 @@ def sample_radiometry(
     rng = np.random.default_rng(seed)
     samples = []
     for place, name in zip(_windows(windows), windows["raster"], strict=True):
-        image = rasters[name].read(place)
-        pixels = image[:, rasters[name].read_valid(place, image)]
+        image, valid, _ = read_tile(rasters[name], place, 0)
+        pixels = image[:, valid]
         if pixels.shape[1] > pixels_per_window:
             pixels = pixels[:, rng.integers(pixels.shape[1], size=pixels_per_window)]
         samples.append(pixels)
-    bands = np.concatenate(samples, axis=1)
-    if not bands.shape[1]:
-        raise InputError(f"none of {len(samples)} sampled training windows has a valid pixel")
-    return imutils.measure_radiometry(list(bands), percentiles)
+    pixels = np.concatenate(samples, axis=1)
+    if not pixels.shape[1]:
+        names = sorted(set(windows["raster"]))
+        raise InputError(
+            f"none of {len(samples)} windows sampled from {names} has a valid pixel; check the "
+            "nodata value and the masks of these files"
+        )
+    return pixels
+
+
+def counted_share(raster: fileio.Raster, *, seed: int, max_windows: int = 64) -> float:
+    """Estimate the share (0-1) of a raster that is valid and counts, on a sample of windows."""
+    if raster.all_counted:
+        return 1.0
+    grid = window_grid(Window(0, 0, raster.width, raster.height), 128)
+    rows = np.random.default_rng(seed).permutation(len(grid))[:max_windows]
+    masks = [read_tile(raster, place, 0)[2] for place in _windows(grid.iloc[rows])]
+    return float(np.mean(masks))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -600,7 +634,7 @@ def _write_turned(raster: fileio.Raster, angle: int, path: Path) -> None:
                              out.row_off + out.height]])  # fmt: skip
             x0, y0, x1, y1 = imutils.rotate_boxes(box, -angle % 360, turned_width, turned_height)[0]
             source = Window(int(x0), int(y0), int(x1 - x0), int(y1 - y0))
-            image, valid = read_tile(raster, source, angle)
+            image, valid, _ = read_tile(raster, source, angle)
             dst.write(image, window=out)
             if raster.masked:  # an alpha band or a mask turns, too
                 dst.write_mask(valid, window=out)

@@ -18,6 +18,7 @@ from LargeRasterOR import (
     Anchors,
     DataContract,
     LargeRasterORModel,
+    best_anchor_iou,
     fit_anchors,
     load_weights,
     make_backbone,
@@ -28,9 +29,12 @@ from ModelConfig import ModelConfig
 
 def contract_of(bands=1, **changes):
     anchors = Anchors(tuple((8.0 * 2**i, 10.0 * 2**i, 13.0 * 2**i) for i in range(5)), (1.0,))
-    radiometry = Radiometry((0.0,) * bands, (255.0,) * bands, (0.4,) * bands, (0.2,) * bands)
+    radiometry = Radiometry(
+        "none", (0.0,) * bands, (255.0,) * bands, (0.4,) * bands, (0.2,) * bands
+    )
     contract = DataContract(
-        tile_size=64, bands=bands, dtype="uint8", radiometry=radiometry, anchors=anchors,
+        tile_size=64, bands=tuple(range(1, bands + 1)), band_count=bands, dtype="uint8",
+        radiometry=radiometry, anchors=anchors,
         detections_per_tile=50, resolution=None, split_hash="x", evaluation_overlap=20,
     )  # fmt: skip
     return replace(contract, **changes)
@@ -247,3 +251,34 @@ def test_the_rate_rises_then_falls(prepared, tmp_path):
     assert (np.diff(rates[peak:]) <= 0).all()
     assert rates[-1] < 0.1 * max(rates)
     assert isinstance(model.trainer.optimizers[0], torch.optim.SGD)
+
+
+def test_the_best_anchor_iou_is_that_of_shapes():
+    anchors = Anchors(((8.0,), (16.0,)), (1.0, 4.0))
+    # the square of 8; 32 x 8 px high, the tall anchor of 16; a wide box; one far too large
+    boxes = np.array([[0.0, 0, 8, 8], [5, 5, 13, 37], [0, 0, 16, 4], [0, 0, 64, 64]])
+    expected = [1.0, 1.0, 32 / (64 + 64 - 32), 256 / 4096]
+    np.testing.assert_allclose(best_anchor_iou(anchors, boxes), expected, rtol=1e-6)
+
+
+def test_ground_that_does_not_count_teaches_no_background():
+    model = LargeRasterORModel(["a"], small_conf(), contract_of())
+    torch.manual_seed(0)
+    image = torch.rand(1, 1, 64, 64)
+    target = {"boxes": torch.tensor([[4.0, 4, 20, 20]]), "labels": torch.tensor([0])}
+    none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    counted = torch.zeros(64, 64, dtype=torch.bool)
+
+    def gradient_of_background(target):
+        model.zero_grad()
+        losses, _ = model.network(image, [target], detect=False)
+        sum(losses.values()).backward()
+        return model.network.head.classification_head.cls_logits.bias.grad.abs().sum().item()
+
+    assert gradient_of_background(none) > 0
+    assert gradient_of_background(none | {"counted": counted}) == 0
+    # an object still teaches what it is, and where
+    assert gradient_of_background(target | {"counted": counted}) > 0
+    half = counted.clone()
+    half[:, :32] = True
+    assert 0 < gradient_of_background(none | {"counted": half}) < gradient_of_background(none)

@@ -24,10 +24,11 @@ LAYERS = [
     ["rasters", "formats"],
     ["layout"],
     ["fileio"],
+    ["geometries"],
     ["sampledata", "annotations", "tiling", "splits"],
     ["datasets", "metrics", "logger", "implot"],
     ["LargeRasterOR"],
-    ["gridsearch", "predict"],
+    ["gridsearch", "predict", "preflight"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 WITHOUT_TORCH = LEVEL["tiling"]  # the highest layer that worker processes import

@@ -82,28 +82,68 @@ def test_no_boxes_turn_into_no_boxes():
     assert imutils.rotate_boxes(np.zeros((0, 4)), 90, 5, 7).shape == (0, 4)
 
 
-def test_radiometry_keeps_bytes_comparable_and_fits_other_types():
+def test_the_default_keeps_bytes_comparable_and_fits_other_types():
     rng = np.random.default_rng(0)
-    bytes_ = rng.integers(50, 100, 1000).astype(np.uint8)
-    shorts = rng.integers(100, 60000, 1000).astype(np.uint16)
-    fitted = imutils.measure_radiometry([bytes_, shorts.astype(np.uint16)], (0.5, 99.5))
-    assert (fitted.low[0], fitted.high[0]) == (0.0, 255.0)
-    assert 100 <= fitted.low[1] < 1500
-    assert 58000 < fitted.high[1] <= 60000
-    image = np.stack([bytes_[:100].reshape(10, 10).astype(np.uint16), shorts[:100].reshape(10, 10)])
-    stretched = fitted.stretch(image)
+    bytes_ = rng.integers(50, 100, (1, 1000)).astype(np.uint8)
+    shorts = rng.integers(100, 60000, (1, 1000)).astype(np.uint16)
+    fitted = imutils.measure_radiometry(bytes_)
+    assert (fitted.method, fitted.low, fitted.high) == ("none", (0.0,), (255.0,))
+    fitted = imutils.measure_radiometry(shorts, percentiles=(0.5, 99.5))
+    assert fitted.method == "percentile"
+    assert 100 <= fitted.low[0] < 1500
+    assert 58000 < fitted.high[0] <= 60000
+
+
+@pytest.mark.parametrize(
+    ("method", "low", "high"),
+    [("none", 0, 65535), ("minmax", 64, 1600), ("percentile", 64, 1600), ("log", 64, 1600)],
+)
+def test_every_stretch_maps_its_bounds_to_zero_and_one_and_never_wraps(method, low, high):
+    pixels = np.array([[64, 100, 1600], [64, 1600, 200]], np.uint16)
+    fitted = imutils.measure_radiometry(pixels, method, (0, 100))
+    assert fitted.low == (low, low)
+    assert fitted.high == (high, high)
+    raw = np.array([low, high, 65535], np.uint16)
+    stretched = fitted.stretch(np.stack([raw, raw])[:, None])
     assert stretched.dtype == np.float32
-    np.testing.assert_allclose(stretched[0], image[0] / 255, rtol=1e-5)
+    np.testing.assert_allclose(stretched[:, 0, :2], [[0, 1], [0, 1]], atol=1e-6)
+    assert (stretched[:, 0, 2] >= 1).all()  # brighter than anything seen stays brighter
+    values = fitted.stretch(pixels[:, None])
+    np.testing.assert_allclose(values.mean(axis=(1, 2)), fitted.mean, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", imutils.STRETCHES)
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "int32", "float32", "float64"])
+def test_order_survives_every_stretch_of_every_type(method, dtype):
+    steps = np.arange(1000).astype(dtype) if dtype != "uint8" else np.arange(250).astype(dtype)
+    steps = steps + (np.dtype(dtype).type(2**30) if dtype == "int32" else 0)
+    fitted = imutils.measure_radiometry(steps[None], method)
+    stretched = fitted.stretch(steps[None, None])[0, 0]
+    inside = stretched > 0  # the logarithm takes what is below its low for it
+    assert inside.sum() > 0.9 * len(steps)
+    # of int32 without a stretch, 1 in 2**31 is less than float32 tells apart
+    assert (np.diff(stretched[inside]) >= 0).all()
+    if (method, dtype) != ("none", "int32"):
+        assert (np.diff(stretched[inside]) > 0).all()
+
+
+def test_negative_floats_stretch():
+    pixels = np.array([[-120.0, -3.0, 0.0, 8.0, 4000.0]], np.float32)
+    for method in imutils.STRETCHES:
+        assert np.isfinite(
+            imutils.measure_radiometry(pixels, method).stretch(pixels[:, None])
+        ).all()
 
 
 def test_invalid_pixels_become_the_mean():
-    fitted = imutils.Radiometry((0.0,), (10.0,), (0.4,), (0.1,))
-    image = np.array([[[1.0, np.nan], [5.0, 10.0]]])
-    stretched = fitted.stretch(image, ~np.isnan(image[0]))
-    np.testing.assert_allclose(stretched, [[[0.1, 0.4], [0.5, 1.0]]], rtol=1e-6)
+    fitted = imutils.Radiometry("minmax", (0.0,), (10.0,), (0.4,), (0.1,))
+    image = np.array([[[1.0, np.nan], [-3.4e38, 10.0]]], np.float32)
+    stretched = fitted.stretch(image, np.array([[True, False], [False, True]]))
+    np.testing.assert_allclose(stretched, [[[0.1, 0.4], [0.4, 1.0]]], rtol=1e-6)
 
 
 def test_a_constant_band_does_not_divide_by_zero():
-    fitted = imutils.measure_radiometry([np.full(10, 7.0)], (0.5, 99.5))
-    assert np.isfinite(fitted.stretch(np.full((1, 2, 2), 7.0))).all()
-    assert fitted.std[0] > 0
+    for value in (7.0, 0.0, 1e12):
+        fitted = imutils.measure_radiometry(np.full((1, 10), value))
+        assert np.isfinite(fitted.stretch(np.full((1, 2, 2), value))).all()
+        assert fitted.std[0] > 0

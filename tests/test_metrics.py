@@ -69,7 +69,7 @@ def test_the_sweep_counts_equal_scores_together():
     assert curve.f1[1] == pytest.approx(0.8)
 
 
-def ground(boxes, scores, labels, truth, truth_labels, ignored=None):
+def ground(boxes, scores, labels, truth, truth_labels, ignored=None, stray=None):
     order = np.argsort(-np.asarray(scores, np.float32), kind="stable")
     return Ground(
         np.asarray(boxes, np.float32).reshape(-1, 4)[order],
@@ -78,7 +78,35 @@ def ground(boxes, scores, labels, truth, truth_labels, ignored=None):
         np.asarray(truth, np.float32).reshape(-1, 4),
         np.asarray(truth_labels, np.int64),
         np.zeros(len(truth), bool) if ignored is None else np.asarray(ignored),
+        np.zeros(len(order), bool) if stray is None else np.asarray(stray)[order],
     )
+
+
+def test_detections_on_ground_that_does_not_count_are_neither_right_nor_wrong():
+    found = [[0, 0, 10, 10], [20, 20, 30, 30], [41, 40, 51, 50]]
+    truth = [[0, 0, 10, 10], [40, 40, 50, 50]]
+    scores, labels = [0.7, 0.9, 0.8], [0, 0, 0]
+    strict = ground(found, scores, labels, truth, [0, 0])
+    # the second lies on nodata; the third, too, but it found an object that reaches out of it
+    loose = ground(found, scores, labels, truth, [0, 0], stray=[False, True, True])
+    before, after = (metrics.evaluate({0: g}, ["a"], 0.5, 0.5) for g in (strict, loose))
+    assert before.values["box_precision"] == pytest.approx(2 / 3)
+    assert after.values["box_precision"] == after.values["box_recall"] == 1
+    assert after.values["AP50"] == pytest.approx(1)
+    assert before.values["AP50"] < 0.8
+    assert after.matches[0].tolist() == [metrics.IGNORED, 1, 0]
+
+
+def test_the_collector_marks_strays_by_their_centres():
+    counted = torch.zeros(10, 10, dtype=torch.bool)
+    counted[:, :5] = True
+    found = {"boxes": torch.tensor([[0.0, 0, 8, 8], [2, 0, 9, 8], [6, 6, 30, 30]]),
+             "scores": torch.ones(3), "labels": torch.zeros(3, dtype=torch.int64)}  # fmt: skip
+    collector = metrics.GroundCollector()
+    collector.add([found], [{"ground": torch.tensor(0), "counted": counted}])
+    (kept,), (target,) = collector.tiles[0]
+    assert kept["stray"].tolist() == [False, True, True]
+    assert "counted" not in target
 
 
 def test_values_of_a_small_case_by_hand():
@@ -129,7 +157,7 @@ def test_ap_is_cocos_even_with_many_detections(count):
     all_boxes = np.concatenate([boxes, spurious])
     scores = np.concatenate([rng.uniform(0.3, 1, count), rng.uniform(0, 0.8, count // 2)])
     g = ground(all_boxes, scores, np.zeros(len(scores)), truth, np.zeros(count))
-    values = metrics.average_precision({0: g})
+    values = metrics.evaluate({0: g}, ["a"], 0.5).values
     correct = metrics.match_boxes(g.boxes, g.scores, g.truth_boxes, 0.5) != UNMATCHED
     precision = np.cumsum(correct) / np.arange(1, len(correct) + 1)
     recall = np.cumsum(correct) / count
@@ -143,6 +171,7 @@ def tile_of(core, offset, boxes, scores, truth, ids, owned, size=64):
     found = {
         "boxes": torch.tensor(boxes).float().reshape(-1, 4),
         "scores": torch.tensor(scores).float(),
+        "stray": torch.zeros(len(scores), dtype=torch.bool),
         "labels": torch.zeros(len(scores), dtype=torch.long),
     }
     target = {

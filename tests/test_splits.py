@@ -9,16 +9,18 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import shapely
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+import fileio
 import splits
 import tiling
 from ImageData import InputError
 
 
 def raster(name="r", width=1000, height=800):
-    return SimpleNamespace(path=Path(f"{name}.tif"), width=width, height=height)
+    return SimpleNamespace(path=Path(f"{name}.tif"), width=width, height=height, regions=None)
 
 
 def blocks_of(rasters, **options):
@@ -155,3 +157,18 @@ def test_every_tile_size_sees_the_same_test_ground(prepared, tmp_path):
             canvas[int(t.raster == "two"), t.y : t.y + t.height, t.x : t.x + t.width] = True
         canvases.append(canvas)
     np.testing.assert_array_equal(*canvases)
+
+
+def test_ground_outside_the_area_of_interest_is_not_dealt_out():
+    scene = raster(width=1000, height=1000)
+    scene.regions = fileio.Regions(aoi=(shapely.box(0, 0, 1000, 400),))
+    blocks = blocks_of([scene], block_size=200, test_proportion=0.5)
+    outside = blocks["y"] >= 400
+    assert (blocks.loc[outside, "split"] == "unused").all()
+    assert blocks.loc[~outside, "split"].value_counts().to_dict() == {
+        "test": 5, "train": 4, "validation": 1
+    }  # fmt: skip
+    assert (blocks["width"] * blocks["height"]).sum() == 1000 * 1000
+    scene.regions = fileio.Regions(aoi=(shapely.box(0, 0, 10, 10),))
+    with pytest.raises(InputError, match="24 more lie outside the areas of interest"):
+        blocks_of([scene], block_size=200)

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import rasterio
+import shapely
 from conftest import PROJECT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -171,7 +172,7 @@ def test_filters_never_touch_what_is_measured(half_black, tmp_path, split):
     assert tiles["kept"].all()
 
 
-def test_pixel_statistics_come_from_training_ground_only(tmp_path):
+def test_pixels_are_sampled_from_the_given_ground_only(tmp_path):
     path = tmp_path / "two.tif"
     pixels = np.full((1, 64, 128), 10, np.uint8)
     pixels[:, :, 64:] = 250
@@ -179,8 +180,9 @@ def test_pixel_statistics_come_from_training_ground_only(tmp_path):
         dst.write(pixels)
     blocks = pd.DataFrame({"raster": "two", "x": [0, 64], "y": 0, "width": 64, "height": 64,
                            "split": ["train", "test"]})  # fmt: skip
-    fitted = tiling.sample_radiometry(blocks, {"two": fileio.read_raster(path)}, seed=0)
-    assert fitted.mean == (pytest.approx(10 / 255),)
+    left = blocks[blocks["split"] == "train"]
+    sampled = tiling.sample_pixels(left, {"two": fileio.read_raster(path)}, seed=0)
+    assert (np.unique(sampled), sampled.dtype) == ([10], np.uint8)
 
 
 def test_no_data_is_black(tmp_path):
@@ -196,6 +198,32 @@ def test_no_data_is_black(tmp_path):
         fileio.read_raster(path), windows, [tiling.black_pixel_filter], 10
     )
     assert reasons == ["", "black_pixel_filter"]
+
+
+def test_tiles_are_kept_by_their_valid_share(tmp_path):
+    path = tmp_path / "nodata.tif"
+    pixels = np.full((1, 64, 192), 5, np.int16)
+    pixels[:, :, 112:] = -1
+    layout = {"width": 192, "height": 64, "count": 1, "dtype": "int16", "nodata": -1}
+    with fileio.create_raster(path, **layout) as dst:
+        dst.write(pixels)
+    ignored = fileio.Regions(ignored=(shapely.box(0, 0, 64, 50),))
+    raster = fileio.read_raster(path).with_regions(ignored)
+    boxes = [[70.0, 5, 80, 15], [130, 5, 140, 15], [20, 55, 30, 62]]
+    df = pd.DataFrame(boxes, columns=tiling.BOX_COLUMNS).assign(label="a")
+    block = {"block": 0, "raster": "nodata", "x": 0, "y": 0, "width": 192, "height": 64}
+    for split, min_valid, kept in (
+        ("train", 0.25, [False, True, False]), ("train", 0.2, [True, True, False]),
+        ("test", 0.25, [True] * 3),
+    ):  # fmt: skip
+        options = tiling.TilingOptions(min_valid=min_valid)
+        tiles, _ = tiling.read_tiles(
+            tiling.make_single_size(
+                64, [ImageData(raster, "nodata", df)], pd.DataFrame([block | {"split": split}]),
+                tmp_path / f"{split}{min_valid}", options,
+            )
+        )  # fmt: skip
+        assert tiles["kept"].tolist() == kept
 
 
 def test_evaluation_knows_objects_that_reach_in_from_other_ground(half_black, tmp_path):

@@ -1,0 +1,288 @@
+"""Before any long work: does the input fit together, what will the run take, will the model fit?
+
+As a command it reads the parameters as the notebook would, and leaves nothing on disk:
+
+    python preflight.py --params params/mine.yaml
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+import annotations
+import fileio
+import imutils
+import splits
+import tiling
+from ImageData import BOX_COLUMNS, ImageData, InputError
+from LargeRasterOR import (
+    DataContract,
+    LargeRasterORModel,
+    best_anchor_iou,
+    fit_anchors,
+    resolve_precision,
+)
+from ModelConfig import RunParameters
+
+log = logging.getLogger(__name__)
+
+SMALL = 4  # px; objects below it are hardly more than noise to a convolution
+NOTABLE = 0.05  # share of the objects from which a misfit is worth a warning
+GOOD_ANCHOR = 0.5  # IoU of an object with its best anchor from which the fit is a good one
+FULL_STEP_LIMIT = 10.0  # s; a step that would take longer is measured on one tile and scaled
+
+
+def describe_pairs(images: Sequence[ImageData], seed: int = 0) -> pd.DataFrame:
+    """Tabulate what each pair of raster and annotations is like.
+
+    Args:
+        images: The annotated rasters.
+        seed: Of the sample of windows that tells the valid share.
+
+    Returns:
+        One row per raster: `size` (px), `bands, dtype, crs, metres_per_px, layout, valid` (share of
+        a sample of pixels that is valid and counts), `objects`, quantiles of the diameter (px) and
+        the `labels` with their counts.
+    """
+    rows = {}
+    for image in images:
+        raster, df = image.raster, image.df
+        diameter = df["diameter"].quantile([0.05, 0.5, 0.95])
+        counts = df["label"].value_counts()
+        shown = ", ".join(f"{label} {count}" for label, count in counts.head(5).items())
+        rows[image.image_identifier] = {
+            "size": f"{raster.width} x {raster.height}",
+            "bands": len(raster.bands),
+            "dtype": raster.dtype,
+            "crs": raster.crs_name or "none",
+            "metres_per_px": raster.resolution,
+            "layout": _layout_name(raster),
+            "valid": tiling.counted_share(raster, seed=seed),
+            "objects": len(df),
+            **{f"diameter_{q:.0%}": value for q, value in diameter.items()},
+            "diameter_max": df["diameter"].max(),
+            "labels": shown + (f" and {len(counts) - 5} more" if len(counts) > 5 else ""),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("raster")
+
+
+def _layout_name(raster: fileio.Raster) -> str:
+    height, width = raster.block_shape_hw
+    if width >= raster.width:
+        return "one block" if height >= raster.height else f"strips of {height} rows"
+    return f"tiles of {width} x {height}"
+
+
+def plan_run(
+    params: RunParameters,
+    images: Sequence[ImageData],
+    blocks: pd.DataFrame,
+    options: tiling.TilingOptions,
+) -> pd.DataFrame:
+    """Tabulate what each tile size means: tiles, fit to the objects, time, memory, disk.
+
+    Tiles are counted before filters look at pixels. Time and memory come from one training step of
+    the very model on this machine, with the largest batch of the search.
+
+    Returns:
+        One row per tile size: `train_tiles` (turned ones included), `validation_tiles, test_tiles,
+        densest` (objects in the fullest), `small` and `large` (shares of the objects under 4 px,
+        and over half a tile), `anchors_fit` (share of the training objects whose best anchor has
+        an IoU above 0.5), `trainings, step_s, hours` (all trainings, evaluation included),
+        `memory_gb` (peak of this process), `disk_mb` (checkpoints, and chips where asked for).
+    """
+    sides = np.concatenate([np.ptp(i.df[BOX_COLUMNS].to_numpy().reshape(-1, 2, 2), axis=1)
+                            for i in images]).max(axis=1)  # fmt: skip
+    rows = {}
+    for size in dict.fromkeys(params.PATCH_SIZES):
+        windows, boxes = tiling.index_windows(size, images, blocks, options)
+        split = windows.groupby("split").size().reindex(splits.SPLITS, fill_value=0)
+        shown = boxes["window"].value_counts()
+        train = windows[windows["split"] == "train"]
+        filled = train["window"].isin(shown.index).sum()
+        empty = min(len(train) - filled, int(options.empty_tile_ratio * filled))
+        owned = boxes[boxes["owned"] & boxes["window"].isin(train["window"])]
+        if owned.empty:
+            raise InputError(
+                "no object lies on training ground; change SEED or BLOCK_SIZE, lower "
+                "TEST_PROPORTION, or annotate more ground"
+            )
+        train_boxes = owned[BOX_COLUMNS].to_numpy()
+        densest = int(shown.max())
+        contract = _contract(images[0].raster, size, train_boxes, densest)
+        tiles = int((filled + empty) * (1 + len(options.angles)))
+        row = {
+            "train_tiles": tiles,
+            "validation_tiles": int(split["validation"]),
+            "test_tiles": int(split["test"]),
+            "densest": densest,
+            "small": float((sides < SMALL).mean()),
+            "large": float((sides > size / 2).mean()),
+            "anchors_fit": float(
+                (best_anchor_iou(contract.anchors, train_boxes) > GOOD_ANCHOR).mean()
+            ),
+        }
+        labels = sorted({label for image in images for label in image.df["label"].unique()})
+        rows[size] = row | _measure_cost(params, contract, labels, row)
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("tile_size")
+
+
+def find_misfits(plan: pd.DataFrame) -> list[str]:
+    """Say in sentences where tile sizes and anchors do not fit the objects of a plan."""
+    found = []
+    for size, row in plan.iterrows():
+        if row["small"] > NOTABLE:
+            found.append(
+                f"{row['small']:.0%} of the objects are under {SMALL} px and will hardly be found; "
+                "a finer raster, or dropping them, is more honest"
+            )
+        if row["large"] > NOTABLE:
+            found.append(
+                f"{row['large']:.0%} of the objects are larger than half a tile of {size} px and "
+                "may be cut; larger PATCH_SIZES see them whole"
+            )
+        if row["anchors_fit"] < 1 - NOTABLE:
+            found.append(
+                f"tiles of {size} px: {1 - row['anchors_fit']:.0%} of the training objects have no "
+                f"anchor of IoU above {GOOD_ANCHOR}; very elongated ones, or sizes spread wide"
+            )
+    return list(dict.fromkeys(found))
+
+
+def _contract(
+    raster: fileio.Raster, size: int, train_boxes: np.ndarray, densest: int
+) -> DataContract:
+    ones = (1.0,) * len(raster.bands)
+    zeros = (0.0,) * len(raster.bands)
+    return DataContract(
+        tile_size=size, bands=raster.bands, band_count=raster.band_count, dtype=raster.dtype,
+        radiometry=imutils.Radiometry("none", zeros, ones, zeros, ones),
+        anchors=fit_anchors(train_boxes), detections_per_tile=max(100, 2 * densest),
+        resolution=raster.resolution, split_hash="", evaluation_overlap=0,
+    )  # fmt: skip
+
+
+def _measure_cost(
+    params: RunParameters, contract: DataContract, labels: Sequence[str], tiles: dict[str, float]
+) -> dict[str, float]:
+    grid = params.search_space
+    batch = max(grid["batch_size"])
+    model = LargeRasterORModel(labels, params.model_config(), contract)
+    step_s, look_s = _time_step(model, batch)
+    per_tile = step_s / batch
+    seconds = 0.0
+    for epochs in grid["n_epochs"]:
+        for sample in grid["sample_size"]:
+            seconds += epochs * sample * tiles["train_tiles"] * per_tile
+            looks = (epochs * sample + 1) * tiles["validation_tiles"] + tiles["test_tiles"]
+            seconds += looks * look_s / batch
+    trainings = params.trial_count // len(grid["patch_size"])
+    same = len(grid["learning_rate"]) * len(grid["batch_size"])
+    weights = sum(p.numel() for p in model.parameters()) * 4
+    chips = 0
+    if params.MATERIALIZE_TILES:
+        item = np.dtype(contract.dtype).itemsize * len(contract.bands)
+        chips = tiles["train_tiles"] * contract.tile_size**2 * item
+    # per training the best weights, and the last with the optimiser's two moments
+    disk = trainings * weights * 4 + chips
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "trainings": trainings,
+        "step_s": step_s,
+        "hours": same * seconds / 3600,
+        "memory_gb": peak * unit / 1e9,
+        "disk_mb": disk / 1e6,
+    }
+
+
+def _time_step(model: LargeRasterORModel, batch: int) -> tuple[float, float]:
+    """Return the seconds of a training step and of a look at tiles, both of a whole batch."""
+    conf, size = model.conf, model.contract.tile_size
+    on_gpu = conf.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    precision = resolve_precision(conf.precision, conf.accelerator)
+    kind = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    network = copy.deepcopy(model.network).to(device)
+    box = torch.tensor([[0.0, 0.0, size / 4, size / 4]], device=device)
+    target = {"boxes": box, "labels": torch.zeros(1, dtype=torch.int64, device=device)}
+
+    def run(count: int, *, learn: bool) -> float:
+        images = torch.rand(count, len(model.contract.bands), size, size, device=device)
+        start = time.perf_counter()
+        with torch.autocast(device.type, kind or torch.bfloat16, enabled=kind is not None):
+            losses, _ = network(images, [target] * count if learn else None, detect=not learn)
+        if learn:
+            torch.stack(list(losses.values())).sum().backward()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    run(1, learn=True)  # the first time, libraries choose their kernels
+    single = run(1, learn=True)
+    step = run(batch, learn=True) if single * batch < FULL_STEP_LIMIT else single * batch
+    with torch.inference_mode():
+        look = run(1, learn=False) * batch
+    return step, look
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the checks as a command; 0: the run can begin, 1: it cannot, and stderr says why."""
+    parser = argparse.ArgumentParser(
+        prog="preflight", description="Check the input of a run, and plan it; nothing is written."
+    )
+    parser.add_argument("--params", type=Path, help="file of parameters, as for papermill -f")
+    parser.add_argument(
+        "--notebook", type=Path, default=Path(__file__).with_name("main.ipynb"),
+        help="whose first cell holds the defaults (default: %(default)s)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        params = RunParameters.from_files(args.notebook, args.params)
+        pairs, plan = check(params)
+    except InputError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    misfits = "".join(f"- {sentence}\n" for sentence in find_misfits(plan))
+    with pd.option_context("display.max_colwidth", None, "display.precision", 3):
+        sys.stdout.write(
+            f"{pairs.T.to_string()}\n\n{plan.T.to_string()}\n\n{misfits or 'no misfit found'}"
+        )
+    sys.stdout.write("\n")
+    return 0
+
+
+def check(params: RunParameters) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Do what the notebook does up to its plan, and leave nothing on disk."""
+    rasters = fileio.read_rasters(params.image_paths, params.BANDS, params.RESOLUTION_TOLERANCE)
+    rasters = fileio.check_layout(rasters, repair=False, cache_dir=params.CACHE_DIR)
+    with tempfile.TemporaryDirectory() as folder:
+        images, _ = annotations.clean_annotations(
+            params.df_paths, rasters, output_dir=Path(folder), region_paths=params.region_paths,
+            workers=params.WORKERS, **params.cleaning_options(),
+        )  # fmt: skip
+    blocks = splits.ground_blocks(
+        [image.raster for image in images], max_tile_size=max(params.PATCH_SIZES),
+        **params.split_options(),
+    )  # fmt: skip
+    options = tiling.TilingOptions(
+        evaluation_overlap=tiling.evaluation_overlap(images), **params.tiling_options()
+    )
+    return describe_pairs(images, params.SEED), plan_run(params, images, blocks, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
