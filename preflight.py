@@ -258,10 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     misfits = "".join(f"- {sentence}\n" for sentence in find_misfits(plan))
     with pd.option_context("display.max_colwidth", None, "display.precision", 3):
-        sys.stdout.write(
-            f"{pairs.T.to_string()}\n\n{plan.T.to_string()}\n\n{misfits or 'no misfit found'}"
-        )
-    sys.stdout.write("\n")
+        tables = [df.astype(object).T.to_string() for df in (pairs, plan)]
+    sys.stdout.write("\n\n".join([*tables, misfits or "no misfit found\n"]))
     return 0
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import annotations as an
 import fileio
-from ImageData import InputError
+from ImageData import InputError, Window
 
 
 def frame(**columns):
@@ -692,3 +692,67 @@ def test_a_polygon_cut_at_the_edge_is_bound_by_what_is_left_of_it(tmp_path):
     path = features(tmp_path / "x.gpkg", [on_map(raster, s) for s in (wedge, hook)], label=[1, 2])
     cleaned = an.preprocess_df(path, raster, clip_to_raster=True)
     np.testing.assert_allclose(boxes_of(cleaned), [[0, 10, 12, 32], [0, 49, 20, 50]], atol=1e-6)
+
+
+def place(tmp_path, name, side=200, **profile):
+    path = tmp_path / name
+    with fileio.create_raster(path, width=side, height=side, count=1, dtype="uint8", **profile):
+        pass
+    return fileio.read_raster(path)
+
+
+def test_objects_outside_the_area_of_interest_go_and_their_ground_does_not_count(tmp_path):
+    raster = place(tmp_path, "r.tif")
+    table = write(tmp_path, "pixel_x,pixel_y,diameter,label\n" + "\n".join([
+        "50,50,10,a", "101,50,10,a", "150,50,10,a", "30,30,10,a", "80,80,4000,a", "198,60,8,a",
+        "41,41,6,a",
+    ]) + "\n")  # fmt: skip
+    for name, box in (("aoi", (0, 0, 100, 200)), ("ignore", (25, 25, 40, 40))):
+        df = gpd.GeoDataFrame(geometry=[shapely.box(*box)])
+        df.to_file(tmp_path / f"{name}.gpkg")
+    images, _ = an.clean_annotations(
+        [table], [raster], label_percentile=100, output_dir=tmp_path / "clean", max_diameter=100,
+        region_paths=[(tmp_path / "aoi.gpkg", tmp_path / "ignore.gpkg")],
+    )  # fmt: skip
+    assert images[0].df["pixel_x"].tolist() == [50, 41]
+    quarantine = pd.read_csv(tmp_path / "clean" / "r_quarantine.csv")
+    assert dict(zip(quarantine["pixel_x"], quarantine["reason"], strict=True)) == {
+        101: an.OUTSIDE_AOI, 150: an.OUTSIDE_AOI, 30: an.IGNORED,
+        80: "not under MAX_DIAMETER, 100 px", 198: an.OUTSIDE_AOI,
+    }  # fmt: skip
+    regions = images[0].raster.regions
+    # 97 is inside, but under the box of the object whose centre lies at 101
+    asked = {(50, 100): True, (97, 50): False, (97, 70): True, (30, 30): False, (150, 50): False}
+    assert regions.contain(*np.transpose(list(asked))).tolist() == list(asked.values())
+    mask = regions.mask(Window(90, 45, 20, 10))
+    assert mask[:, :6].all()
+    assert not mask[:, 6:].any()
+
+
+def test_the_ground_of_objects_over_the_edge_does_not_count_unless_they_are_noise(tmp_path):
+    raster = place(tmp_path, "r.tif")
+    rows = "50,50,20,a\n2,100,10,a\n-3,30,12,a\n-1000,20,2100,a\n100,199,300,a\n"
+    table = write(tmp_path, "pixel_x,pixel_y,diameter,label\n" + rows)
+    options = {"label_percentile": 100, "output_dir": tmp_path / "clean"}
+    images, _ = an.clean_annotations([table], [raster], **options)
+    regions = images[0].raster.regions
+    assert [part.bounds for part in regions.ignored] == [(-3, 95, 7, 105), (-9, 24, 3, 36)]
+    images, _ = an.clean_annotations([table], [raster], **options, clip_to_raster=True)
+    assert [part.bounds for part in images[0].raster.regions.ignored] == [(-9, 24, 3, 36)]
+
+
+def test_regions_that_cannot_belong_to_the_raster_are_refused(tmp_path):
+    raster = place(
+        tmp_path, "r.tif", crs="EPSG:32633", transform=rasterio.Affine(1, 0, 5e5, 0, -1, 5e6)
+    )
+    far = gpd.GeoDataFrame(geometry=[shapely.box(0, 0, 10, 10)], crs="EPSG:32633")
+    far.to_file(tmp_path / "far.gpkg")
+    with pytest.raises(InputError, match=r"no polygon of .*far\.gpkg lies on .*r\.tif"):
+        an.read_regions(tmp_path / "far.gpkg", None, raster, "auto")
+    table = write(tmp_path, "a,b\n1,2\n")
+    with pytest.raises(InputError, match="holds no polygons"):
+        an.read_regions(None, table, raster, "auto")
+    near = far.set_geometry([shapely.box(500_010, 4_999_950, 500_030, 4_999_990)])
+    near.to_crs("EPSG:4326").to_file(tmp_path / "near.geojson")
+    regions = an.read_regions(tmp_path / "near.geojson", None, raster, "auto")
+    assert regions.aoi[0].bounds == pytest.approx((10, 10, 30, 50), abs=0.01)
