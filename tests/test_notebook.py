@@ -13,12 +13,18 @@ import pytest
 import yaml
 from conftest import PROJECT, make_samples
 
+import fileio
+from ImageData import BOX_COLUMNS
+
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     sizes = {"first": (512, 384), "second": (384, 384)}
     make_samples(folder, sizes)
+    annotated = pd.DataFrame([[0, 0, 300, 384, "annotated"]], columns=[*BOX_COLUMNS, "label"])
+    second = fileio.read_raster(folder / "images" / "second.tif")
+    fileio.write_annotations(folder / "datasets" / "aoi.gpkg", annotated, second)
     parameters = yaml.safe_load((PROJECT / "params" / "tiny.yaml").read_text()) | {
         "DF_FILENAMES": [f"{name}.csv" for name in sizes],
         "IMAGE_FILENAMES": [f"{name}.tif" for name in sizes],
@@ -27,6 +33,7 @@ def tiny_run(tmp_path_factory):
         "RUNS_DIR": str(folder / "runs"),
         "IMAGE_OUTPUT_DIRECTORY": str(folder / "turned"),
         "MATERIALIZE_TILES": True,
+        "AOI_FILENAMES": [None, "aoi.gpkg"],
     }
     start = time.monotonic()
     notebook = execute(folder, parameters)
@@ -57,6 +64,25 @@ def test_the_leaderboard_is_complete_and_in_range(tiny_run):
 
 def test_two_trials_on_a_tiny_sample_take_less_than_a_minute(tiny_run):
     assert tiny_run.seconds < 60
+
+
+def test_nothing_outside_the_area_of_interest_is_taught_or_measured(tiny_run):
+    run = tiny_run.folder / "runs" / "tiny"
+    clean, quarantine = (pd.read_csv(run / "clean" / f"second{s}.csv") for s in ("", "_quarantine"))
+    assert clean["pixel_x"].max() <= 300
+    outside = quarantine[quarantine["reason"] == "outside the area of interest"]
+    assert outside["pixel_x"].astype(float).min() > 300
+    detections = pd.read_csv(run / "detections.csv")
+    detections = detections[(detections["raster"] == "second") & (detections["found"] == -1)]
+    assert detections["pixel_x"].max() < 301
+
+
+def test_the_preflight_tables_are_kept(tiny_run):
+    run = tiny_run.folder / "runs" / "tiny"
+    pairs, plan = pd.read_csv(run / "pairs.csv"), pd.read_csv(run / "plan.csv")
+    assert pairs["raster"].tolist() == ["first", "second"]
+    assert pairs["valid"].tolist() == [pytest.approx(1, abs=0.1), pytest.approx(300 / 384, abs=0.1)]
+    assert plan["tile_size"].tolist() == tiny_run.parameters["PATCH_SIZES"]
 
 
 def test_the_artefacts_are_there_and_agree(tiny_run):
