@@ -49,12 +49,13 @@ def open_raster(
     """
     if strangers := sorted(set(override) - set(CHECKS)):
         raise InputError(f"override names {strangers}, which are no checks; there are {CHECKS}")
-    whole = fileio.read_raster(path)
+    try:
+        raster = fileio.read_raster(path, contract.bands)
+    except InputError as error:
+        raise InputError(f"{path} cannot give the bands that the model reads: {error}") from error
     broken = {}
-    if whole.band_count != contract.band_count:
-        broken["bands"] = f"it has {whole.band_count} bands, training had {contract.band_count}"
-    absent = [band for band in contract.bands if band > whole.band_count]
-    raster = whole if absent else fileio.read_raster(path, contract.bands)
+    if raster.band_count != contract.band_count:
+        broken["bands"] = f"it has {raster.band_count} bands, training had {contract.band_count}"
     if raster.dtype != contract.dtype:
         broken["dtype"] = f"its pixels are {raster.dtype}, training had {contract.dtype}"
     trained, found = contract.resolution, raster.resolution
@@ -66,13 +67,9 @@ def open_raster(
             )
     elif trained and resolution_tolerance is not None:
         log.warning("%s has no CRS; its resolution cannot be compared with training's", path)
-    if not absent and "radiometry" not in override:
+    if "radiometry" not in override:
         broken |= _compare_radiometry(raster, contract, seed)
     broken = {name: text for name, text in broken.items() if name not in override}
-    if absent:
-        broken["bands"] = (
-            f"it has the bands 1 to {whole.band_count}, the model reads {contract.bands}"
-        )
     if broken:
         raise InputError(
             f"{path} is not what the model was trained on: {'; '.join(broken.values())}. Convert "

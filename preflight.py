@@ -148,10 +148,10 @@ def find_misfits(plan: pd.DataFrame) -> list[str]:
                 f"{row['small']:.0%} of the objects are under {SMALL} px and will hardly be found; "
                 "a finer raster, or dropping them, is more honest"
             )
-        if row["large"] > NOTABLE:
+        if row["large"]:
             found.append(
-                f"{row['large']:.0%} of the objects are larger than half a tile of {size} px and "
-                "may be cut; larger PATCH_SIZES see them whole"
+                f"{row['large']:.1%} of the objects are larger than half a tile of {size} px and "
+                "may be cut at a seam; larger PATCH_SIZES see them whole"
             )
         if row["anchors_fit"] < 1 - NOTABLE:
             found.append(

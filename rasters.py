@@ -7,6 +7,7 @@ A raster is whatever GDAL opens: GeoTIFF, COG, VRT, JPEG 2000, PNG, and files be
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import threading
@@ -33,12 +34,15 @@ from rasterio.windows import Window as RasterioWindow
 from artefacts import atomic_path
 from ImageData import InputError, Window
 
+log = logging.getLogger(__name__)
+
 # A raster without a map reference is an ordinary one here.
 warnings.filterwarnings("ignore", category=NotGeoreferencedWarning)
 
 # GDAL would keep up to a twentieth of the memory full of blocks that were read once.
 os.environ.setdefault("GDAL_CACHEMAX", "64")  # MB
 
+FALSE_ALPHA = 0.2  # share of half-transparent pixels from which an alpha band looks like data
 MAX_BANDS = 1024  # read at once; a damaged header may promise tens of thousands
 MAX_OPEN_DATASETS = 32  # per thread; GDAL keeps a file descriptor and buffers for each
 SCHEMES = {"https": "vsicurl", "http": "vsicurl", "s3": "vsis3", "gs": "vsigs", "az": "vsiaz"}
@@ -135,6 +139,7 @@ class Raster:
         transform: The six affine coefficients from pixels to map units.
         block_shape_hw: Height and width of the file's internal blocks.
         masked: Whether an alpha band or a mask tells valid pixels.
+        alpha: One-based index of the alpha band, if there is one and it is not read as data.
         regions: Which ground counts; None: all of it.
     """
 
@@ -150,6 +155,7 @@ class Raster:
     transform: tuple[float, ...]
     block_shape_hw: tuple[int, int]
     masked: bool
+    alpha: int | None = None
     regions: Regions | None = None
 
     @classmethod
@@ -160,7 +166,7 @@ class Raster:
             path: A file, or an address that starts with `https://`, `s3://`, `gs://`, `az://` or
                 `/vsi`.
             bands: One-based indexes of the bands to read, in the order wanted; None takes all but
-                an alpha band.
+                an alpha band. An alpha band that is named holds data, and masks nothing.
 
         Raises:
             InputError: The file is missing, or not a raster, or has no such band.
@@ -192,15 +198,16 @@ class Raster:
                     f"{path} holds {dtype} pixels, which are no numbers to order; convert it, for "
                     "example to amplitudes in float32"
                 )
+            alpha = next((i for i in src.indexes if i not in {*colored, *bands}), None)
             flags = {flag for band in bands for flag in masks[band - 1]}
-            flags |= {MaskFlags.alpha} if len(colored) < src.count else set()
+            own_mask = MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
             return cls(
                 path=Path(path), source=source, width=src.width, height=src.height, bands=bands,
-                band_count=len(colored), dtype=dtype.name,
+                band_count=len({*colored, *bands}), dtype=dtype.name,
                 nodata=tuple(_representable(nodata[band - 1], dtype) for band in bands),
                 crs=src.crs.to_wkt() if src.crs else None, transform=tuple(src.transform)[:6],
                 block_shape_hw=tuple(src.block_shapes[0]),
-                masked=bool(flags & {MaskFlags.alpha, MaskFlags.per_dataset}),
+                masked=own_mask or alpha is not None, alpha=alpha,
             )  # fmt: skip
 
     @property
@@ -417,14 +424,15 @@ class Raster:
 
     @cached_property
     def resolution(self) -> float | None:
-        """Side of a pixel on the ground in metres, at the raster's centre; None without a CRS."""
+        """Side of a pixel on the ground in metres, at the raster's centre; None if unknown."""
         if self.crs is None:
             return None
         try:
             (jacobian,) = self.metres_per_pixel(np.array([[self.width / 2, self.height / 2]]))
         except InputError:
             return None
-        return float(np.sqrt(abs(np.linalg.det(jacobian))))
+        side = float(np.sqrt(abs(np.linalg.det(jacobian))))
+        return side if np.isfinite(side) else None
 
 
 def read_bands(
@@ -468,6 +476,8 @@ def read_rasters(
             more than the tolerance, in resolution.
     """
     rasters = [read_raster(path, bands) for path in paths]
+    for raster in rasters:
+        _warn_of_false_alpha(raster)
     kinds = {r.path.name: f"{len(r.bands)} x {r.dtype}" for r in rasters}
     if len(set(kinds.values())) > 1:
         raise InputError(
@@ -485,6 +495,24 @@ def read_rasters(
                 "RESOLUTION_TOLERANCE = None if objects look alike at all of them"
             )
     return rasters
+
+
+def _warn_of_false_alpha(raster: Raster) -> None:
+    """Warn of an alpha band that looks like data: writers declare the fourth of any four so."""
+    if raster.alpha is None:
+        return
+    band = read_raster(str(raster.path), [raster.alpha])
+    side = 64
+    corners = ((x * band.width // 4, y * band.height // 4) for x in range(4) for y in range(4))
+    alpha = np.concatenate([band.read(Window(x, y, side, side)).ravel() for x, y in corners])
+    between = ((alpha > 0) & (alpha < alpha.max())).mean()
+    if between > FALSE_ALPHA:
+        bands = list(range(1, raster.band_count + 2))
+        log.warning(
+            "%s: band %d is declared to be alpha (transparency), but %.0f %% of its values are "
+            "neither transparent nor opaque; if it holds data, such as near infrared, set BANDS "
+            "= %s", raster.path.name, raster.alpha, 100 * between, bands,
+        )  # fmt: skip
 
 
 def _is_remote(source: str) -> bool:

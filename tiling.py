@@ -640,21 +640,13 @@ def _write_turned(raster: fileio.Raster, angle: int, path: Path) -> None:
                 dst.write_mask(valid, window=out)
 
 
-def evaluation_overlap(images: Sequence[ImageData], sizes: Sequence[int] = ()) -> int:
+def evaluation_overlap(images: Sequence[ImageData]) -> int:
     """Derive the overlap of evaluation windows: the longest side of any object, in px.
 
-    Windows of `sizes` overlap by half at most; objects too large for that may be cut at a seam, and
-    are counted in a warning.
+    Windows overlap by half at most; objects too large for that may be cut at a seam.
     """
     boxes = np.concatenate([image.df[BOX_COLUMNS].to_numpy() for image in images])
-    sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
-    for size in sizes:
-        if cut := int((sides > size // 2).sum()):
-            log.warning(
-                "%d of %d objects are longer than half a tile of %d px and may be cut at a seam; "
-                "larger PATCH_SIZES see them whole", cut, len(sides), size,
-            )  # fmt: skip
-    return int(np.ceil(sides.max()))
+    return int(np.ceil((boxes[:, 2:] - boxes[:, :2]).max()))
 
 
 def describe_tiles(directories: Mapping[int, Path]) -> pd.DataFrame:

@@ -89,7 +89,7 @@ def test_misfits_are_said_in_sentences():
     assert preflight.find_misfits(plan.iloc[:1]) == []
     small, large, anchors = preflight.find_misfits(plan)
     assert "20% of the objects are under 4 px" in small
-    assert "50% of the objects are larger than half a tile of 64 px" in large
+    assert "50.0% of the objects are larger than half a tile of 64 px" in large
     assert "50% of the training objects have no anchor" in anchors
 
 

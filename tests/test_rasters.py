@@ -722,3 +722,39 @@ def test_resolutions_further_apart_than_tolerated_are_named(tmp_path):
     assert len(rasters.read_rasters([fine, coarse], resolution_tolerance=1.5)) == 2
     with pytest.raises(InputError, match=r"'fine\.tif': '0\.1 m', 'coarse\.tif': '0\.2\d* m'"):
         rasters.read_rasters([fine, coarse], resolution_tolerance=0.5)
+
+
+def write_rgba(path, fourth):
+    pixels = np.random.default_rng(0).integers(1, 255, (4, 300, 300), dtype=np.uint8)
+    pixels[3] = fourth(pixels[3])
+    layout = {"width": 300, "height": 300, "count": 4, "dtype": "uint8", "photometric": "rgb",
+              "alpha": "yes"}  # fmt: skip
+    with rasters.create_raster(path, **layout) as dst:
+        dst.write(pixels)
+    return pixels
+
+
+def test_a_fourth_band_that_is_named_holds_data_whatever_its_colour(tmp_path):
+    path = tmp_path / "nir.tif"
+    pixels = write_rgba(path, lambda band: np.where(band < 40, 0, band))
+    raster = rasters.read_raster(path, [4, 1, 2, 3])
+    image = raster.read(window := Window(0, 0, 300, 300))
+    np.testing.assert_array_equal(image, pixels[[3, 0, 1, 2]])
+    assert raster.read_valid(window, image).all()
+    assert (raster.band_count, raster.masked, raster.alpha) == (4, False, None)
+    masked = rasters.read_raster(path)
+    assert (masked.bands, masked.band_count, masked.alpha) == ((1, 2, 3), 3, 4)
+    assert (masked.read_valid(window, masked.read(window)) == (pixels[3] > 0)).all()
+
+
+def test_an_alpha_band_that_looks_like_data_is_reported(tmp_path, caplog):
+    write_rgba(tmp_path / "nir.tif", lambda band: band)
+    write_rgba(tmp_path / "alpha.tif", lambda band: np.where(band < 40, 0, 255))
+    rasters.read_rasters([tmp_path / "alpha.tif"])
+    assert not caplog.records
+    rasters.read_rasters([tmp_path / "nir.tif"])
+    assert "band 4 is declared to be alpha" in caplog.text
+    assert "set BANDS = [1, 2, 3, 4]" in caplog.text
+    caplog.clear()
+    rasters.read_rasters([tmp_path / "nir.tif"], bands=[1, 2, 3, 4])
+    assert not caplog.records
