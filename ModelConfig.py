@@ -250,6 +250,11 @@ class RunParameters:
             hint = f"did you mean {close[0]}?" if close else "own variables go in lower case"
             problems.append(f"unknown parameter {name}; {hint}")
         problems += [f"parameter {name} is missing" for name in sorted(known - set(given))]
+        problems += [
+            f"{name} holds the text 'None'; in YAML, nothing is written null"
+            for name, value in given.items()
+            if value == "None" or (isinstance(value, list) and "None" in value)
+        ]
         if problems:
             raise InputError("\n".join(problems))
         try:
@@ -286,7 +291,9 @@ class RunParameters:
         if parameters is not None:
             try:
                 given = yaml.safe_load(Path(parameters).read_text(encoding="utf-8")) or {}
-            except (OSError, ValueError, yaml.YAMLError) as error:
+            except OSError as error:
+                raise InputError(f"file of parameters {parameters}: {error.strerror}") from None
+            except (ValueError, yaml.YAMLError) as error:
                 raise InputError(f"{parameters} cannot be read as YAML: {error}") from None
             if not isinstance(given, dict):
                 raise InputError(f"{parameters} must hold lines `NAME: value`, got {given!r}")

@@ -40,7 +40,8 @@ SAME_BOX_DIGITS = 6  # digits of px in which duplicates agree
 OVER_LEFT, OVER_RIGHT = "over the left or upper edge", "over the right or lower edge"
 OFF_RASTER = "centre off the raster"
 OUTSIDE_AOI, IGNORED = "outside the area of interest", "in an ignored region"
-EDGES = (OVER_LEFT, OVER_RIGHT, OFF_RASTER, OUTSIDE_AOI, IGNORED)
+CROWD = "a crowd, not one object"
+REAL = (OVER_LEFT, OVER_RIGHT, OFF_RASTER, OUTSIDE_AOI, IGNORED, CROWD)
 
 # Reasons that are no fault of a row
 OTHER_RASTER = "names another raster"
@@ -483,7 +484,7 @@ def read_annotations(path: Path, raster: fileio.Raster, **options: object) -> Cl
         InputError: The file cannot be used, or no row is left.
     """
     reading = _plan_reading(Path(path), raster, ReadingOptions(**options))
-    return _carry_out(Path(path), reading, ("score", "iscrowd", "geometry"))
+    return _carry_out(Path(path), raster, reading, ("score", "iscrowd", "geometry"))
 
 
 def preprocess_df(
@@ -522,7 +523,8 @@ def preprocess_df(
         *((name_of(box_filter), box_filter) for box_filter in extra_filters),
         ("no area", area_filter),
     ]
-    steps[OFF_RASTER] = partial(_apply_filter, **size, box_filter=center_filter)
+    if "iscrowd" in reading.raw.columns:
+        steps[CROWD] = drop_crowds
     limit = max_diameter * reading.scale
     if reading.unit is None:
         too_large = partial(max_diameter_filter, max_diameter=limit)
@@ -532,6 +534,7 @@ def preprocess_df(
     else:  # polygons of the same file have no diameter but that of their box
         name = f"not under MAX_DIAMETER, {limit:g} {reading.unit} (polygons: {max_diameter:g} px)"
         steps[name] = partial(limit_diameters, max_given=limit, max_px=max_diameter)
+    steps[OFF_RASTER] = partial(_apply_filter, **size, box_filter=center_filter)
     if raster.regions is not None:
         inside = fileio.Regions(aoi=raster.regions.aoi)
         steps[OUTSIDE_AOI] = partial(keep_counted, regions=inside)
@@ -539,7 +542,12 @@ def preprocess_df(
     if clip_to_raster:
         steps["cut at the edge"] = partial(clip_bboxes, **size)
     _add(steps, [(name, partial(_apply_filter, **size, box_filter=f)) for name, f in filters])
-    return _carry_out(Path(path), replace(reading, steps=steps))
+    return _carry_out(Path(path), raster, replace(reading, steps=steps))
+
+
+def drop_crowds(df: pd.DataFrame) -> pd.DataFrame:
+    """Drop boxes around many objects that were not told apart."""
+    return df[df["iscrowd"] != 1]
 
 
 def keep_counted(df: pd.DataFrame, regions: fileio.Regions) -> pd.DataFrame:
@@ -595,9 +603,14 @@ def _plan_reading(path: Path, raster: fileio.Raster, o: ReadingOptions) -> _Read
                     column_names=BOX_COLUMNS if from_columns else numeric[:2],
                 )
             else:
-                has_points = bool(
-                    (shapely.get_type_id(raw["geometry"].to_numpy()) == geometries.POINT).any()
-                )
+                kinds = shapely.get_type_id(raw["geometry"].to_numpy())
+                has_points = bool(np.isin(kinds, (geometries.POINT, geometries.MULTIPOINT)).any())
+                if has_points and o.diameter_column not in raw.columns:
+                    log.warning(
+                        "%s has no attribute %r, only %s; its points are taken for objects of "
+                        "DEFAULT_OBJECT_DIAMETER = %g", path, o.diameter_column,
+                        [name for name in raw.columns if name != "geometry"], o.default_diameter,
+                    )  # fmt: skip
             if has_points:
                 scale, unit = o.diameter_scale, "px" if crs is None else "m"
             steps |= _geometry_steps(raster, o, crs, from_file=not is_table, unit=unit)
@@ -619,8 +632,8 @@ def _check_columns(
         remedy = "Set LABEL_COLUMN_NAME, or DEFAULT_LABEL to label all objects alike"
         if file.kind == "table":
             remedy = (
-                "Set DIAMETER_COLUMN_NAME and LABEL_COLUMN_NAME, or BOX_SOURCE = 'columns' for a "
-                f"table of boxes {BOX_COLUMNS}"
+                "Set X_COLUMN_NAME, Y_COLUMN_NAME, DIAMETER_COLUMN_NAME and LABEL_COLUMN_NAME, or "
+                f"BOX_SOURCE = 'columns' for a table of boxes {BOX_COLUMNS}"
             )
         raise InputError(f"{path} lacks the columns {missing}; it has {columns}. {remedy}")
 
@@ -644,11 +657,11 @@ def _find_crs(
             "(the raster's), 'lonlat' or a code such as 'EPSG:4326'"
         )
     if raster.crs is None:
-        given = "auto', the file's own" if declared is not None else coordinates
+        name = f"the file's own CRS, {declared.name}" if declared is not None else coordinates
         raise InputError(
             f"{raster.path} has no coordinate reference system and so takes pixel coordinates "
-            f"only, got COORDINATES = '{given}' for {path}; set COORDINATES = 'pixel' if they are, "
-            "or georeference the raster"
+            f"only, but those of {path} are in {name}; set COORDINATES = 'pixel' if they are "
+            "pixels nevertheless, or georeference the raster"
         )
     try:
         own = pyproj.CRS.from_wkt(raster.crs)
@@ -749,7 +762,9 @@ def _geometry_steps(
     return steps
 
 
-def _carry_out(path: Path, reading: _Reading, further: Sequence[str] = ()) -> Cleaned:
+def _carry_out(
+    path: Path, raster: fileio.Raster, reading: _Reading, further: Sequence[str] = ()
+) -> Cleaned:
     """Run the steps, say what they lost, and keep the columns of a clean table."""
     raw = reading.raw
     try:
@@ -757,11 +772,20 @@ def _carry_out(path: Path, reading: _Reading, further: Sequence[str] = ()) -> Cl
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     if cleaned.df.empty:
-        reasons = cleaned.quarantine["reason"].value_counts().to_dict()
+        reasons = cleaned.quarantine["reason"].value_counts()
+        places = (OFF_RASTER, OUTSIDE_AOI, "no size on the ground", "outside the projection")
+        remedy = (
+            "Check the units (DIAMETER_SCALE, MAX_DIAMETER) and the columns "
+            "(DIAMETER_COLUMN_NAME, BOX_SOURCE)"
+        )
+        if reasons.index[0] in places:
+            remedy = (
+                f"Do this file and {raster.path.name} belong together? If so, check COORDINATES, "
+                "the CRS of both, and whether x and y (longitude and latitude) are swapped"
+            )
         raise InputError(
-            f"{path} has no valid row left of {len(raw)}; dropped were {reasons}, for example "
-            f"{str(raw.iloc[0].to_dict())[:300]}. Check the units (DIAMETER_SCALE, MAX_DIAMETER), "
-            "the columns (DIAMETER_COLUMN_NAME, BOX_SOURCE) and COORDINATES"
+            f"{path} has no valid row left of {len(raw)}; dropped were {reasons.to_dict()}, for "
+            f"example {str(raw.iloc[0].to_dict())[:300]}. {remedy}"
         )
     _warn_of_losses(path, cleaned, reading.label_column)
     df = cleaned.df.assign(label=cleaned.df[reading.label_column])
@@ -776,7 +800,7 @@ def _carry_out(path: Path, reading: _Reading, further: Sequence[str] = ()) -> Cl
 def _warn_of_losses(path: Path, cleaned: Cleaned, label_column: str) -> None:
     report = cleaned.report
     lost = report[report["dropped"] > LARGE_LOSS * report["rows_in"]]
-    wanted = [OTHER_RASTER, NOT_SELECTED, DUPLICATE, OUTSIDE_AOI, IGNORED]
+    wanted = [OTHER_RASTER, NOT_SELECTED, DUPLICATE, OUTSIDE_AOI, IGNORED, CROWD]
     for step in lost[~lost["step"].isin(wanted)].itertuples():
         log.warning(
             "%s: %d of %d rows dropped: %s; is that meant?", path.name, step.dropped, step.rows_in,
@@ -822,8 +846,8 @@ def clean_annotations(
 ) -> tuple[list[ImageData], pd.DataFrame]:
     """Clean the annotations of all rasters in parallel, and merge uncommon labels over all of them.
 
-    An object that reaches over the edge of the raster or of its area of interest is dropped, but
-    it is real: the ground under its box does not count.
+    An object that reaches over the edge of the raster or of its area of interest is dropped, and
+    so is a crowd, but they are real: the ground under such a box does not count.
 
     Writes, per raster, `<identifier>.csv` and `<identifier>_quarantine.csv` to `output_dir`, and
     `report.csv` over all.
@@ -866,7 +890,7 @@ def clean_annotations(
         report.insert(0, "raster", identifier)
         fileio.write_table(output_dir / f"{identifier}.csv", last.df)
         fileio.write_table(output_dir / f"{identifier}_quarantine.csv", first.quarantine)
-        images.append(ImageData(_ignore_edges(raster, first), identifier, last.df))
+        images.append(ImageData(_ignore_real(raster, first), identifier, last.df))
         reports.append(report)
         log.info(
             "%s: kept %d of %d rows, %d in quarantine", path.name, len(last.df),
@@ -883,11 +907,12 @@ def read_regions(
     """Read the area of interest and the ignored regions of a raster.
 
     Args:
-        aoi_path: File of polygons outside which nothing counts, of any format that has polygons.
+        aoi_path: File of polygons outside which nothing counts, of any format that has polygons; a
+            layer of it as `file.gpkg|layer`.
         ignore_path: File of polygons inside which nothing counts.
         raster: The raster.
-        coordinates: Of the annotations; "pixel" holds for these files, too, and otherwise each is
-            in the CRS that it declares.
+        coordinates: Of the annotations; "pixel" holds for these files, too. Otherwise each is in
+            the CRS that it declares, and in that of the annotations if it declares none.
 
     Returns:
         The regions in px, or None where there are no files.
@@ -897,26 +922,31 @@ def read_regions(
     """
     if aoi_path is None and ignore_path is None:
         return None
-    coordinates = "pixel" if coordinates == "pixel" else "auto"
     aoi, ignored = (
-        path and _read_polygons(path, raster, coordinates) for path in (aoi_path, ignore_path)
-    )
+        None if path is None else _read_polygons(path, raster, coordinates)
+        for path in (aoi_path, ignore_path)
+    )  # fmt: skip
     if aoi is not None and not aoi:
         raise InputError(
             f"no polygon of {aoi_path} lies on {raster.path}, so that nothing of it would count; "
             "check that they belong together, and the CRS of both"
         )
-    return fileio.Regions(aoi, ignored or ())
+    if ignored is not None and not ignored:
+        log.warning("no polygon of %s lies on %s; nothing is ignored", ignore_path, raster.path)
+    return fileio.Regions(aoi, ignored or ()) if aoi or ignored else None
 
 
 def _read_polygons(
     path: Path, raster: fileio.Raster, coordinates: str
 ) -> tuple[shapely.Geometry, ...]:
     """Return the parts of a file's polygons that touch a raster, in px."""
-    file = fileio.read_annotation_file(path, raster)
+    name, _, layer = str(path).partition("|")
+    file = fileio.read_annotation_file(Path(name), raster, layer=layer or None)
     if "geometry" not in file.df.columns:
         raise InputError(f"{path} holds no polygons, only {list(file.df.columns)}")
-    crs = _find_crs(path, file, raster, coordinates)
+    declared = file.crs is not None or file.kind == "boxes"
+    place = coordinates if coordinates == "pixel" or not declared else "auto"
+    crs = _find_crs(path, file, raster, place)
     df = geometries.drop_empty(file.df).pipe(geometries.drop_infinite).pipe(geometries.repair)
     if crs is not None:
         df = geometries.move_to_pixels(df, raster, crs)
@@ -931,13 +961,11 @@ def _read_polygons(
     return tuple(parts[shapely.intersects(parts, shapely.box(0, 0, raster.width, raster.height))])
 
 
-def _ignore_edges(raster: fileio.Raster, cleaned: Cleaned) -> fileio.Raster:
-    """Let the ground under objects that were dropped at an edge not count."""
-    dropped = cleaned.quarantine[cleaned.quarantine["reason"].isin(EDGES)]
+def _ignore_real(raster: fileio.Raster, cleaned: Cleaned) -> fileio.Raster:
+    """Let the ground under objects that were dropped although they are real not count."""
+    dropped = cleaned.quarantine[cleaned.quarantine["reason"].isin(REAL)]
     boxes = dropped[QUARANTINE_BOX_COLUMNS].to_numpy(dtype="float64")
-    sides = boxes[:, 2:] - boxes[:, :2]
-    # what is larger than anything kept may be noise, and would take much ground with it
-    boxes = boxes[(sides > 0).all(axis=1) & (sides.max(axis=1) <= cleaned.df["diameter"].max())]
+    boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(axis=1)]
     shapes = shapely.box(*boxes.T)
     shapes = shapes[shapely.intersects(shapes, shapely.box(0, 0, raster.width, raster.height))]
     if not len(shapes):

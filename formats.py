@@ -90,7 +90,7 @@ def read_annotation_file(
     if suffix == ".csv":
         return AnnotationFile(read_table(path, text_columns), "table")
     if not path.exists():
-        raise InputError(f"annotation file {path} does not exist; check DF_DIR and DF_FILENAMES")
+        raise InputError(f"annotation file {path} does not exist; check DF_DIR and the names in it")
     if path.is_file() and not path.stat().st_size:
         raise InputError(f"{path} is empty (0 bytes); write it again, or leave its raster out")
     if suffix == ".parquet":
@@ -138,7 +138,9 @@ def read_table(path: Path, text_columns: Sequence[str] = ()) -> pd.DataFrame:
     """
     path = Path(path)
     if not path.exists():
-        raise InputError(f"annotation table {path} does not exist; check DF_DIR and DF_FILENAMES")
+        raise InputError(
+            f"annotation table {path} does not exist; check DF_DIR and the names in it"
+        )
     try:
         # index_col: cells beyond the header must not shift the columns, but be an error
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):

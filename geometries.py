@@ -16,7 +16,7 @@ import fileio
 from ImageData import BOX_COLUMNS
 
 GIVEN = "given_diameter"  # column: what a point's diameter is after scaling, in m or px
-POINT, POLYGON, MULTIPOLYGON, COLLECTION = 0, 3, 6, 7  # shapely's type ids
+POINT, POLYGON, MULTIPOINT, MULTIPOLYGON, COLLECTION = 0, 3, 4, 6, 7  # shapely's type ids
 
 
 def from_columns(df: pd.DataFrame, column_names: Sequence[str]) -> pd.DataFrame:
@@ -41,8 +41,14 @@ def drop_infinite(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def repair(df: pd.DataFrame) -> pd.DataFrame:
-    """Make invalid polygons valid, and reduce collections to the polygons in them, if any."""
+    """Make invalid polygons valid, reduce collections to the polygons in them, and single points.
+
+    A multipoint with one point is that point.
+    """
     shapes = df["geometry"].to_numpy().copy()
+    kinds = shapely.get_type_id(shapes)
+    single = (kinds == MULTIPOINT) & (shapely.get_num_geometries(shapes) == 1)
+    shapes[single] = shapely.get_geometry(shapes[single], 0)
     areal = np.isin(shapely.get_type_id(shapes), (POLYGON, MULTIPOLYGON, COLLECTION))
     broken = np.flatnonzero(areal)[~shapely.is_valid(shapes[areal])]
     shapes[broken] = shapely.make_valid(shapes[broken])

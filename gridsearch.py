@@ -494,7 +494,7 @@ def _check_same_input(
         "classes": dict(data.ids),
         "ground": fileio.fingerprint(data.blocks),
         "bands and regions": fileio.fingerprint(
-            {name: r.made_from | {"file": None} for name, r in data.rasters.items()}
+            {name: r.made_from | {"files": None} for name, r in data.rasters.items()}
         ),
         "radiometry": asdict(data.radiometry),
         "configuration": configuration,
@@ -503,7 +503,7 @@ def _check_same_input(
     now = json.loads(json.dumps(common | {"tiles": tiles}))
     ranked = record.exists() and any(trials.glob("*/result.json"))
     before = _read_json(record) if ranked else now
-    differing = [name for name in common if before[name] != now[name]]
+    differing = [name for name in common if before.get(name) != now[name]]
     if any(before["tiles"].get(size, mark) != mark for size, mark in tiles.items()):
         differing.append("tiles")
     if differing:

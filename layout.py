@@ -343,57 +343,48 @@ def content_fingerprint(path: Path | str) -> str:
     return digest.hexdigest()[:16]
 
 
-def repair(raster: Raster, cache_dir: Path | str, **measuring: float) -> Raster:
-    """Return a handle to a well laid out copy of a raster, or the raster itself if it reads well.
-
-    The copy is made once, as `cache_dir/<fingerprint>/<stem>.tif`: its name is the raster's. The
-    diagnosis is kept beside it, so that the decision does not change from run to run.
-
-    Args:
-        raster: The raster; its bands and regions hold for the copy.
-        cache_dir: Where copies are kept.
-        measuring: `window_size, seconds, seed` of `diagnose`.
-
-    Raises:
-        InputError: The raster cannot be read, or the copy not written.
-    """
-    diagnosis, folder = _known_diagnosis(raster, Path(cache_dir), **measuring)
-    if diagnosis is None or not diagnosis.advisable:
-        return raster
-    return _cached_copy(raster, diagnosis, folder)
-
-
 def check_layout(rasters: Sequence[Raster], *, repair: bool, cache_dir: Path | str) -> list[Raster]:
     """Repair the rasters that are laid out badly, or warn of each, with measured figures.
 
+    A copy is made once, as `cache_dir/<fingerprint>/<stem>.tif`: its name is the raster's. The
+    diagnosis is kept beside it, so that the decision does not change from run to run. Remote
+    rasters are not copied, as a change of theirs would go unnoticed.
+
     Args:
         rasters: The rasters of a run.
-        repair: Whether to make copies, see the function `repair`.
+        repair: Whether to make copies.
         cache_dir: Where copies and diagnoses are kept.
 
     Returns:
-        Handles to read from, in the same order.
+        Handles to read from, in the same order, with the bands and regions of those given.
     """
     checked = []
     for raster in rasters:
         diagnosis, folder = _known_diagnosis(raster, Path(cache_dir))
-        if diagnosis is not None and diagnosis.advisable:
-            if repair:
+        if diagnosis is None or not diagnosis.advisable:
+            checked.append(raster)
+            continue
+        if repair and raster.path.is_file():
+            try:
                 checked.append(_cached_copy(raster, diagnosis, folder))
                 continue
-            log.warning(
-                "%s reads %.3g windows per second, %.1f times as many are expected of a tiled "
-                "copy (%s); set REPAIR_LAYOUT = True, or run: python fileio.py doctor %s "
-                "--rewrite OUT.tif", raster.path, diagnosis.windows_per_second, diagnosis.gain,
-                "; ".join(diagnosis.problems), raster.path,
-            )  # fmt: skip
+            except InputError as error:
+                log.warning("%s is read as it is, it cannot be repaired: %s", raster.path, error)
+        log.warning(
+            "%s reads %.3g windows per second, %.1f times as many are expected of a tiled copy on "
+            "this machine (%s); set REPAIR_LAYOUT = True, or run: python fileio.py doctor %s "
+            "--rewrite OUT.tif", raster.path, diagnosis.windows_per_second, diagnosis.gain,
+            "; ".join(diagnosis.problems), raster.path,
+        )  # fmt: skip
         checked.append(raster)
     return checked
 
 
 def _cached_copy(raster: Raster, diagnosis: Diagnosis, folder: Path) -> Raster:
     copy = folder / f"{raster.identifier}.tif"
-    if not copy.exists():
+    # the fingerprint misses a change between its pieces, the file's time does not
+    changed = max(Path(file).stat().st_mtime_ns for file in raster.files)
+    if not copy.exists() or copy.stat().st_mtime_ns < changed:
         log.info(
             "%s is being rewritten to %s: %.3g windows per second, %.3g expected", raster.path,
             copy, diagnosis.windows_per_second, diagnosis.expected_windows_per_second,

@@ -11,6 +11,7 @@ import argparse
 import copy
 import logging
 import resource
+import statistics
 import sys
 import tempfile
 import time
@@ -41,27 +42,34 @@ log = logging.getLogger(__name__)
 SMALL = 4  # px; objects below it are hardly more than noise to a convolution
 NOTABLE = 0.05  # share of the objects from which a misfit is worth a warning
 GOOD_ANCHOR = 0.5  # IoU of an object with its best anchor from which the fit is a good one
-FULL_STEP_LIMIT = 10.0  # s; a step that would take longer is measured on one tile and scaled
+FULL_STEP_LIMIT = 3.0  # s; a step that would take longer is measured on one tile and scaled
 
 
-def describe_pairs(images: Sequence[ImageData], seed: int = 0) -> pd.DataFrame:
+def describe_pairs(images: Sequence[ImageData], report: pd.DataFrame) -> pd.DataFrame:
     """Tabulate what each pair of raster and annotations is like.
 
     Args:
         images: The annotated rasters.
-        seed: Of the sample of windows that tells the valid share.
+        report: Of their cleaning, see `annotations.clean_annotations`.
 
     Returns:
-        One row per raster: `size` (px), `bands, dtype, crs, metres_per_px, layout, valid` (share of
-        a sample of pixels that is valid and counts), `objects`, quantiles of the diameter (px) and
-        the `labels` with their counts.
+        One row per raster: `size` (px), `bands, dtype, crs, metres_per_px, layout, counted` (share
+        of a sample of its pixels that is valid ground that counts), `rows` of the annotation file,
+        those `dropped` and why, `objects` left, quantiles of the diameter in px, and the `labels`
+        with their counts.
+
+    Raises:
+        InputError: A raster cannot be read where it is sampled.
     """
     rows = {}
     for image in images:
         raster, df = image.raster, image.df
         diameter = df["diameter"].quantile([0.05, 0.5, 0.95])
         counts = df["label"].value_counts()
-        shown = ", ".join(f"{label} {count}" for label, count in counts.head(5).items())
+        shown = ", ".join(f"{label}: {count}" for label, count in counts.head(5).items())
+        steps = report[report["raster"] == image.image_identifier]
+        lost = steps[steps["dropped"] > 0]
+        why = ", ".join(f"{s.step}: {s.dropped}" for s in lost.itertuples())
         rows[image.image_identifier] = {
             "size": f"{raster.width} x {raster.height}",
             "bands": len(raster.bands),
@@ -69,10 +77,12 @@ def describe_pairs(images: Sequence[ImageData], seed: int = 0) -> pd.DataFrame:
             "crs": raster.crs_name or "none",
             "metres_per_px": raster.resolution,
             "layout": _layout_name(raster),
-            "valid": tiling.counted_share(raster, seed=seed),
+            "counted": tiling.counted_share(raster),
+            "rows": steps["rows_in"].max(),
+            "dropped": why or "none",
             "objects": len(df),
-            **{f"diameter_{q:.0%}": value for q, value in diameter.items()},
-            "diameter_max": df["diameter"].max(),
+            **{f"diameter_px_{q:.0%}": value for q, value in diameter.items()},
+            "diameter_px_max": df["diameter"].max(),
             "labels": shown + (f" and {len(counts) - 5} more" if len(counts) > 5 else ""),
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("raster")
@@ -101,7 +111,8 @@ def plan_run(
         densest` (objects in the fullest), `small` and `large` (shares of the objects under 4 px,
         and over half a tile), `anchors_fit` (share of the training objects whose best anchor has
         an IoU above 0.5), `trainings, step_s, hours` (all trainings, evaluation included),
-        `memory_gb` (peak of this process), `disk_mb` (checkpoints, and chips where asked for).
+        `memory_gb` (peak of this process until then), `disk_mb` (checkpoints, and chips where
+        asked for).
     """
     sides = np.concatenate([np.ptp(i.df[BOX_COLUMNS].to_numpy().reshape(-1, 2, 2), axis=1)
                             for i in images]).max(axis=1)  # fmt: skip
@@ -230,11 +241,15 @@ def _time_step(model: LargeRasterORModel, batch: int) -> tuple[float, float]:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    run(1, learn=True)  # the first time, libraries choose their kernels
+    def settled(count: int, *, learn: bool) -> float:
+        run(count, learn=learn)  # the first time, libraries choose their kernels
+        return statistics.median(run(count, learn=learn) for _ in range(3))
+
     single = run(1, learn=True)
-    step = run(batch, learn=True) if single * batch < FULL_STEP_LIMIT else single * batch
+    count = batch if single * batch < FULL_STEP_LIMIT else 1
+    step = settled(count, learn=True) * batch / count
     with torch.inference_mode():
-        look = run(1, learn=False) * batch
+        look = settled(1, learn=False) * batch
     return step, look
 
 
@@ -266,12 +281,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check(params: RunParameters) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Do what the notebook does up to its plan, and leave nothing on disk."""
     rasters = fileio.read_rasters(params.image_paths, params.BANDS, params.RESOLUTION_TOLERANCE)
-    rasters = fileio.check_layout(rasters, repair=False, cache_dir=params.CACHE_DIR)
     with tempfile.TemporaryDirectory() as folder:
-        images, _ = annotations.clean_annotations(
+        rasters = fileio.check_layout(rasters, repair=False, cache_dir=Path(folder))
+        images, report = annotations.clean_annotations(
             params.df_paths, rasters, output_dir=Path(folder), region_paths=params.region_paths,
             workers=params.WORKERS, **params.cleaning_options(),
         )  # fmt: skip
+    pairs = describe_pairs(images, report)
     blocks = splits.ground_blocks(
         [image.raster for image in images], max_tile_size=max(params.PATCH_SIZES),
         **params.split_options(),
@@ -279,7 +295,7 @@ def check(params: RunParameters) -> tuple[pd.DataFrame, pd.DataFrame]:
     options = tiling.TilingOptions(
         evaluation_overlap=tiling.evaluation_overlap(images), **params.tiling_options()
     )
-    return describe_pairs(images, params.SEED), plan_run(params, images, blocks, options)
+    return pairs, plan_run(params, images, blocks, options)
 
 
 if __name__ == "__main__":

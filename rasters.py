@@ -47,7 +47,10 @@ MAX_BANDS = 1024  # read at once; a damaged header may promise tens of thousands
 MAX_OPEN_DATASETS = 32  # per thread; GDAL keeps a file descriptor and buffers for each
 SCHEMES = {"https": "vsicurl", "http": "vsicurl", "s3": "vsis3", "gs": "vsigs", "az": "vsiaz"}
 # a remote folder is not listed, and no file is looked for beside the raster
-REMOTE = {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_HTTP_MAX_RETRY": "3"}
+REMOTE = {
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_HTTP_MAX_RETRY": "3",
+    "GDAL_HTTP_RETRY_DELAY": "1",
+}  # fmt: skip
 FITS_TYPES = {8: "Byte", 16: "Int16", 32: "Int32", 64: "Int64", -32: "Float32", -64: "Float64"}
 FITS_UNSIGNED = {16: ("UInt16", 2**15), 32: ("UInt32", 2**31)}  # stored signed, with this BZERO
 
@@ -96,21 +99,27 @@ class Regions:
         text = b"|".join([bytes(self.aoi is None), *parts[0], b"|", *parts[1]])
         return hashlib.sha256(text).hexdigest()[:16]
 
-    def share(self, boxes_xyxy: np.ndarray) -> np.ndarray:
-        """Return the share (0-1) of each box (N, 4) that counts."""
+    def reach(self, boxes_xyxy: np.ndarray) -> np.ndarray:
+        """Tell which boxes (N, 4) may hold ground that counts, as bool (N,); the others hold none.
+
+        A box that only several ignored polygons together cover is not found out.
+        """
         boxes = shapely.box(*np.asarray(boxes_xyxy, dtype=float).T)
-        areas = shapely.area(boxes)
-        ground = boxes
-        if self.aoi is not None:
-            ground = shapely.intersection(boxes, shapely.union_all(self.aoi))
-        if self.ignored:
-            ground = shapely.difference(ground, shapely.union_all(self.ignored))
-        return shapely.area(ground) / areas
+        aoi, ignored = self._trees
+        inner = shapely.buffer(boxes, -1e-6, cap_style="square", join_style="mitre")
+        reached = np.full(len(boxes), aoi is None)
+        if aoi is not None:
+            reached[aoi.query(inner, predicate="intersects")[0]] = True  # to touch is not enough
+        reached[ignored.query(boxes, predicate="covered_by")[0]] = False
+        return reached
 
 
 def _paint(tree: shapely.STRtree, window: Window) -> np.ndarray:
     x, y, width, height = window
     shapes = tree.geometries[tree.query(shapely.box(x, y, x + width, y + height))]
+    # a margin keeps the cut edge off the centres of pixels
+    shapes = shapely.clip_by_rect(shapes, x - 1, y - 1, x + width + 1, y + height + 1)
+    shapes = shapes[~shapely.is_empty(shapes)]
     if not len(shapes):
         return np.zeros((height, width), dtype=bool)
     return rasterio.features.geometry_mask(
@@ -139,6 +148,7 @@ class Raster:
         transform: The six affine coefficients from pixels to map units.
         block_shape_hw: Height and width of the file's internal blocks.
         masked: Whether an alpha band or a mask tells valid pixels.
+        files: All files on this machine that hold it: masks beside it, the sources of a VRT.
         alpha: One-based index of the alpha band, if there is one and it is not read as data.
         regions: Which ground counts; None: all of it.
     """
@@ -155,6 +165,7 @@ class Raster:
     transform: tuple[float, ...]
     block_shape_hw: tuple[int, int]
     masked: bool
+    files: tuple[str, ...] = ()
     alpha: int | None = None
     regions: Regions | None = None
 
@@ -198,6 +209,12 @@ class Raster:
                     f"{path} holds {dtype} pixels, which are no numbers to order; convert it, for "
                     "example to amplitudes in float32"
                 )
+            a, b, _, d, e, _ = tuple(src.transform)[:6]
+            if (src.crs and not np.isfinite(a * e - b * d)) or a * e == b * d:
+                raise InputError(
+                    f"the geotransform of {path}, {tuple(src.transform)[:6]}, maps all pixels onto "
+                    "a line; georeference the raster anew"
+                )
             alpha = next((i for i in src.indexes if i not in {*colored, *bands}), None)
             flags = {flag for band in bands for flag in masks[band - 1]}
             own_mask = MaskFlags.per_dataset in flags and MaskFlags.alpha not in flags
@@ -208,6 +225,7 @@ class Raster:
                 crs=src.crs.to_wkt() if src.crs else None, transform=tuple(src.transform)[:6],
                 block_shape_hw=tuple(src.block_shapes[0]),
                 masked=own_mask or alpha is not None, alpha=alpha,
+                files=_files_of(src, Path(path)),
             )  # fmt: skip
 
     @property
@@ -218,9 +236,10 @@ class Raster:
     @property
     def made_from(self) -> dict[str, object]:
         """What a result that was made from this raster depends on, for manifests."""
-        file = self.path if self.path.exists() else self.source
+        files = [Path(file) for file in self.files]
+        shape = [self.width, self.height, self.bands, self.nodata, self.masked]
         regions = self.regions.digest() if self.regions else None
-        return {"file": file, "bands": self.bands, "regions": regions}
+        return {"source": self.path.name, "files": files, "shape": shape, "regions": regions}
 
     def with_regions(self, regions: Regions | None) -> Raster:
         """Return a handle to the same file whose ground counts in these regions only."""
@@ -477,6 +496,7 @@ def read_rasters(
     """
     rasters = [read_raster(path, bands) for path in paths]
     for raster in rasters:
+        _warn_of_palette(raster)
         _warn_of_false_alpha(raster)
     kinds = {r.path.name: f"{len(r.bands)} x {r.dtype}" for r in rasters}
     if len(set(kinds.values())) > 1:
@@ -495,6 +515,20 @@ def read_rasters(
                 "RESOLUTION_TOLERANCE = None if objects look alike at all of them"
             )
     return rasters
+
+
+def _files_of(src: rasterio.DatasetReader, path: Path) -> tuple[str, ...]:
+    files = {path, *map(Path, src.files)}
+    return tuple(sorted(str(file) for file in files if file.is_file()))
+
+
+def _warn_of_palette(raster: Raster) -> None:
+    with raster.anew() as src:
+        if ColorInterp.palette in (src.colorinterp[band - 1] for band in raster.bands):
+            log.warning(
+                "%s holds numbers of colours, not brightness; for a picture expand them first: "
+                "gdal_translate -expand rgb", raster.path,
+            )  # fmt: skip
 
 
 def _warn_of_false_alpha(raster: Raster) -> None:
@@ -532,7 +566,7 @@ def _source(path: Path | str) -> tuple[str, bool]:
     if text.startswith("/vsi"):
         return text, False
     if not Path(text).exists():
-        raise InputError(f"raster {text} does not exist; check IMG_DIR and IMAGE_FILENAMES")
+        raise InputError(f"raster {text} does not exist; check its name (IMG_DIR, IMAGE_FILENAMES)")
     if Path(text).suffix.lower() in (".fits", ".fit", ".fts"):
         return _fits_as_vrt(Path(text)), True
     return text, True
@@ -540,13 +574,20 @@ def _source(path: Path | str) -> tuple[str, bool]:
 
 @contextmanager
 def _opening(path: Path | str, source: str, *, local: bool) -> Iterator[rasterio.DatasetReader]:
+    opened = False
     try:
         with _open(source) as src:
+            opened = True
             yield src
     except GDAL_ERRORS as error:
         there = local and Path(path).exists()
         size = f" ({Path(path).stat().st_size} bytes)" if there else ""
-        raise InputError(f"{path} is not a raster that GDAL can read{size}: {error}") from error
+        reason = error.__cause__ or error
+        if opened:
+            raise InputError(
+                f"{path} cannot be read{size}: {reason}; the file may be damaged, restore it"
+            ) from error
+        raise InputError(f"{path} is not a raster that GDAL can read{size}: {reason}") from error
 
 
 def _open(source: str) -> rasterio.DatasetReader:

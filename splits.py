@@ -112,7 +112,7 @@ def _has_counted_ground(blocks: pd.DataFrame, rasters: Sequence[RasterHandle]) -
             mine = (blocks["raster"] == raster.path.stem).to_numpy()
             x, y, width, height = blocks.loc[mine, ["x", "y", "width", "height"]].to_numpy().T
             boxes = np.stack([x, y, x + width, y + height], axis=1)
-            counted[mine] = raster.regions.share(boxes) > 0
+            counted[mine] = raster.regions.reach(boxes)
     return counted
 
 
@@ -224,7 +224,8 @@ def split_dataset_train_test(
             reasons = tiles.loc[tiles["split"] == name, "reason"].value_counts().to_dict()
             raise InputError(
                 f"no {name} tile is left after filtering ({reasons}); raise CENSORED_PIXELS_LIMIT "
-                "or EMPTY_TILE_RATIO, or relax your tile filters"
+                "or EMPTY_TILE_RATIO, lower MIN_VALID, widen the area of interest, or relax your "
+                "tile filters"
             )
         if not part["objects"].sum():
             raise InputError(

@@ -6,8 +6,10 @@ angle, a split. Turned tiles are `np.rot90` of the same window. Chips are writte
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +31,7 @@ CORE_COLUMNS = ["core_xmin", "core_ymin", "core_xmax", "core_ymax"]
 BLOCK_COLUMNS = ["block_xmin", "block_ymin", "block_xmax", "block_ymax"]
 GROUND_BOX_COLUMNS = ["ground_xmin", "ground_ymin", "ground_xmax", "ground_ymax"]
 TILES_NAME, BOXES_NAME = "tiles.parquet", "boxes.parquet"
+ATTEMPTS = 32  # windows drawn at most for each that is to have a valid pixel
 JOB_WINDOWS = 256  # windows per worker call: long enough to pay for the call, short enough to share
 
 TileFilter = Callable[[np.ndarray, int], bool]  # (image (H, W, bands), pixel_limit) -> keep
@@ -372,16 +375,37 @@ def _reject(
 ) -> pd.DataFrame:
     reason = pd.Series("", index=windows.index, dtype=object)
     train = windows["split"] == "train"
-
-    empty = train & ~windows["window"].isin(boxes["window"])
-    allowed = int(options.empty_tile_ratio * (train & ~empty).sum())
-    order = np.argsort(fileio.hash_rows(windows.loc[empty, ["raster", "x", "y"]], options.seed))
-    reason[windows.index[empty][order[allowed:]]] = "empty, beyond EMPTY_TILE_RATIO"
-
-    candidates = windows[train & (reason == "")]
     rasters = {image.image_identifier: image.raster for image in images}
+    attempt = partial(
+        _try_windows, rasters=rasters, options=options, workers=workers, progress=progress
+    )
+    empty = train & ~windows["window"].isin(boxes["window"])
+    filled = windows.index[train & ~empty]
+    reason[filled] = attempt(windows.loc[filled])
+
+    # empty tiles fill their quota in the order of a hash; those that are rejected are replaced
+    wanted = int(options.empty_tile_ratio * len(filled))
+    order = np.argsort(fileio.hash_rows(windows.loc[empty, ["raster", "x", "y"]], options.seed))
+    waiting = windows.index[empty][order]
+    while wanted and len(waiting):
+        tried, waiting = waiting[:wanted], waiting[wanted:]
+        reason[tried] = attempt(windows.loc[tried])
+        wanted -= int((reason[tried] == "").sum())
+    reason[waiting] = "empty, beyond EMPTY_TILE_RATIO"
+    return windows.assign(kept=(reason == "").to_numpy(), reason=reason.to_numpy())
+
+
+def _try_windows(
+    windows: pd.DataFrame,
+    rasters: Mapping[str, fileio.Raster],
+    options: TilingOptions,
+    workers: int | None,
+    progress: bool,
+) -> pd.Series:
+    """Look at the pixels of windows where they can matter; return why each is rejected, or ""."""
+    reason = pd.Series("", index=windows.index, dtype=object)
     jobs, places = [], []
-    for name, group in candidates.groupby("raster", sort=False):
+    for name, group in windows.groupby("raster", sort=False):
         if options.filters or not rasters[name].all_counted:
             for start in range(0, len(group), JOB_WINDOWS):
                 part = group.iloc[start : start + JOB_WINDOWS]
@@ -394,7 +418,7 @@ def _reject(
     )  # fmt: skip
     for place, answer in zip(places, answers, strict=True):
         reason[place] = answer
-    return windows.assign(kept=(reason == "").to_numpy(), reason=reason.to_numpy())
+    return reason
 
 
 def _filter_job(job: tuple[fileio.Raster, list[Window]], **options: object) -> list[str]:
@@ -437,6 +461,19 @@ def read_tile(
     return np.rot90(image, turns, axes=(1, 2)), np.rot90(valid, turns), np.rot90(counted, turns)
 
 
+def _random_windows(
+    ground: pd.DataFrame, count: int, rng: np.random.Generator, side: int = 128
+) -> Iterator[tuple[str, Window]]:
+    """Draw windows of at most `side` px from rectangles `raster, x, y, width, height`, by area."""
+    areas = (ground["width"] * ground["height"]).to_numpy(dtype=float)
+    for row in rng.choice(len(ground), size=count, p=areas / areas.sum()):
+        b = ground.iloc[row]
+        width, height = min(side, int(b["width"])), min(side, int(b["height"]))
+        x = b["x"] + rng.integers(b["width"] - width + 1)
+        y = b["y"] + rng.integers(b["height"] - height + 1)
+        yield b["raster"], Window(int(x), int(y), width, height)
+
+
 def sample_pixels(
     ground: pd.DataFrame,
     rasters: Mapping[str, fileio.Raster],
@@ -445,14 +482,15 @@ def sample_pixels(
     max_windows: int = 128,
     pixels_per_window: int = 4096,
 ) -> np.ndarray:
-    """Read some valid pixels of some windows, spread over the ground by a hash of their place.
+    """Read some valid pixels that count, from windows all over the ground.
 
     Args:
         ground: Rectangles `raster, x, y, width, height` (px).
         rasters: Identifier -> raster; all have the same bands and type.
-        seed: Of the sample.
-        max_windows: Most windows of up to 128 px to read.
-        pixels_per_window: Most valid pixels to take from each.
+        seed: Of the places.
+        max_windows: Windows of up to 128 px that are to give pixels; windows without any are
+            replaced, up to `ATTEMPTS` times as many.
+        pixels_per_window: Most pixels to take from each.
 
     Returns:
         Raw values (bands, N), in the rasters' own type.
@@ -460,41 +498,47 @@ def sample_pixels(
     Raises:
         InputError: No sampled pixel is valid.
     """
-    grids = [
-        window_grid(Window(b.x, b.y, b.width, b.height), min(128, b.width, b.height)).assign(
-            raster=b.raster
-        )
-        for b in ground.itertuples()
-    ]
-    windows = pd.concat(grids, ignore_index=True)
-    order = np.argsort(fileio.hash_rows(windows[["raster", "x", "y"]], seed))[:max_windows]
-    windows = windows.iloc[order]
     rng = np.random.default_rng(seed)
     samples = []
-    for place, name in zip(_windows(windows), windows["raster"], strict=True):
-        image, valid, _ = read_tile(rasters[name], place, 0)
-        pixels = image[:, valid]
-        if pixels.shape[1] > pixels_per_window:
-            pixels = pixels[:, rng.integers(pixels.shape[1], size=pixels_per_window)]
-        samples.append(pixels)
-    pixels = np.concatenate(samples, axis=1)
-    if not pixels.shape[1]:
-        names = sorted(set(windows["raster"]))
+    for name, place in _random_windows(ground, ATTEMPTS * max_windows, rng):
+        image, _, counted = read_tile(rasters[name], place, 0)
+        if counted.any():
+            pixels = image[:, counted]
+            if pixels.shape[1] > pixels_per_window:
+                pixels = pixels[:, rng.integers(pixels.shape[1], size=pixels_per_window)]
+            samples.append(pixels)
+        if len(samples) == max_windows:
+            break
+    if not samples:
         raise InputError(
-            f"none of {len(samples)} windows sampled from {names} has a valid pixel; check the "
-            "nodata value and the masks of these files"
+            f"none of {ATTEMPTS * max_windows} windows sampled from "
+            f"{sorted(set(ground['raster']))} has a valid pixel that counts; check the nodata "
+            "value and the masks of these files, and their area of interest"
         )
-    return pixels
+    return np.concatenate(samples, axis=1)
 
 
-def counted_share(raster: fileio.Raster, *, seed: int, max_windows: int = 64) -> float:
-    """Estimate the share (0-1) of a raster that is valid and counts, on a sample of windows."""
-    if raster.all_counted:
-        return 1.0
-    grid = window_grid(Window(0, 0, raster.width, raster.height), 128)
-    rows = np.random.default_rng(seed).permutation(len(grid))[:max_windows]
-    masks = [read_tile(raster, place, 0)[2] for place in _windows(grid.iloc[rows])]
-    return float(np.mean(masks))
+def counted_share(raster: fileio.Raster, side: int = 64, seconds: float = 3.0) -> float:
+    """Estimate the share (0-1) of a raster that is valid and counts.
+
+    Windows of `side` px are read at the nodes of a grid, from the end of the file, where a damaged
+    one is cut short, and no longer than some seconds.
+
+    Raises:
+        InputError: A window cannot be read.
+    """
+    width, height = min(side, raster.width), min(side, raster.height)
+    corners = [
+        np.linspace(0, length - part, 8).astype(int)
+        for length, part in ((raster.width, width), (raster.height, height))
+    ]
+    shares, deadline = [], time.monotonic() + seconds
+    for y, x in itertools.product(corners[1][::-1], corners[0][::-1]):
+        window = Window(int(x), int(y), width, height)
+        shares.append(read_tile(raster, window, 0)[2].mean())
+        if time.monotonic() > deadline:
+            break
+    return float(np.mean(shares))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -731,14 +731,49 @@ def test_objects_outside_the_area_of_interest_go_and_their_ground_does_not_count
 
 def test_the_ground_of_objects_over_the_edge_does_not_count_unless_they_are_noise(tmp_path):
     raster = place(tmp_path, "r.tif")
-    rows = "50,50,20,a\n2,100,10,a\n-3,30,12,a\n-1000,20,2100,a\n100,199,300,a\n"
+    rows = "50,50,20,a\n2,100,10,a\n-3,30,12,a\n-1000,20,2100,a\n100,199,300,a\n20,140,60,a\n"
     table = write(tmp_path, "pixel_x,pixel_y,diameter,label\n" + rows)
-    options = {"label_percentile": 100, "output_dir": tmp_path / "clean"}
+    options = {"label_percentile": 100, "output_dir": tmp_path / "clean", "max_diameter": 100}
     images, _ = an.clean_annotations([table], [raster], **options)
     regions = images[0].raster.regions
-    assert [part.bounds for part in regions.ignored] == [(-3, 95, 7, 105), (-9, 24, 3, 36)]
+    edge = (-10, 110, 50, 170)  # larger than any object that is kept
+    assert [part.bounds for part in regions.ignored] == [(-3, 95, 7, 105), (-9, 24, 3, 36), edge]
     images, _ = an.clean_annotations([table], [raster], **options, clip_to_raster=True)
     assert [part.bounds for part in images[0].raster.regions.ignored] == [(-9, 24, 3, 36)]
+
+
+def test_the_ground_of_a_crowd_does_not_count(tmp_path):
+    raster = place(tmp_path, "r.tif")
+    one = {"id": 1, "image_id": 7, "category_id": 3, "bbox": [10, 10, 20, 20], "iscrowd": 0}
+    crowd = one | {"id": 2, "bbox": [100, 100, 50, 60], "iscrowd": 1}
+    coco = {
+        "images": [{"id": 7, "file_name": "r.tif", "width": 200, "height": 200}],
+        "categories": [{"id": 3, "name": "boulder"}], "annotations": [one, crowd],
+    }  # fmt: skip
+    path = fileio.write_json(tmp_path / "coco.json", coco)
+    images, _ = an.clean_annotations(
+        [path], [raster], label_percentile=100, output_dir=tmp_path / "clean"
+    )
+    assert images[0].df["xmin"].tolist() == [10]
+    assert [part.bounds for part in images[0].raster.regions.ignored] == [(100, 100, 150, 160)]
+    quarantine = pd.read_csv(tmp_path / "clean" / "r_quarantine.csv")
+    assert quarantine["reason"].tolist() == [an.CROWD]
+
+
+def test_points_without_a_diameter_are_reported_and_single_multipoints_are_points(tmp_path, caplog):
+    raster = place(tmp_path, "r.tif")
+    shapes = [shapely.MultiPoint([(20, 30)]), shapely.Point(50, 60)]
+    df = gpd.GeoDataFrame({"diam": [5, 6], "label": ["a", "b"]}, geometry=shapes)
+    df.to_file(tmp_path / "points.gpkg")
+    cleaned = an.read_annotations(tmp_path / "points.gpkg", raster, default_diameter=4)
+    assert cleaned.df["diameter"].tolist() == [4, 4]
+    assert "has no attribute 'diameter', only ['diam', 'label']" in caplog.text
+    caplog.clear()
+    options = {"default_diameter": 4, "diameter_column": "diam"}
+    assert an.read_annotations(tmp_path / "points.gpkg", raster, **options).df[
+        "diameter"
+    ].tolist() == [5, 6]
+    assert not caplog.records
 
 
 def test_regions_that_cannot_belong_to_the_raster_are_refused(tmp_path):

@@ -108,7 +108,7 @@ def test_healthy_rasters_are_left_alone(tmp_path, profile):
     assert diagnosis.problems == ()
     assert diagnosis.gain == 1
     assert not diagnosis.advisable
-    assert layout.repair(raster, tmp_path / "cache") is raster
+    assert repair(raster, tmp_path / "cache") is raster
     assert not (tmp_path / "cache").exists()
 
 
@@ -371,10 +371,15 @@ def test_a_fingerprint_of_a_huge_file_is_fast(tmp_path):
     assert time.perf_counter() - start < 2
 
 
+def repair(raster, cache_dir):
+    (checked,) = layout.check_layout([raster], repair=True, cache_dir=cache_dir)
+    return checked
+
+
 def test_a_repaired_raster_has_the_name_bands_and_regions_and_is_made_once(striped, tmp_path):
     regions = Regions(aoi=(shapely.box(0, 0, 100, 100),))
     raster = Raster.open(striped, [3, 1]).with_regions(regions)
-    mended = layout.repair(raster, tmp_path, seconds=0.3)
+    mended = repair(raster, tmp_path)
     assert mended.path == tmp_path / layout.content_fingerprint(striped) / "wide.tif"
     assert mended.identifier == raster.identifier
     assert (mended.bands, mended.regions) == ((3, 1), regions)
@@ -382,16 +387,27 @@ def test_a_repaired_raster_has_the_name_bands_and_regions_and_is_made_once(strip
     window = Window(100, 200, 300, 300)
     np.testing.assert_array_equal(mended.read(window), raster.read(window))
     made = mended.path.stat().st_mtime_ns
-    os.utime(striped)
-    assert layout.repair(raster, tmp_path).path.stat().st_mtime_ns == made
-    assert layout.repair(mended, tmp_path) is mended
+    assert repair(raster, tmp_path).path.stat().st_mtime_ns == made
+    os.utime(striped)  # the fingerprint may have missed what was written
+    assert repair(raster, tmp_path).path.stat().st_mtime_ns > made
+    assert repair(mended, tmp_path) is mended
 
 
 def test_a_decision_holds_from_run_to_run(striped, tmp_path, monkeypatch):
     raster = Raster.open(striped)
-    first = layout.repair(raster, tmp_path, seconds=0.2)
+    first = repair(raster, tmp_path)
     monkeypatch.setattr(layout, "measure", lambda *args, **options: pytest.fail("measured again"))
-    assert layout.repair(raster, tmp_path) == first
+    assert repair(raster, tmp_path) == first
+
+
+def test_what_cannot_be_repaired_is_read_as_it_is(striped, tmp_path, monkeypatch, caplog):
+    def refuse(*args):
+        raise InputError("the disk is full")
+
+    monkeypatch.setattr(layout, "rewrite", refuse)
+    raster = Raster.open(striped)
+    assert repair(raster, tmp_path) is raster
+    assert "cannot be repaired: the disk is full" in caplog.text
 
 
 def test_a_changed_source_of_a_vrt_is_copied_anew(striped, tmp_path):
@@ -399,9 +415,9 @@ def test_a_changed_source_of_a_vrt_is_copied_anew(striped, tmp_path):
     shutil.copy(striped, source)
     with rasterio.open(source) as src:
         rasterio.shutil.copy(src, vrt, driver="VRT")
-    before = layout.repair(Raster.open(vrt), tmp_path / "cache", seconds=0.2)
+    before = repair(Raster.open(vrt), tmp_path / "cache")
     write(source, noise(3, 1100, 6000, seed=9), **STRIPED)
-    after = layout.repair(Raster.open(vrt), tmp_path / "cache", seconds=0.2)
+    after = repair(Raster.open(vrt), tmp_path / "cache")
     assert before.path.name == after.path.name == "v.tif"
     assert before.path != after.path
 

@@ -81,7 +81,10 @@ def test_the_preflight_tables_are_kept(tiny_run):
     run = tiny_run.folder / "runs" / "tiny"
     pairs, plan = pd.read_csv(run / "pairs.csv"), pd.read_csv(run / "plan.csv")
     assert pairs["raster"].tolist() == ["first", "second"]
-    assert pairs["valid"].tolist() == [pytest.approx(1, abs=0.1), pytest.approx(300 / 384, abs=0.1)]
+    assert pairs["counted"].tolist() == [
+        pytest.approx(1, abs=0.1),
+        pytest.approx(300 / 384, abs=0.1),
+    ]
     assert plan["tile_size"].tolist() == tiny_run.parameters["PATCH_SIZES"]
 
 

@@ -36,15 +36,18 @@ def params(small_sample, tmp_path):
 
 
 def test_pairs_say_what_was_read(prepared):
-    pairs = preflight.describe_pairs(prepared.images)
+    pairs = preflight.describe_pairs(prepared.images, prepared.report)
     first, image = pairs.iloc[0], prepared.images[0]
     assert pairs.index.tolist() == ["one", "two"]
     assert (first["size"], first["bands"], first["dtype"]) == ("640 x 512", 1, "uint8")
     assert first["objects"] == len(image.df)
-    assert first["diameter_50%"] == pytest.approx(image.df["diameter"].median())
-    assert first["valid"] == 1.0
+    assert first["diameter_px_50%"] == pytest.approx(image.df["diameter"].median())
+    assert first["counted"] == 1.0
+    assert first["rows"] == len(pd.read_csv(prepared.tables[0]))
+    dropped = first["rows"] - first["objects"]
+    assert sum(int(part.rpartition(": ")[2]) for part in first["dropped"].split(", ")) == dropped
     for label, count in image.df["label"].value_counts().head(5).items():
-        assert f"{label} {count}" in first["labels"]
+        assert f"{label}: {count}" in first["labels"]
 
 
 def test_the_valid_share_counts_nodata_and_regions(tmp_path):
@@ -55,9 +58,9 @@ def test_the_valid_share_counts_nodata_and_regions(tmp_path):
     with fileio.create_raster(path, **layout) as dst:
         dst.write(pixels)
     raster = fileio.read_raster(path)
-    assert tiling.counted_share(raster, seed=0) == 0.5
+    assert tiling.counted_share(raster) == 0.5
     aoi = fileio.Regions(aoi=(shapely.box(0, 0, 128, 256),))
-    assert tiling.counted_share(raster.with_regions(aoi), seed=0) == 0.25
+    assert tiling.counted_share(raster.with_regions(aoi)) == pytest.approx(0.25, abs=0.02)
 
 
 def test_the_plan_counts_what_tiling_then_makes(prepared, params, tmp_path):
@@ -96,9 +99,16 @@ def test_misfits_are_said_in_sentences():
 def test_the_command_prints_tables_and_leaves_nothing(params, capsys, tmp_path):
     assert preflight.main(["--params", str(params)]) == 0
     out = capsys.readouterr().out
-    for word in ("640 x 512", "512 x 512", "diameter_50%", "train_tiles", "hours", "anchors_fit"):
+    for word in (
+        "640 x 512",
+        "512 x 512",
+        "diameter_px_50%",
+        "train_tiles",
+        "hours",
+        "anchors_fit",
+    ):
         assert word in out
-    assert not (tmp_path / "runs").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
 
 
 def test_the_same_command_is_reached_through_fileio(params, capfd):
@@ -153,3 +163,13 @@ def test_a_training_ground_without_objects_is_refused(prepared, params):
     ]  # fmt: skip
     with pytest.raises(InputError, match="no object lies on training ground"):
         preflight.plan_run(run, images, blocks, tiling.TilingOptions())
+
+
+def test_a_raster_that_is_cut_short_does_not_pass(params, small_sample, capsys):
+    whole = (small_sample.folder / "images" / "one.tif").read_bytes()
+    cut = small_sample.folder / "images" / "cut.tif"
+    cut.write_bytes(whole[: len(whole) * 3 // 4])
+    values = yaml.safe_load(params.read_text()) | {"IMAGE_FILENAMES": ["cut.tif", "two.tif"]}
+    params.write_text(yaml.safe_dump(values))
+    assert preflight.main(["--params", str(params)]) == 1
+    assert "cut.tif cannot be read" in capsys.readouterr().err

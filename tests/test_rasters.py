@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from loky import get_reusable_executor
 
 import rasters
+from artefacts import fingerprint
 from ImageData import InputError, Window
 from rasters import Raster, Regions
 
@@ -317,14 +318,14 @@ def test_regions_count_inside_the_area_and_outside_what_is_ignored(window):
     np.testing.assert_array_equal(REGIONS.mask(window), expected)
 
 
-def test_points_and_shares_agree_with_the_pixels():
+def test_points_and_boxes_agree_with_the_pixels():
     expected = counted_px()
     rows, cols = np.indices(expected.shape).reshape(2, -1)
     np.testing.assert_array_equal(REGIONS.contain(cols + 0.5, rows + 0.5), expected.ravel())
     boxes = np.array([[0, 0, 150, 110], [20, 20, 40, 40], [61, 0, 99, 100], [35, 35, 45, 45]])
-    shares = [expected[y0:y1, x0:x1].mean() for x0, y0, x1, y1 in boxes]
-    np.testing.assert_allclose(REGIONS.share(boxes), shares)
-    assert REGIONS.share(np.zeros((0, 4))).shape == (0,)
+    reached = [expected[y0:y1, x0:x1].any() for x0, y0, x1, y1 in boxes]
+    np.testing.assert_array_equal(REGIONS.reach(boxes), reached)
+    assert REGIONS.reach(np.zeros((0, 4))).shape == (0,)
     nowhere = Regions(aoi=())
     assert not nowhere.mask(Window(0, 0, 9, 9)).any()
     assert not nowhere.contain(np.array([1.0]), np.array([1.0])).any()
@@ -758,3 +759,40 @@ def test_an_alpha_band_that_looks_like_data_is_reported(tmp_path, caplog):
     caplog.clear()
     rasters.read_rasters([tmp_path / "nir.tif"], bands=[1, 2, 3, 4])
     assert not caplog.records
+
+
+def test_a_result_depends_on_masks_bands_and_regions_beside_the_pixels(tmp_path):
+    path = tmp_path / "m.tif"
+    with rasters.create_raster(path, width=64, height=64, count=2, dtype="uint8") as dst:
+        dst.write(np.ones((2, 64, 64), np.uint8))
+    plain = Raster.open(path)
+    marks = [fingerprint(plain.made_from), fingerprint(Raster.open(path, [2, 1]).made_from),
+             fingerprint(plain.with_regions(REGIONS).made_from)]  # fmt: skip
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(path, "r+") as dst:
+        dst.write_mask(np.zeros((64, 64), np.uint8))
+    masked = Raster.open(path)
+    assert str(tmp_path / "m.tif.msk") in masked.files
+    marks.append(fingerprint(masked.made_from))
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(path, "r+") as dst:
+        dst.write_mask(np.full((64, 64), 255, np.uint8))
+    marks.append(fingerprint(Raster.open(path).made_from))
+    assert len(set(marks)) == 5
+
+
+def test_a_transform_onto_a_line_is_refused(tmp_path):
+    path = tmp_path / "line.tif"
+    transform = rasterio.Affine(1, 2, 5, 2, 4, 5)
+    layout = {"width": 8, "height": 8, "count": 1, "dtype": "uint8", "crs": "EPSG:32633"}
+    with rasters.create_raster(path, transform=transform, **layout):
+        pass
+    with pytest.raises(InputError, match="maps all pixels onto a line"):
+        Raster.open(path)
+
+
+def test_paletted_rasters_are_reported(tmp_path, caplog):
+    path = tmp_path / "palette.tif"
+    layout = {"width": 8, "height": 8, "count": 1, "dtype": "uint8", "photometric": "palette"}
+    with rasters.create_raster(path, **layout) as dst:
+        dst.write_colormap(1, {0: (255, 0, 0, 255), 1: (0, 255, 0, 255)})
+    rasters.read_rasters([path])
+    assert "holds numbers of colours" in caplog.text

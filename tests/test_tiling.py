@@ -428,3 +428,42 @@ def test_an_index_of_twenty_thousand_objects_takes_under_three_seconds(tmp_path)
     assert boxes["owned"].sum() == objects
     assert len(tiles) > 1024
     assert min(times) < 3
+
+
+def test_empty_tiles_without_data_are_replaced_by_others(tmp_path):
+    path = tmp_path / "strip.tif"
+    pixels = np.full((1, 256, 2048), -1, np.int16)
+    pixels[:, :, :512] = 5
+    layout = {"width": 2048, "height": 256, "count": 1, "dtype": "int16", "nodata": -1}
+    with fileio.create_raster(path, **layout) as dst:
+        dst.write(pixels)
+    boxes = [[10.0 + 64 * i, 10, 20 + 64 * i, 20] for i in range(8)]  # 8 of the 32 tiles with data
+    df = pd.DataFrame(boxes, columns=tiling.BOX_COLUMNS).assign(label="a")
+    block = {"block": 0, "raster": "strip", "x": 0, "y": 0, "width": 2048, "height": 256}
+    made = tiling.make_single_size(
+        64, [ImageData(fileio.read_raster(path), "strip", df)],
+        pd.DataFrame([block | {"split": "train"}]), tmp_path / "tiles",
+        tiling.TilingOptions(empty_tile_ratio=1.0),
+    )  # fmt: skip
+    tiles, _ = tiling.read_tiles(made)
+    kept = tiles[tiles["kept"]]
+    assert (kept["objects"] == 0).sum() == 8
+    assert kept["x"].max() < 512
+
+
+def test_pixels_are_found_on_ground_that_is_mostly_nodata_and_only_where_it_counts(tmp_path):
+    path = tmp_path / "sparse.tif"
+    pixels = np.full((1, 1024, 4096), -1, np.int16)
+    pixels[:, :128, :128] = 7
+    pixels[:, :128, 128:192] = 9
+    layout = {"width": 4096, "height": 1024, "count": 1, "dtype": "int16", "nodata": -1}
+    with fileio.create_raster(path, **layout) as dst:
+        dst.write(pixels)
+    ignored = fileio.Regions(ignored=(shapely.box(128, 0, 192, 128),))
+    raster = fileio.read_raster(path).with_regions(ignored)
+    ground = pd.DataFrame([{"raster": "sparse", "x": 0, "y": 0, "width": 4096, "height": 1024}])
+    for seed in range(5):
+        assert set(tiling.sample_pixels(ground, {"sparse": raster}, seed=seed).ravel()) == {7}
+    nothing = raster.with_regions(fileio.Regions(aoi=(shapely.box(2000, 0, 2100, 100),)))
+    with pytest.raises(InputError, match="has a valid pixel that counts"):
+        tiling.sample_pixels(ground, {"sparse": nothing}, seed=0)
