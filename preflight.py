@@ -69,7 +69,7 @@ def describe_pairs(images: Sequence[ImageData], report: pd.DataFrame) -> pd.Data
         shown = ", ".join(f"{label}: {count}" for label, count in counts.head(5).items())
         steps = report[report["raster"] == image.image_identifier]
         lost = steps[steps["dropped"] > 0]
-        why = ", ".join(f"{s.step}: {s.dropped}" for s in lost.itertuples())
+        why = "; ".join(f"{s.step}: {s.dropped}" for s in lost.itertuples())
         rows[image.image_identifier] = {
             "size": f"{raster.width} x {raster.height}",
             "bands": len(raster.bands),

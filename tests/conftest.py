@@ -68,6 +68,7 @@ def prepared(small_sample, tmp_path_factory):
     data, counts = gridsearch.prepare_search(images, blocks, tilings, [1.0], conf)
     tiles, boxes = tiling.read_tiles(tilings[128])
     return SimpleNamespace(
-        folder=folder, tables=small_sample.tables, images=images, report=report, blocks=blocks, tilings=tilings, data=data,
+        folder=folder, tables=small_sample.tables, images=images, report=report, blocks=blocks,
+        tilings=tilings, data=data,
         counts=counts, tiles=tiles, boxes=boxes,
     )  # fmt: skip

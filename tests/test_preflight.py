@@ -45,7 +45,7 @@ def test_pairs_say_what_was_read(prepared):
     assert first["counted"] == 1.0
     assert first["rows"] == len(pd.read_csv(prepared.tables[0]))
     dropped = first["rows"] - first["objects"]
-    assert sum(int(part.rpartition(": ")[2]) for part in first["dropped"].split(", ")) == dropped
+    assert sum(int(part.rpartition(": ")[2]) for part in first["dropped"].split("; ")) == dropped
     for label, count in image.df["label"].value_counts().head(5).items():
         assert f"{label}: {count}" in first["labels"]
 
