@@ -7,12 +7,15 @@ the same ground. The audit then measures what the tiles of two splits have in co
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import pyproj
 import shapely
+from pyproj.exceptions import ProjError
 
 import fileio
 from ImageData import InputError, RasterHandle
@@ -20,6 +23,7 @@ from ImageData import InputError, RasterHandle
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+REPROJECTION_SLACK = 0.01  # share of a tile; edges that were straight are curved in another CRS
 MIN_BLOCKS = 12  # below this many blocks, the derived block size shrinks
 
 
@@ -141,7 +145,7 @@ def _cut(raster: RasterHandle, size: int | None) -> pd.DataFrame:
 def audit_splits(tiles: pd.DataFrame, rasters: Mapping[str, RasterHandle]) -> pd.DataFrame:
     """Measure the ground that tiles of different splits share; there must be none.
 
-    Rasters of one coordinate reference system are compared on the map, so that two scenes of the
+    Rasters with a coordinate reference system are compared on the map, so that two scenes of the
     same place cannot be on two sides.
 
     Args:
@@ -162,13 +166,21 @@ def audit_splits(tiles: pd.DataFrame, rasters: Mapping[str, RasterHandle]) -> pd
         plane, footprints, pixel_area = _footprints(group, rasters[name])
         areas = np.full(len(group), pixel_area)
         planes.setdefault(plane, []).append((footprints, areas, group["split"].to_numpy()))
-    for parts in planes.values():
-        footprints, areas, split = (np.concatenate(part) for part in zip(*parts, strict=True))
-        for first, second in pairs:
-            a, b = (np.flatnonzero(split == name) for name in (first, second))
-            i, j = shapely.STRtree(footprints[b]).query(footprints[a])
-            common = shapely.intersection(footprints[a[i]], footprints[b[j]])
-            shared[first, second] += float((shapely.area(common) / areas[a[i]]).sum())
+    grounds = {
+        plane: tuple(np.concatenate(part) for part in zip(*parts, strict=True))
+        for plane, parts in planes.items()
+    }
+    for ground in grounds.values():
+        _add_shared(shared, ground, ground)
+    on_map = {raster.crs for raster in rasters.values() if raster.crs} & grounds.keys()
+    for here, there in itertools.permutations(sorted(on_map), 2):
+        footprints, areas, split = grounds[there]
+        try:
+            transformer = pyproj.Transformer.from_crs(there, here, always_xy=True)
+        except ProjError:  # of another globe
+            continue
+        moved = shapely.transform(footprints, transformer.transform, interleaved=False)
+        _add_shared(shared, grounds[here], (moved, areas, split), least=REPROJECTION_SLACK)
     # map coordinates leave rounding behind, so a tenth of a pixel is none
     rows = [(first, second, round(px, 1)) for (first, second), px in shared.items()]
     audit = pd.DataFrame(rows, columns=["first", "second", "shared_px"])
@@ -179,6 +191,22 @@ def audit_splits(tiles: pd.DataFrame, rasters: Mapping[str, RasterHandle]) -> pd
             + "; give rasters that overlap on the map to one run only after cutting the overlap"
         )
     return audit
+
+
+def _add_shared(
+    shared: dict[tuple[str, str], float],
+    here: tuple[np.ndarray, ...],
+    there: tuple[np.ndarray, ...],
+    least: float = 0.0,
+) -> None:
+    """Add, per pair of splits, the px of tiles of the first here that tiles of the second cover."""
+    (footprints, areas, split), (others, _, other_split) = here, there
+    for first, second in shared:
+        a, b = np.flatnonzero(split == first), np.flatnonzero(other_split == second)
+        i, j = shapely.STRtree(others[b]).query(footprints[a])
+        common = shapely.area(shapely.intersection(footprints[a[i]], others[b[j]]))
+        real = common > least * shapely.area(footprints[a[i]])
+        shared[first, second] += float((common / areas[a[i]])[real].sum())
 
 
 def _footprints(windows: pd.DataFrame, raster: RasterHandle) -> tuple[str, np.ndarray, float]:

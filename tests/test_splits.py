@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import pyproj
 import pytest
 import shapely
 from hypothesis import assume, given
@@ -172,3 +173,24 @@ def test_ground_outside_the_area_of_interest_is_not_dealt_out():
     scene.regions = fileio.Regions(aoi=(shapely.box(0, 0, 10, 10),))
     with pytest.raises(InputError, match="24 more lie outside the areas of interest"):
         blocks_of([scene], block_size=200)
+
+
+def test_the_same_ground_is_found_under_another_coordinate_reference_system():
+    def scene(name, epsg, x0, y0):
+        place = raster(name, 1000, 1000)
+        place.crs = pyproj.CRS.from_epsg(epsg).to_wkt()
+        place.transform = (1.0, 0, x0, 0, -1.0, y0)
+        return place
+
+    there = pyproj.Transformer.from_crs(32633, 3035, always_xy=True).transform(500_000, 5_400_000)
+    rasters = {
+        "a": scene("a", 32633, 500_000, 5_400_000), "b": scene("b", 3035, *there),
+        "far": scene("far", 3035, there[0] + 5000, there[1]),
+    }  # fmt: skip
+    tile = {"x": 100, "y": 100, "width": 200, "height": 200}
+    rows = [{"raster": "a", "split": "train"}, {"raster": "far", "split": "test"}]
+    tiles = pd.DataFrame([row | tile for row in rows])
+    assert (splits.audit_splits(tiles, rasters)["shared_px"] == 0).all()
+    rows[1]["raster"] = "b"
+    with pytest.raises(InputError, match="train and test"):
+        splits.audit_splits(pd.DataFrame([row | tile for row in rows]), rasters)
