@@ -44,8 +44,9 @@ def test_pairs_say_what_was_read(prepared):
     assert first["diameter_px_50%"] == pytest.approx(image.df["diameter"].median())
     assert first["counted"] == 1.0
     assert first["rows"] == len(pd.read_csv(prepared.tables[0]))
-    dropped = first["rows"] - first["objects"]
-    assert sum(int(part.rpartition(": ")[2]) for part in first["dropped"].split("; ")) == dropped
+    assert first["dropped"] == first["rows"] - first["objects"]
+    reasons = first["why_dropped"].split("; ")
+    assert sum(int(part.rpartition(": ")[2]) for part in reasons) == first["dropped"]
     for label, count in image.df["label"].value_counts().head(5).items():
         assert f"{label}: {count}" in first["labels"]
 
