@@ -388,9 +388,12 @@ def _reject(
     order = np.argsort(fileio.hash_rows(windows.loc[empty, ["raster", "x", "y"]], options.seed))
     waiting = windows.index[empty][order]
     while wanted and len(waiting):
-        tried, waiting = waiting[:wanted], waiting[wanted:]
+        count = max(wanted, JOB_WINDOWS)
+        tried, waiting = waiting[:count], waiting[count:]
         reason[tried] = attempt(windows.loc[tried])
-        wanted -= int((reason[tried] == "").sum())
+        good = tried[reason[tried] == ""]
+        waiting = good[wanted:].append(waiting)
+        wanted -= len(good[:wanted])
     reason[waiting] = "empty, beyond EMPTY_TILE_RATIO"
     return windows.assign(kept=(reason == "").to_numpy(), reason=reason.to_numpy())
 
