@@ -32,6 +32,7 @@ LAYERS = [
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 WITHOUT_TORCH = LEVEL["tiling"]  # the highest layer that worker processes import
+DISK = {"artefacts", "rasters", "formats", "layout"}
 TORCH = {"torch", "torchvision", "torchmetrics", "pytorch_lightning", "lightning"}
 MODULES = sorted(path.stem for path in PROJECT.glob("*.py"))
 
@@ -54,6 +55,8 @@ def test_imports_go_strictly_downward(module):
     assert not too_high
     if LEVEL[module] <= WITHOUT_TORCH:
         assert not names & TORCH
+    if module not in {*DISK, "fileio"}:
+        assert not names & DISK, "what is on disk is reached through fileio"
 
 
 @pytest.mark.parametrize("module", MODULES)
