@@ -122,6 +122,11 @@ class DataContract:
     evaluation_overlap: int
 
 
+def detections_limit(densest: int) -> int:
+    """Return the most detections to keep of a tile, given the objects in the densest one."""
+    return max(100, 2 * densest)
+
+
 class TileRetinaNet(RetinaNet):
     """Torchvision's RetinaNet on tiles of one size, without its resizing.
 

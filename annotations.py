@@ -693,7 +693,7 @@ def _choosing_steps(
         for problem in file.df["problem"].dropna().unique():
             steps[problem] = partial(drop_problem, problem=problem)
     elif o.image_column is not None:
-        mine = partial(select_raster, column_name=o.image_column, stem=raster.path.stem)
+        mine = partial(select_raster, column_name=o.image_column, stem=raster.identifier)
         if mine(file.df).empty:
             raise InputError(
                 f"no row of {path} names the raster {raster.path.name} in its column "
@@ -881,7 +881,7 @@ def clean_annotations(
 
     images, reports = [], []
     for path, raster, first in zip(df_paths, rasters, cleaned, strict=True):
-        identifier = raster.path.stem
+        identifier = raster.identifier
         last = run_steps(
             first.df,
             {"uncommon label": partial(filter_label_column, label_mask=common)},

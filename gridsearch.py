@@ -41,7 +41,7 @@ import splits
 import tiling
 from datasets import TileDataModule, class_ids
 from ImageData import BOX_COLUMNS, CENTER_COLUMNS, ImageData, InputError
-from LargeRasterOR import DataContract, LargeRasterORModel, fit_anchors
+from LargeRasterOR import DataContract, LargeRasterORModel, detections_limit, fit_anchors
 from logger import LoggerProtocol, get_logging_key, make_model_logger
 from ModelConfig import ModelConfig
 
@@ -351,7 +351,7 @@ def make_contract(data: SearchData, module: TileDataModule, tile_size: int) -> D
         dtype=raster.dtype,
         radiometry=data.radiometry,
         anchors=fit_anchors(module.train.boxes[module.train.owned]),  # neighbours are cut
-        detections_per_tile=max(100, 2 * densest),
+        detections_per_tile=detections_limit(densest),
         resolution=raster.resolution,
         split_hash=fileio.fingerprint(data.blocks),
         evaluation_overlap=min(data.evaluation_overlap, tile_size // 2),

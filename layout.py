@@ -399,11 +399,10 @@ def _known_diagnosis(
     """Return a raster's diagnosis, measured once, and its folder; None if its header is fine."""
     with raster.anew() as src:
         slow, _ = _problems(src, measuring.get("window_size", 256))
-        files = sorted({Path(file) for file in src.files if Path(file).is_file()} | {raster.path})
     if not slow:
         return None, None
     if raster.path.is_file():
-        prints = [content_fingerprint(file) for file in files]
+        prints = [content_fingerprint(file) for file in raster.files]
         key = prints[0] if len(prints) == 1 else fingerprint(prints)
     else:
         key = fingerprint(raster.source)

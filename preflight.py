@@ -31,6 +31,7 @@ from LargeRasterOR import (
     DataContract,
     LargeRasterORModel,
     best_anchor_iou,
+    detections_limit,
     fit_anchors,
     resolve_precision,
 )
@@ -180,7 +181,7 @@ def _contract(
     return DataContract(
         tile_size=size, bands=raster.bands, band_count=raster.band_count, dtype=raster.dtype,
         radiometry=imutils.Radiometry("none", zeros, ones, zeros, ones),
-        anchors=fit_anchors(train_boxes), detections_per_tile=max(100, 2 * densest),
+        anchors=fit_anchors(train_boxes), detections_per_tile=detections_limit(densest),
         resolution=raster.resolution, split_hash="", evaluation_overlap=0,
     )  # fmt: skip
 
