@@ -334,6 +334,12 @@ def resolve_precision(precision: str, accelerator: str) -> str:
     return "bf16-mixed" if native else "32-true"
 
 
+def autocast(device_type: str, precision: str) -> torch.autocast:
+    """Return the context in which a precision that `resolve_precision` gave computes."""
+    kind = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    return torch.autocast(device_type, kind or torch.bfloat16, enabled=kind is not None)
+
+
 class LargeRasterORModel(pl.LightningModule):
     """A detector and how it learns.
 
@@ -379,6 +385,17 @@ class LargeRasterORModel(pl.LightningModule):
         if self.conf.weights:
             backbone = make_backbone(self.conf, len(self.contract.bands), load=True)
             self.network.backbone.load_state_dict(backbone.state_dict())
+
+    def limit_detections(self, tile_size: int, score_threshold: float) -> None:
+        """Set which detections of a tile are returned: those above a score, at most so many.
+
+        A tile of another size than the training's may hold more objects, or fewer.
+        """
+        share = (tile_size / self.contract.tile_size) ** 2
+        limit = max(100, math.ceil(self.contract.detections_per_tile * share))
+        self.network.score_thresh = score_threshold
+        self.network.detections_per_img = limit
+        self.network.topk_candidates = max(1000, 2 * limit)
 
     def forward(self, images: Tensor) -> list[dict[str, Tensor]]:
         """Detect objects on stretched tiles (B, bands, H, W): `boxes, scores, labels` per tile."""

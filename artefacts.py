@@ -195,7 +195,8 @@ def exclusive(directory: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise InputError(
-            f"{directory} is in use by another process; wait for it, or set another RUN_NAME"
+            f"{directory} is in use by another process; wait for it, or write elsewhere "
+            "(RUN_NAME, --output)"
         ) from None
     try:
         yield

@@ -33,13 +33,14 @@ from formats import (
     write_annotations,
 )
 from ImageData import InputError
-from layout import check_layout, content_fingerprint, diagnose, rewrite
+from layout import check_layout, content_fingerprint, diagnose, raster_fingerprint, rewrite
 from rasters import Raster, Regions, create_raster, read_raster, read_rasters
 
 __all__ = [
     "PIXEL_COLUMNS", "AnnotationFile", "Raster", "Regions", "atomic_path", "check_layout",
     "content_fingerprint", "create_raster", "diagnose", "exclusive", "fingerprint", "hash_rows",
-    "identifier_from_tilename", "is_finished", "main", "mark_finished", "read_annotation_file",
+    "identifier_from_tilename", "is_finished", "main", "mark_finished", "raster_fingerprint",
+    "read_annotation_file",
     "read_raster", "read_rasters", "read_table", "recreate_directory",  "rewrite",
     "write_annotations", "write_json", "write_table", "write_text",
 ]  # fmt: skip

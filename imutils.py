@@ -71,6 +71,18 @@ def box_area(boxes_xyxy: np.ndarray) -> np.ndarray:
     return (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).clip(0).prod(axis=-1)
 
 
+def shared_area(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Area in px^2 that boxes (..., 4) share with others, row by row."""
+    low, high = np.maximum(one[..., :2], other[..., :2]), np.minimum(one[..., 2:], other[..., 2:])
+    return (high - low).clip(0).prod(axis=-1)
+
+
+def pair_iou(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """IoU of boxes (..., 4) with others, row by row."""
+    shared = shared_area(one, other)
+    return shared / np.maximum(box_area(one) + box_area(other) - shared, 1e-12)
+
+
 def clip_boxes(boxes_xyxy: np.ndarray, limits_xyxy: np.ndarray) -> np.ndarray:
     """Clamp boxes (N, 4) to limits (4,) or (N, 4); a box outside them collapses to zero area."""
     limits = np.asarray(limits_xyxy)

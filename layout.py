@@ -343,6 +343,14 @@ def content_fingerprint(path: Path | str) -> str:
     return digest.hexdigest()[:16]
 
 
+def raster_fingerprint(raster: Raster) -> str:
+    """Digest the content of all files that hold a raster; of a remote one, its address only."""
+    if not raster.path.is_file():
+        return fingerprint(raster.source)
+    prints = [content_fingerprint(file) for file in raster.files]
+    return prints[0] if len(prints) == 1 else fingerprint(prints)
+
+
 def check_layout(rasters: Sequence[Raster], *, repair: bool, cache_dir: Path | str) -> list[Raster]:
     """Repair the rasters that are laid out badly, or warn of each, with measured figures.
 
@@ -401,11 +409,7 @@ def _known_diagnosis(
         slow, _ = _problems(src, measuring.get("window_size", 256))
     if not slow:
         return None, None
-    if raster.path.is_file():
-        prints = [content_fingerprint(file) for file in raster.files]
-        key = prints[0] if len(prints) == 1 else fingerprint(prints)
-    else:
-        key = fingerprint(raster.source)
+    key = raster_fingerprint(raster)
     folder = cache_dir / key
     record = folder / DIAGNOSIS
     with suppress(OSError, ValueError, TypeError):

@@ -17,6 +17,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from torchvision.ops import batched_nms
 
 import imutils
+import tiling
 
 UNMATCHED = -1
 IGNORED = -2  # a detection on an ignored object, or on ground that does not count: neither way
@@ -60,10 +61,8 @@ def merge_tiles(
 ) -> Ground:
     """Merge what the tiles of one block found, and what they know.
 
-    A detection is kept if its centre lies in the tile's core. Two tiles may each see the centre on
-    the other's side of the seam, and none would keep it; so it is also kept up to half the way to
-    the tile's edge, unless it touches an edge beyond which another tile sees more of it. Of those
-    that both report, class-aware non-maximum suppression keeps the better.
+    Each tile keeps its own, see `tiling.keep_detections`; of those that two tiles keep, class-aware
+    non-maximum suppression keeps the better.
 
     Args:
         detections: Per tile `boxes` (px of the tile), `scores`, `labels`, `stray`.
@@ -72,14 +71,11 @@ def merge_tiles(
     """
     boxes, scores, labels, stray = [], [], [], []
     for found, target in zip(detections, targets, strict=True):
-        on_raster = found["boxes"] + target["window"][:2].repeat(2)
-        center = (on_raster[:, :2] + on_raster[:, 2:]) / 2
-        core, window = target["core"], target["window"]
-        own = ((center >= core[:2]) & (center < core[2:])).all(dim=1)
-        low, high = ((core + window) / 2).split(2)
-        near = ((center >= low) & (center <= high)).all(dim=1)
-        cut = (((on_raster - window).abs() < 1) & (core != window)).any(dim=1)
-        own |= near & ~cut
+        window, core = target["window"], target["core"]
+        on_raster = found["boxes"] + window[:2].repeat(2)
+        own = torch.from_numpy(
+            tiling.keep_detections(on_raster.numpy(), window.numpy(), core.numpy())
+        )
         boxes.append(on_raster[own])
         scores.append(found["scores"][own])
         labels.append(found["labels"][own])
@@ -162,12 +158,8 @@ def match_boxes(
     if not len(boxes) or not len(truth):
         return matches
     of_box, of_truth = shapely.STRtree(shapely.box(*truth.T)).query(shapely.box(*boxes.T))
-    low = np.maximum(boxes[of_box, :2], truth[of_truth, :2])
-    high = np.minimum(boxes[of_box, 2:], truth[of_truth, 2:])
-    shared = (high - low).clip(0).prod(axis=1)
-    box_area = imutils.box_area(boxes)[of_box]
-    union = box_area + imutils.box_area(truth)[of_truth] - shared
-    iou = shared / np.maximum(union, 1e-12)
+    shared = imutils.shared_area(boxes[of_box], truth[of_truth])
+    iou = imutils.pair_iou(boxes[of_box], truth[of_truth])
 
     candidate = (iou >= iou_threshold) & ~ignored[of_truth]
     order = np.lexsort((-iou[candidate], of_box[candidate], -scores[of_box[candidate]]))
@@ -176,7 +168,9 @@ def match_boxes(
         if matches[box] == UNMATCHED and not taken[obj]:
             matches[box], taken[obj] = obj, True
 
-    on_ignored = ignored[of_truth] & (shared >= iou_threshold * np.maximum(box_area, 1e-12))
+    on_ignored = ignored[of_truth] & (
+        shared >= iou_threshold * np.maximum(imutils.box_area(boxes)[of_box], 1e-12)
+    )
     unmatched = np.unique(of_box[on_ignored])
     unmatched = unmatched[matches[unmatched] == UNMATCHED]
     matches[unmatched] = IGNORED

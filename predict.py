@@ -1,27 +1,63 @@
-"""Whole rasters: what a trained model may be used on.
+"""Whole rasters: the catalogue of every object that a trained model finds in them.
 
-A checkpoint carries the contract of the data it was trained on; a raster that breaks it is refused
-before anything is predicted.
+A raster is covered with overlapping tiles, whose rows form strips. What the tiles of a strip find
+is left in a journal beside the output, so that a prediction that was stopped goes on; strips may be
+predicted in any order, by any number of processes or machines. They are merged from top to bottom,
+and the catalogue takes its name when it is complete.
+
+python predict.py RASTER --checkpoint runs/quickstart/best.ckpt --output catalogue.gpkg
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import json
 import logging
-from collections.abc import Collection
+import shutil
+import sys
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 import pandas as pd
+import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as validated
+from torch import nn
 
+import annotations
+import catalogue
 import fileio
+import parallel
+import strips
 import tiling
+from catalogue import Detections
 from ImageData import InputError
-from LargeRasterOR import DataContract
+from LargeRasterOR import (
+    DataContract,
+    LargeRasterORModel,
+    __version__,
+    resolve_precision,
+)
+from ModelConfig import Positive, Precision, Share
 
 log = logging.getLogger(__name__)
 
 RADIOMETRIC_TOLERANCE = 3.0  # standard deviations of the training pixels
 CHECKS = ("bands", "dtype", "resolution", "radiometry")
+CHUNK = 20_000  # objects written at once
+FAILED, INCOMPLETE, INTERRUPTED = 1, 3, 130  # exit codes; 0: complete, 2: not understood
+
+
+# ---------------------------------------------------------------------------------------------
+# What fits a model
+# ---------------------------------------------------------------------------------------------
 
 
 def open_raster(
@@ -96,3 +132,502 @@ def _compare_radiometry(raster: fileio.Raster, contract: DataContract, seed: int
         f"{np.median(pixels[worst]):.4g}, {off[worst]:.1f} standard deviations from the mean of "
         "the training pixels"
     }
+
+
+# ---------------------------------------------------------------------------------------------
+# What is wanted
+# ---------------------------------------------------------------------------------------------
+
+
+@validated(config=ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True))
+class PredictionOptions:
+    """How a raster is predicted.
+
+    Attributes:
+        tile_size: Side of the tiles in px; None takes the training's.
+        overlap: Least overlap of neighbouring tiles in px; None takes the longest side of any
+            object of the training, at most half a tile.
+        batch_size: Tiles that the model sees at once.
+        precision: See `resolve_precision`.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps".
+        score_threshold: Least score of an object (0-1); None takes the one that validation chose.
+        aoi: File of polygons outside which nothing is predicted.
+        ignore: File of polygons inside which nothing is predicted.
+        views: Turned and mirrored views of each tile that are fused, of `strips.VIEWS`.
+        scales: Factors by which tiles are enlarged; what several show is fused, too.
+        geometry: "box", or "circle" around the centre, in the files that hold polygons.
+        density_cell: Side in px of the cells of a density map, written beside the first output as
+            `_density.tif`; None: no map.
+        readers: Threads that read ahead.
+        workers: Processes that share the strips; None: one for each GPU in use, or one.
+        scheduler: Address of a Dask scheduler whose workers share the strips.
+        resume: Leave an output that is complete as it is.
+        overwrite: Replace outputs that exist, and drop what another command left unfinished.
+        override: Checks of `open_raster` to leave out.
+        resolution_tolerance: See `open_raster`.
+    """
+
+    tile_size: Annotated[int, Field(ge=32)] | None = None
+    overlap: Annotated[int, Field(ge=0)] | None = None
+    batch_size: Positive = 4
+    precision: Precision = "auto"
+    device: str = "auto"
+    score_threshold: Share | None = None
+    aoi: Path | None = None
+    ignore: Path | None = None
+    views: Literal["none", "flips", "turns", "all"] = "none"
+    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=8)], ...], Field(min_length=1)] = (1.0,)
+    geometry: Literal["box", "circle"] = "box"
+    density_cell: Positive | None = None
+    readers: Positive = 2
+    workers: Positive | None = None
+    scheduler: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+    override: tuple[str, ...] = ()
+    resolution_tolerance: Annotated[float, Field(ge=0)] | None = 0.2
+
+
+def _options_of(values: dict[str, object]) -> PredictionOptions:
+    try:
+        return TypeAdapter(PredictionOptions).validate_python(values)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise InputError(f"options of the prediction: {'; '.join(lines)}") from None
+
+
+def find_devices(device: str) -> tuple[str, ...]:
+    """Return the devices that a name stands for: "auto" and "cuda" are all GPUs there are.
+
+    Raises:
+        InputError: There is no such device.
+    """
+    gpus = tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
+    if device == "auto":
+        return gpus or (("mps",) if torch.backends.mps.is_available() else ("cpu",))
+    if device == "cuda" and gpus:
+        return gpus
+    known = {"cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])}
+    if device not in known:
+        raise InputError(
+            f"device {device!r} is not there, expected one of {sorted(known)}, or auto"
+        )
+    return (device,)
+
+
+# ---------------------------------------------------------------------------------------------
+# A raster from header to catalogue
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What came of predicting a raster.
+
+    Attributes:
+        outputs: The files that hold the catalogue.
+        provenance: The record of how it was made.
+        objects: Label -> number of objects.
+        predicted: Number of tiles that the model saw.
+        empty: Number of tiles without ground that counts.
+        gaps: Ground that could not be read: `x, y, width, height`, px.
+        seconds: Time that this call took.
+    """
+
+    outputs: tuple[Path, ...]
+    provenance: Path
+    objects: dict[str, int]
+    predicted: int
+    empty: int
+    gaps: pd.DataFrame
+    seconds: float
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of the raster was read."""
+        return self.gaps.empty
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prediction that was checked and can begin."""
+
+    predictor: strips.StripPredictor
+    labels: tuple[str, ...]
+    outputs: tuple[Path, ...]
+    options: PredictionOptions
+    plan: dict[str, object]  # what the result depends on
+
+    @property
+    def provenance(self) -> Path:
+        """Where the record of the result goes."""
+        return self.outputs[0].with_suffix(".provenance.json")
+
+
+def predict_raster(
+    checkpoint: Path | str | LargeRasterORModel,
+    raster: Path | str,
+    outputs: Path | str | Sequence[Path | str],
+    *,
+    progress: bool = False,
+    **options: object,
+) -> Prediction:
+    """Find every object of a raster and write the catalogue.
+
+    The call goes on where an earlier one with the same model, raster and options was stopped; its
+    journal lies beside the first output, and is deleted when the catalogue is complete.
+
+    Args:
+        checkpoint: A checkpoint, or a model.
+        raster: File or address.
+        outputs: Files to write, of any suffix that `fileio.write_annotations` knows; beside the
+            first one `.provenance.json` tells how they were made.
+        progress: Show a bar.
+        options: See `PredictionOptions`.
+
+    Raises:
+        InputError: Before any long work, if something does not fit, or an output exists.
+    """
+    return run(prepare(checkpoint, raster, outputs, **options), progress=progress)
+
+
+def prepare(
+    checkpoint: Path | str | LargeRasterORModel,
+    raster: Path | str,
+    outputs: Path | str | Sequence[Path | str],
+    **options: object,
+) -> Task:
+    """Check all that `predict_raster` is given, and plan the work."""
+    wanted = _options_of(options)
+    paths = [outputs] if isinstance(outputs, Path | str) else outputs
+    paths = tuple(Path(path).absolute() for path in paths)
+    model = checkpoint if isinstance(checkpoint, nn.Module) else strips.load_model(checkpoint)
+    model.eval()
+    contract = model.contract
+    opened = open_raster(
+        raster, contract, resolution_tolerance=wanted.resolution_tolerance,
+        override=wanted.override,
+    )  # fmt: skip
+    opened = opened.with_regions(
+        annotations.read_regions(wanted.aoi, wanted.ignore, opened, "auto")
+    )
+    size = wanted.tile_size or contract.tile_size
+    overlap = min(contract.evaluation_overlap, size // 2)
+    if wanted.overlap is not None:
+        overlap = wanted.overlap
+    if overlap >= size:
+        raise InputError(f"overlap must be less than the tiles' {size} px, got {overlap}")
+    threshold = wanted.score_threshold
+    if threshold is None:
+        threshold = float(model.operating_threshold)
+        if np.isnan(threshold):
+            raise InputError(
+                "the model was never validated, so that it knows no score from which a detection "
+                "counts; give one (score_threshold)"
+            )
+    devices = find_devices(wanted.device)
+    precision = resolve_precision(wanted.precision, torch.device(devices[0]).type)
+    workers = wanted.workers or len(devices)
+    on_cpu = devices == ("cpu",) and workers > 1 and wanted.scheduler is None
+    predictor = strips.StripPredictor(
+        model=model if isinstance(checkpoint, nn.Module) else Path(checkpoint).absolute(),
+        radiometry=contract.radiometry, raster=opened,
+        journal=paths[0].with_name(f"{paths[0].name}.journal"), tile_size=size, overlap=overlap,
+        score_threshold=threshold, nms_threshold=model.conf.nms_threshold, precision=precision,
+        views=strips.VIEWS[wanted.views], scales=wanted.scales, batch_size=wanted.batch_size,
+        readers=wanted.readers, devices=devices,
+        threads=max(1, parallel.cpu_count() // workers) if on_cpu else None,
+    )  # fmt: skip
+    made_with = {
+        name: getattr(predictor, name)
+        for name in ("tile_size", "overlap", "strip_rows", "score_threshold", "nms_threshold",
+                     "precision", "views", "scales")
+    }  # fmt: skip
+    plan = made_with | {
+        "model": _digest(checkpoint, model),
+        "raster": fileio.raster_fingerprint(opened),
+        "size": [opened.width, opened.height],
+        "bands": opened.bands,
+        "regions": opened.regions.digest() if opened.regions else None,
+    }
+    plan = json.loads(json.dumps(plan))
+    task = Task(predictor, tuple(model.labels), paths, replace(wanted, workers=workers), plan)
+    _check_outputs(task)
+    return task
+
+
+def _digest(checkpoint: Path | str | nn.Module, model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    if isinstance(checkpoint, nn.Module):
+        for name, value in model.state_dict().items():
+            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    else:
+        digest.update(Path(checkpoint).read_bytes())
+    return digest.hexdigest()
+
+
+def _check_outputs(task: Task) -> None:
+    """Refuse to replace or to mix what is there already."""
+    started = _read_json(task.predictor.journal / "manifest.json")
+    if started is not None:
+        differing = [name for name, value in task.plan.items() if started.get(name) != value]
+        if differing and not task.options.overwrite:
+            shown = [f"{name} ({started.get(name)}, now {task.plan[name]})" for name in differing]
+            raise InputError(
+                f"{task.predictor.journal} holds an unfinished prediction that differs in "
+                f"{', '.join(shown)}; finish that one, or drop it with overwrite"
+            )
+        return
+    there = [str(path) for path in task.outputs if path.exists()]
+    if there and not task.options.overwrite and not _is_complete(task):
+        raise InputError(
+            f"{', '.join(there)} exists; give another name, or overwrite it"
+            + (" (it was made otherwise, so that resume cannot keep it)" if task.options.resume
+               else ", or keep it if it is complete (resume)")
+        )  # fmt: skip
+
+
+def _is_complete(task: Task) -> bool:
+    record = _read_json(task.provenance) or {}
+    same = record.get("complete") and record.get("plan") == task.plan
+    return bool(task.options.resume and same and all(path.exists() for path in task.outputs))
+
+
+def _read_json(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def run(task: Task, *, progress: bool = False) -> Prediction:
+    """Do what `prepare` planned; see `predict_raster`."""
+    if _is_complete(task):
+        log.info("%s is complete", task.outputs[0])
+        return _prediction(task, _read_json(task.provenance), 0.0)
+    started, clock = datetime.now(UTC), time.monotonic()
+    predictor, journal = task.predictor, task.predictor.journal
+    with fileio.exclusive(journal), _keeping(journal):
+        if _read_json(journal / "manifest.json") != task.plan:
+            for part in journal.glob("strip_*.npz"):
+                part.unlink()
+            fileio.write_json(journal / "manifest.json", task.plan)
+        objects, counts, gaps = _merge(task, progress)
+        seconds = time.monotonic() - clock
+        record = {
+            "complete": not gaps,
+            "gaps": gaps,
+            "objects": objects,
+            **counts,
+            "raster": str(predictor.raster.path),
+            "checkpoint": str(predictor.model) if isinstance(predictor.model, Path) else None,
+            "outputs": [path.name for path in task.outputs],
+            "plan": task.plan,
+            "options": asdict(task.options),
+            "devices": predictor.devices,
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round(seconds, 3),
+            "versions": {"LargeRasterOR": __version__, "torch": torch.__version__},
+        }
+        fileio.write_json(task.provenance, record)
+        if not gaps:
+            shutil.rmtree(journal)
+    result = _prediction(task, record, seconds)
+    log.info(
+        "%s: %d objects in %s; %d tiles, %d more without ground that counts, %.1f s",
+        predictor.raster.path, sum(objects.values()), task.outputs[0], result.predicted,
+        result.empty, seconds,
+    )  # fmt: skip
+    if gaps:
+        log.warning(
+            "%s has %d gaps that could not be read, listed in %s; mend the raster, and the same "
+            "call fills them", task.outputs[0], len(gaps), task.provenance,
+        )  # fmt: skip
+    return result
+
+
+def _prediction(task: Task, record: dict, seconds: float) -> Prediction:
+    gaps = pd.DataFrame(record["gaps"], columns=tiling.WINDOW_COLUMNS)
+    return Prediction(
+        task.outputs, task.provenance, record["objects"], record["predicted"], record["empty"],
+        gaps, seconds,
+    )  # fmt: skip
+
+
+@contextmanager
+def _keeping(journal: Path) -> Iterator[None]:
+    """Tell whoever stops the work how it goes on."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"finished strips are kept in {journal}; the same call goes on from there")
+        raise
+
+
+def _merge(task: Task, progress: bool) -> tuple[dict[str, int], dict[str, int], list]:
+    """Predict what the journal lacks, and write the catalogue from top to bottom."""
+    predictor, raster = task.predictor, task.predictor.raster
+    tops = predictor.strip_tops
+    waiting = [strip for strip in range(len(tops)) if not predictor.is_done(strip)]
+    if len(waiting) < len(tops):
+        log.info("%d of %d strips are there already", len(tops) - len(waiting), len(tops))
+    counts, gaps = {"predicted": 0, "empty": 0}, []
+    numbers = np.zeros(len(task.labels), dtype=np.int64)
+    front, certain = catalogue.SeamFront(predictor.nms_threshold), []
+    cell = task.options.density_cell
+    density = catalogue.DensityMap(raster, cell) if cell else None
+    with ExitStack() as stack:
+        appends = [
+            stack.enter_context(
+                fileio.annotation_writer(path, raster, task.labels, shape=task.options.geometry)
+            )
+            for path in task.outputs
+        ]
+        made = stack.enter_context(closing(_predict_strips(task, waiting, progress)))
+        for strip, next_y in zip(range(len(tops)), [*tops[1:], np.inf], strict=True):
+            if strip in waiting:
+                next(made)
+            part = strips.Part.read(predictor.part_path(strip))
+            certain.append(front.push(part.found, next_y))
+            counts["predicted"] += part.predicted
+            counts["empty"] += part.empty
+            gaps += part.gaps.tolist()
+            if sum(map(len, certain)) >= CHUNK or strip == len(tops) - 1:
+                found, certain = Detections.concatenate(certain), []
+                numbers += np.bincount(found.ids, minlength=len(numbers))
+                df = catalogue.to_table(found, task.labels, raster)
+                for append in appends:
+                    append(df)
+                if density is not None:
+                    density.add(df)
+    if density is not None:
+        first = task.outputs[0]
+        density.write(first.with_name(f"{first.stem}_density.tif"))
+    return dict(zip(task.labels, numbers.tolist(), strict=True)), counts, gaps
+
+
+def _predict_strips(task: Task, numbers: list[int], progress: bool) -> Iterator[Path]:
+    predictor, wanted = task.predictor, task.options
+    description = f"predicting {predictor.raster.identifier}"
+    if wanted.scheduler is None and wanted.workers == 1:
+        # tiles of the next strip are read while the last ones of this strip are predicted
+        with parallel.Progress(len(numbers), description, bar=progress) as report:
+            for path in predictor.predict(numbers):
+                report.advance()
+                yield path
+        return
+    with parallel.connect(wanted.scheduler) as executor:
+        yield from parallel.imap_ordered(
+            predictor.predict_one, numbers, workers=wanted.workers, executor=executor,
+            description=description, progress=progress,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Predict rasters as a command; see its `--help` for the exit codes."""
+    args = vars(_parser().parse_args(argv))
+    rasters, patterns = args.pop("rasters"), args.pop("output")
+    checkpoint, progress = args.pop("checkpoint"), sys.stderr.isatty()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    try:
+        tasks = [
+            prepare(checkpoint, raster, outputs, **args)
+            for raster, outputs in zip(rasters, name_outputs(rasters, patterns), strict=True)
+        ]
+    except (InputError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return FAILED
+    code = 0
+    for task in tasks:  # all were checked; what fails now must not stop the others
+        try:
+            result = run(task, progress=progress)
+        except KeyboardInterrupt as error:
+            sys.stderr.write("\n".join(["interrupted", *getattr(error, "__notes__", [])]) + "\n")
+            return INTERRUPTED
+        except (InputError, OSError) as error:
+            notes = getattr(error, "__notes__", [])
+            sys.stderr.write("\n".join([f"{task.outputs[0]}: {error}", *notes]) + "\n")
+            code = FAILED
+        else:
+            code = code or (0 if result.complete else INCOMPLETE)
+    return code
+
+
+def name_outputs(
+    rasters: Sequence[Path | str], patterns: Sequence[Path | str]
+) -> list[tuple[Path, ...]]:
+    """Name the outputs of each raster: its identifier stands for `{raster}` in the patterns.
+
+    Raises:
+        InputError: Two rasters would write the same file.
+    """
+    outputs = [
+        tuple(Path(str(pattern).replace("{raster}", Path(raster).stem)) for pattern in patterns)
+        for raster in rasters
+    ]
+    flat = [path for paths in outputs for path in paths]
+    if doubled := sorted({str(path) for path in flat if flat.count(path) > 1}):
+        raise InputError(
+            f"{', '.join(doubled)} would be written more than once; rasters that share a command "
+            "need {raster} in the name of the output, such as maps/{raster}.gpkg, and names of "
+            "their own"
+        )
+    return outputs
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="predict.py", description="Find every object of whole rasters with a trained model.",
+        epilog=f"Exit code: 0 complete; {FAILED} a raster could not be predicted, the message says "
+        f"why; 2 the command is not understood; {INCOMPLETE} predicted, but for gaps that could "
+        f"not be read; {INTERRUPTED} interrupted. The same command goes on where it was stopped.",
+    )  # fmt: skip
+    # fmt: off
+    add = parser.add_argument
+    add("rasters", nargs="+", metavar="RASTER", help="a file, or an address (https://, s3://, ...)")
+    add("--checkpoint", type=Path, required=True, help="the model, such as runs/mine/best.ckpt")
+    add("--output", nargs="+", required=True, metavar="OUT",
+        help="catalogues to write: .gpkg, .geojson, .parquet, .csv, .json (COCO), .txt (YOLO); "
+        "{raster} in the name stands for the raster's own")
+    add("--tile-size", type=int, metavar="PX", help="side of the tiles (default: the training's)")
+    add("--overlap", type=int, metavar="PX",
+        help="least overlap of tiles (default: the largest object of the training)")
+    add("--batch-size", type=int, default=4, help="tiles at once (default: %(default)s)")
+    add("--precision", choices=get_args(Precision), default="auto",
+        help="default: bf16-mixed where the hardware computes in it, else 32-true")
+    add("--device", default="auto", help="auto, cpu, cuda (all GPUs), cuda:1, mps")
+    add("--score-threshold", type=float, metavar="SCORE",
+        help="least score of an object, 0-1 (default: the one that validation chose)")
+    add("--aoi", type=Path, metavar="FILE", help="polygons outside which nothing is predicted")
+    add("--ignore", type=Path, metavar="FILE", help="polygons inside which nothing is predicted")
+    add("--views", choices=tuple(strips.VIEWS), default="none",
+        help="fuse turned and mirrored views of every tile (default: %(default)s)")
+    add("--scales", type=float, nargs="+", default=[1.0], metavar="FACTOR",
+        help="fuse tiles enlarged by these factors (default: 1)")
+    add("--geometry", choices=("box", "circle"), default="box",
+        help="shape of an object in files that hold polygons (default: %(default)s)")
+    add("--density-cell", type=int, metavar="PX",
+        help="also write OUT_density.tif, the number of objects per cell of that side")
+    add("--readers", type=int, default=2, help="threads that read ahead (default: %(default)s)")
+    add("--workers", type=int,
+        help="processes that share a raster (default: one, or one for each GPU)")
+    add("--scheduler", metavar="ADDRESS",
+        help="a Dask scheduler whose workers share a raster, such as tcp://host:8786")
+    add("--override", nargs="+", choices=CHECKS, default=[],
+        help="what of the raster may differ from the training's")
+    add("--resolution-tolerance", type=float, default=0.2, metavar="SHARE",
+        help="largest relative difference of the pixels' sides (default: %(default)s)")
+    add("--resume", action="store_true", help="keep outputs that are complete")
+    add("--overwrite", action="store_true",
+        help="replace outputs that exist, and drop what a differing command left unfinished")
+    # fmt: on
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

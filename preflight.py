@@ -30,6 +30,7 @@ from ImageData import BOX_COLUMNS, ImageData, InputError
 from LargeRasterOR import (
     DataContract,
     LargeRasterORModel,
+    autocast,
     best_anchor_iou,
     detections_limit,
     fit_anchors,
@@ -226,7 +227,6 @@ def _time_step(model: LargeRasterORModel, batch: int) -> tuple[float, float]:
     on_gpu = conf.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     precision = resolve_precision(conf.precision, conf.accelerator)
-    kind = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
     network = copy.deepcopy(model.network).to(device)
     box = torch.tensor([[0.0, 0.0, size / 4, size / 4]], device=device)
     target = {"boxes": box, "labels": torch.zeros(1, dtype=torch.int64, device=device)}
@@ -234,7 +234,7 @@ def _time_step(model: LargeRasterORModel, batch: int) -> tuple[float, float]:
     def run(count: int, *, learn: bool) -> float:
         images = torch.rand(count, len(model.contract.bands), size, size, device=device)
         start = time.perf_counter()
-        with torch.autocast(device.type, kind or torch.bfloat16, enabled=kind is not None):
+        with autocast(device.type, precision):
             losses, _ = network(images, [target] * count if learn else None, detect=not learn)
         if learn:
             torch.stack(list(losses.values())).sum().backward()

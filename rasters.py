@@ -27,7 +27,7 @@ import rasterio.features
 import shapely
 from pyproj.exceptions import ProjError
 from rasterio._err import CPLE_BaseError  # some calls let GDAL's own errors through
-from rasterio.enums import ColorInterp, MaskFlags, Resampling
+from rasterio.enums import ColorInterp, Interleaving, MaskFlags, Resampling
 from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as RasterioWindow
 
@@ -44,6 +44,7 @@ os.environ.setdefault("GDAL_CACHEMAX", "64")  # MB
 
 FALSE_ALPHA = 0.2  # share of half-transparent pixels from which an alpha band looks like data
 MAX_BANDS = 1024  # read at once; a damaged header may promise tens of thousands
+OVERVIEW_CELLS = 8  # px of an overview along a window's side, at least, that tell if it is empty
 MAX_OPEN_DATASETS = 32  # per thread; GDAL keeps a file descriptor and buffers for each
 SCHEMES = {"https": "vsicurl", "http": "vsicurl", "s3": "vsis3", "gs": "vsigs", "az": "vsiaz"}
 # a remote folder is not listed, and no file is looked for beside the raster
@@ -58,6 +59,8 @@ FITS_UNSIGNED = {16: ("UInt16", 2**15), 32: ("UInt32", 2**31)}  # stored signed,
 GDAL_ERRORS = (RasterioError, CRSError, CPLE_BaseError, UnicodeDecodeError)
 
 _open_datasets = threading.local()
+
+_Cells = tuple[np.ndarray, np.ndarray, np.ndarray]  # see `_any_cell`
 
 
 @dataclass(frozen=True)
@@ -312,6 +315,71 @@ class Raster:
         plain = not self.masked and set(self.nodata) == {None} and self.regions is None
         return plain and np.dtype(self.dtype).kind != "f"
 
+    def may_count(self, windows: np.ndarray) -> np.ndarray:
+        """Tell which windows may hold ground that counts, without reading their pixels.
+
+        The regions tell, the blocks that a sparse GeoTIFF never got, and, where pixels can be
+        invalid, an overview of which a window covers at least `OVERVIEW_CELLS` px a side, read with
+        a margin of one of its pixels. Windows should lie side by side: all that they span is
+        looked at.
+
+        Args:
+            windows: (N, 4), x, y, width, height in px.
+
+        Returns:
+            bool (N,): False where no pixel counts.
+        """
+        boxes = np.hstack([windows[:, :2], windows[:, :2] + windows[:, 2:]])
+        may = np.ones(len(boxes), bool) if self.regions is None else self.regions.reach(boxes)
+        for look in (self._written_cells, self._overview_cells):
+            if may.any() and (seen := look(boxes[may])) is not None:
+                may[may] = _any_cell(boxes[may], *seen)
+        return may
+
+    def _written_cells(self, boxes: np.ndarray) -> _Cells | None:
+        """Tell which blocks of a GeoTIFF were ever written, around boxes (N, 4)."""
+        height, width = self.block_shape_hw
+        low = (np.maximum(boxes[:, :2].min(axis=0), 0) // [width, height]).astype(int)
+        high = np.minimum(boxes[:, 2:].max(axis=0), [self.width, self.height])
+        high = np.ceil(high / [width, height]).astype(int)
+        with self._reading(Window(0, 0, self.width, self.height)) as src:
+            if src.driver != "GTiff":
+                return None
+            bands = self.bands[:1] if src.interleaving == Interleaving.pixel else self.bands
+            written = [
+                any(src.get_tag_item(f"BLOCK_OFFSET_{x}_{y}", "TIFF", bidx=b) for b in bands)
+                for y in range(low[1], high[1])
+                for x in range(low[0], high[0])
+            ]
+        cells = np.array(written, dtype=bool).reshape(high[1] - low[1], high[0] - low[0])
+        return cells, low, np.array([width, height])
+
+    def _overview_cells(self, boxes: np.ndarray) -> _Cells | None:
+        """Tell which pixels of an overview are valid or beside a valid one, around boxes (N, 4)."""
+        plain = not self.masked and None in self.nodata and np.dtype(self.dtype).kind != "f"
+        if plain:
+            return None
+        low = np.maximum(boxes[:, :2].min(axis=0), 0).astype(int)
+        high = np.minimum(boxes[:, 2:].max(axis=0), [self.width, self.height]).astype(int)
+        largest = (boxes[0, 2:] - boxes[0, :2]).min() / OVERVIEW_CELLS
+        with self._reading(Window(*low, *(high - low))) as src:
+            factor = max((f for f in src.overviews(self.bands[0]) if f <= largest), default=None)
+            if factor is None:
+                return None
+            low, high = low // factor * factor, -(-high // factor) * factor
+            window = RasterioWindow(*low, *(np.minimum(high, [self.width, self.height]) - low))
+            shape = tuple(((high - low) // factor)[::-1].tolist())
+            valid = self._has_value(
+                read_bands(src, self.bands, self.dtype, window=window, out_shape=shape)
+            )
+            if self.masked:
+                valid &= src.dataset_mask(window=window, out_shape=shape) > 0
+        around = np.pad(valid, 1)
+        valid = np.logical_or.reduce(
+            [around[y : y + shape[0], x : x + shape[1]] for y in range(3) for x in range(3)]
+        )
+        return valid, low // factor, np.array([factor, factor])
+
     def _has_value(self, image: np.ndarray) -> np.ndarray:
         present = np.ones(image.shape[1:], dtype=bool)
         if None not in self.nodata:
@@ -406,20 +474,7 @@ class Raster:
         Raises:
             InputError: The raster has no CRS, or one without a place on a globe.
         """
-        if self.crs is None:
-            raise InputError(
-                f"{self.path} has no coordinate reference system, so that metres mean nothing on "
-                "it; give pixel coordinates and diameters in px"
-            )
-        try:
-            crs = pyproj.CRS.from_wkt(self.crs)
-            globe = pyproj.Transformer.from_crs(crs, crs.geodetic_crs, always_xy=True)
-            geod = crs.get_geod()
-        except (ProjError, AttributeError, TypeError) as error:
-            raise InputError(
-                f"the coordinate reference system of {self.path} has no place on a globe "
-                f"({error}); assign the right one, or give pixel coordinates"
-            ) from error
+        globe, geod = self._globe
         xy = np.asarray(xy, dtype=float).reshape(-1, 2)
         steps = []
         for step in ([0.5, 0.0], [0.0, 0.5]):
@@ -428,6 +483,31 @@ class Raster:
             azimuth = np.radians(azimuth)
             steps.append(np.stack([length * np.sin(azimuth), length * np.cos(azimuth)], axis=-1))
         return np.stack(steps, axis=-1)
+
+    def to_lonlat(self, xy: np.ndarray) -> np.ndarray:
+        """Turn points (N, 2) in px into longitude and latitude on the globe of the raster's CRS.
+
+        Raises:
+            InputError: The raster has no CRS, or one without a place on a globe.
+        """
+        return np.stack(self._globe[0].transform(*self.to_map(xy).T), axis=-1)
+
+    @cached_property
+    def _globe(self) -> tuple[pyproj.Transformer, pyproj.Geod]:
+        if self.crs is None:
+            raise InputError(
+                f"{self.path} has no coordinate reference system, so that metres mean nothing on "
+                "it; give pixel coordinates and diameters in px"
+            )
+        try:
+            crs = pyproj.CRS.from_wkt(self.crs)
+            globe = pyproj.Transformer.from_crs(crs, crs.geodetic_crs, always_xy=True)
+            return globe, crs.get_geod()
+        except (ProjError, AttributeError, TypeError) as error:
+            raise InputError(
+                f"the coordinate reference system of {self.path} has no place on a globe "
+                f"({error}); assign the right one, or give pixel coordinates"
+            ) from error
 
     @property
     def crs_name(self) -> str | None:
@@ -452,6 +532,24 @@ class Raster:
             return None
         side = float(np.sqrt(abs(np.linalg.det(jacobian))))
         return side if np.isfinite(side) else None
+
+
+def _any_cell(
+    boxes: np.ndarray, cells: np.ndarray, first_xy: np.ndarray, side_xy: np.ndarray
+) -> np.ndarray:
+    """Tell for boxes (N, 4) whether any cell under them holds.
+
+    Args:
+        boxes: px.
+        cells: bool (rows, columns).
+        first_xy: Column and row of `cells[0, 0]` in the grid of all cells.
+        side_xy: Width and height of a cell in px.
+    """
+    total = np.pad(cells.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+    limit = cells.shape[::-1]
+    x0, y0 = (boxes[:, :2] // side_xy - first_xy).astype(int).clip(0, limit).T
+    x1, y1 = (np.ceil(boxes[:, 2:] / side_xy) - first_xy).astype(int).clip(0, limit).T
+    return total[y1, x1] - total[y0, x1] - total[y1, x0] + total[y0, x0] > 0
 
 
 def read_bands(

@@ -42,7 +42,9 @@ TileFilter = Callable[[np.ndarray, int], bool]  # (image (H, W, bands), pixel_li
 # ---------------------------------------------------------------------------------------------
 
 
-def window_grid(extent: Window, size: int, overlap: int = 0) -> pd.DataFrame:
+def window_grid(
+    extent: Window, size: int, overlap: int = 0, rows: slice = slice(None)
+) -> pd.DataFrame:
     """Cover an extent with equal windows whose cores partition it.
 
     Windows stay inside the extent: the last row and column shift back. Where two neighbours
@@ -53,16 +55,16 @@ def window_grid(extent: Window, size: int, overlap: int = 0) -> pd.DataFrame:
         extent: The ground to cover, in px of its raster.
         size: Side of the square windows in px.
         overlap: Least overlap of neighbours in px, 0 <= overlap < size.
+        rows: Which rows of the grid to return.
 
     Returns:
         One row per window: `row, col, x, y, width, height` and the half-open core `core_xmin,
         core_ymin, core_xmax, core_ymax`, all in px of the raster.
     """
-    if not 0 <= overlap < size:
-        raise InputError(f"overlap must be >= 0 and < the window's {size} px, got {overlap}")
-    x, x_edges = _grid_axis(extent.width, size, overlap)
-    y, y_edges = _grid_axis(extent.height, size, overlap)
-    row, col = (grid.ravel() for grid in np.indices((len(y), len(x))))
+    x, x_edges = grid_axis(extent.width, size, overlap)
+    y, y_edges = grid_axis(extent.height, size, overlap)
+    numbers = np.arange(len(y))[rows]
+    row, col = np.repeat(numbers, len(x)), np.tile(np.arange(len(x)), len(numbers))
     return pd.DataFrame(
         {
             "row": row, "col": col,
@@ -73,10 +75,38 @@ def window_grid(extent: Window, size: int, overlap: int = 0) -> pd.DataFrame:
     )  # fmt: skip
 
 
-def _grid_axis(length: int, size: int, overlap: int) -> tuple[np.ndarray, np.ndarray]:
+def grid_axis(length: int, size: int, overlap: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the windows of a grid start along one axis, and the edges of their cores, px."""
+    if not 0 <= overlap < size:
+        raise InputError(f"overlap must be >= 0 and < the window's {size} px, got {overlap}")
     starts = np.append(np.arange(0, length - size, size - overlap), max(length - size, 0))
     middles = (starts[1:] + starts[:-1] + size) // 2
     return starts, np.concatenate([[0], middles, [length]])
+
+
+def keep_detections(boxes: np.ndarray, windows: np.ndarray, cores: np.ndarray) -> np.ndarray:
+    """Tell which detections the tile that found them keeps.
+
+    A detection is kept if its centre lies in the tile's core. Two tiles may each see the centre on
+    the other's side of the seam, and none would keep it; so it is also kept up to half the way to
+    the tile's edge, unless it touches an edge beyond which another tile sees more of it. What two
+    tiles keep, non-maximum suppression is to thin out.
+
+    Args:
+        boxes: Detections (N, 4), xyxy px of the raster.
+        windows: The tile of each (N, 4), or one of all (4,), likewise.
+        cores: Their cores.
+
+    Returns:
+        bool (N,).
+    """
+    windows, cores = np.broadcast_to(windows, boxes.shape), np.broadcast_to(cores, boxes.shape)
+    center = (boxes[:, :2] + boxes[:, 2:]) / 2
+    own = ((center >= cores[:, :2]) & (center < cores[:, 2:])).all(axis=1)
+    low, high = np.split((cores + windows) / 2, 2, axis=1)
+    near = ((center >= low) & (center <= high)).all(axis=1)
+    cut = ((np.abs(boxes - windows) < 1) & (cores != windows)).any(axis=1)
+    return own | (near & ~cut)
 
 
 def assign_boxes(

@@ -25,9 +25,10 @@ LAYERS = [
     ["layout"],
     ["fileio"],
     ["geometries"],
-    ["sampledata", "annotations", "tiling", "splits"],
+    ["sampledata", "annotations", "tiling", "splits", "catalogue"],
     ["datasets", "metrics", "logger", "implot"],
     ["LargeRasterOR"],
+    ["strips"],
     ["gridsearch", "predict", "preflight"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

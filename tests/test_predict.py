@@ -1,18 +1,34 @@
-"""The contract: which rasters a trained model may be used on."""
+"""Whole rasters: which ones fit a model; each object once; what is stopped goes on."""
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
+import pytorch_lightning as pl
 import rasterio
-from test_LargeRasterOR import contract_of
+import shapely
+import torch
+from conftest import PROJECT
+from distributed import LocalCluster
+from oracle import Oracle, assert_same, draw, in_order
+from test_LargeRasterOR import contract_of, small_conf
 
 import fileio
 import predict
+import strips
 from ImageData import InputError
 from imutils import Radiometry
+from LargeRasterOR import LargeRasterORModel
 
 UTM = {"crs": "EPSG:32617", "transform": (0.1, 0, 404000, 0, -0.1, 3285000)}
 
@@ -91,3 +107,373 @@ def test_a_raster_without_crs_is_compared_in_all_but_resolution(tmp_path, contra
     path = write(tmp_path / "a.tif", crs=None, transform=None)
     assert predict.open_raster(path, contract)
     assert "its resolution cannot be compared" in caplog.text
+
+
+# -- each object once -------------------------------------------------------------------------
+
+OPTIONS = {"device": "cpu", "precision": "32-true", "override": ("radiometry",)}
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    path = tmp_path_factory.mktemp("scene") / "scene.tif"
+    return path, draw(path, 900, 1500)
+
+
+def catalogue_of(model, path, folder, name="out.csv", **options):
+    result = predict.predict_raster(model, path, folder / name, **(OPTIONS | options))
+    return pd.read_csv(folder / name), result
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"batch_size": 7, "readers": 5},
+        {"tile_size": 96, "overlap": 30},
+        {"tile_size": 333},
+        {"tile_size": 200, "overlap": 60},
+        {"tile_size": 2000},  # larger than the raster
+        {"views": "all"},
+        {"workers": 2, "batch_size": 3},
+    ],
+    ids=str,
+)
+def test_every_object_is_found_once_however_the_raster_is_cut(tmp_path, scene, options):
+    path, truth = scene
+    df, result = catalogue_of(Oracle(), path, tmp_path, **options)
+    assert_same(df, truth)
+    assert result.complete
+    assert sum(result.objects.values()) == len(truth)
+
+
+@pytest.mark.parametrize(("left", "top"), [(1, 0), (37, 64), (51, 93)])
+def test_the_phase_of_the_tiles_does_not_matter(tmp_path, left, top):
+    truth = draw(tmp_path / "a.tif", 500, 700)
+    draw(tmp_path / "b.tif", 500, 700, left=left, top=top)
+    df, _ = catalogue_of(Oracle(), tmp_path / "b.tif", tmp_path)
+    assert_same(df, truth, shift=(left, top))
+
+
+def test_a_dask_cluster_gives_the_same_catalogue(tmp_path, scene):
+    path, truth = scene
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+    ) as cluster:
+        df, _ = catalogue_of(Oracle(), path, tmp_path, scheduler=cluster.scheduler_address)
+    assert_same(df, truth)
+    plain, _ = catalogue_of(Oracle(), path, tmp_path, "plain.csv")
+    assert in_order(plain).equals(in_order(df))
+
+
+def test_scales_and_views_are_fused(tmp_path, scene):
+    path, truth = scene
+    df, _ = catalogue_of(Oracle(), path, tmp_path, scales=(1, 2), views="flips")
+    assert abs(len(df) - len(truth)) < 0.05 * len(truth)  # enlarging blurs neighbours
+
+
+# -- which ground -----------------------------------------------------------------------------
+
+
+def test_nothing_is_predicted_outside_the_area_of_interest(tmp_path, scene):
+    path, truth = scene
+    aoi = pd.DataFrame([[200, 300, 420, 700, "here"]], columns=[*"abcd", "label"])
+    aoi.columns = ["xmin", "ymin", "xmax", "ymax", "label"]
+    fileio.write_annotations(tmp_path / "aoi.gpkg", aoi, fileio.read_raster(path))
+    model = Oracle()
+    df, result = catalogue_of(model, path, tmp_path, aoi=tmp_path / "aoi.gpkg")
+    center = truth[["xmin", "ymin"]].to_numpy() / 2 + truth[["xmax", "ymax"]].to_numpy() / 2
+    inside = ((center > [200, 300]) & (center < [420, 700])).all(axis=1)
+    assert_same(df, truth[inside])
+    assert model.tiles == result.predicted < 20
+    assert result.predicted + result.empty == 9 * 15
+
+
+def test_empty_ground_is_not_shown_to_the_model(tmp_path):
+    truth = draw(tmp_path / "a.tif", 300, 300, left=700, top=900, nodata=0, sparse_ok=True)
+    model = Oracle()
+    df, result = catalogue_of(model, tmp_path / "a.tif", tmp_path)
+    assert_same(df, truth, shift=(0, 0))
+    assert model.tiles < 0.2 * (result.predicted + result.empty)
+
+
+def test_millions_of_empty_tiles_cost_little(tmp_path):
+    path, side = tmp_path / "vast.tif", 200_000
+    with fileio.create_raster(
+        path, width=side, height=side, count=1, dtype="uint8", sparse_ok=True, bigtiff="yes",
+        blockxsize=1024, blockysize=1024,
+    ) as dst:  # fmt: skip
+        dst.write(
+            np.full((1, 20, 20), 200, np.uint8), window=((150_000, 150_020), (90_000, 90_020))
+        )
+    started = time.monotonic()
+    df, result = catalogue_of(Oracle(), path, tmp_path, tile_size=1024)
+    assert (time.monotonic() - started) / result.empty < 0.001  # s
+    assert result.empty > 39_000
+    assert df[["xmin", "ymin"]].to_numpy().tolist() == [[90_000, 150_000]]
+
+
+# -- what goes wrong --------------------------------------------------------------------------
+
+
+def damage(path, column, row):
+    """Overwrite a block of a compressed raster."""
+    with rasterio.open(path) as src:
+        offset = int(src.get_tag_item(f"BLOCK_OFFSET_{column}_{row}", "TIFF", bidx=1))
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * 40)
+
+
+def test_what_cannot_be_read_is_a_gap_that_the_same_call_fills_later(tmp_path, scene, caplog):
+    path, truth = tmp_path / "scene.tif", scene[1]
+    path.write_bytes(scene[0].read_bytes())
+    damage(path, 1, 2)
+    df, result = catalogue_of(Oracle(), path, tmp_path)
+    assert not result.complete
+    assert "a gap is left" in caplog.text
+    record = json.loads(result.provenance.read_text())
+    assert not record["complete"]
+    assert record["gaps"] == result.gaps.to_numpy().tolist()
+    low = result.gaps[["x", "y"]].to_numpy()
+    high = low + result.gaps[["width", "height"]].to_numpy()
+    center = truth[["xmin", "ymin"]].to_numpy() / 2 + truth[["xmax", "ymax"]].to_numpy() / 2
+    lost = ((center[:, None] >= low) & (center[:, None] < high)).all(axis=2).any(axis=1)
+    found = in_order(df).merge(truth, on=["xmin", "ymin", "xmax", "ymax"])
+    assert len(found) == len(df)
+    assert (~lost).sum() <= len(df) < len(truth)
+
+    os.utime(path, ns=(0, 0))
+    path.write_bytes(scene[0].read_bytes())  # mended: another file, the work begins anew
+    with pytest.raises(InputError, match="unfinished prediction that differs in raster"):
+        catalogue_of(Oracle(), path, tmp_path)
+    damage(path, 1, 2)
+    model = Oracle()
+    catalogue_of(model, path, tmp_path)
+    assert 0 < model.tiles < result.predicted  # only strips with gaps are tried again
+    path.write_bytes(scene[0].read_bytes())
+    df, result = catalogue_of(Oracle(), path, tmp_path, overwrite=True)
+    assert_same(df, truth)
+    assert not (tmp_path / "out.csv.journal").exists()
+
+
+def test_an_output_that_exists_is_replaced_or_kept_only_on_request(tmp_path, scene):
+    path, truth = scene
+    catalogue_of(Oracle(), path, tmp_path)
+    before = (tmp_path / "out.csv").stat().st_mtime_ns
+    with pytest.raises(InputError, match=r"out\.csv exists; .* overwrite .* resume"):
+        catalogue_of(Oracle(), path, tmp_path)
+    model = Oracle()
+    _, result = catalogue_of(model, path, tmp_path, resume=True)
+    assert (model.tiles, sum(result.objects.values())) == (0, len(truth))
+    assert (tmp_path / "out.csv").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="made otherwise"):
+        catalogue_of(Oracle(), path, tmp_path, resume=True, tile_size=200)
+    _, result = catalogue_of(Oracle(), path, tmp_path, overwrite=True, tile_size=200)
+    record = json.loads(result.provenance.read_text())
+    assert record["plan"]["tile_size"] == 200
+    assert record["plan"]["raster"] == fileio.content_fingerprint(path)
+    assert record["objects"] == result.objects
+
+
+def test_an_interrupted_call_says_how_it_goes_on_and_does(tmp_path, scene):
+    path, truth = scene
+    with pytest.raises(KeyboardInterrupt) as caught:
+        catalogue_of(Oracle(stop_after=70), path, tmp_path)
+    journal = tmp_path / "out.csv.journal"
+    assert f"kept in {journal}" in caught.value.__notes__[0]
+    assert [p.name for p in tmp_path.iterdir()] == [journal.name]
+    with pytest.raises(InputError, match=r"unfinished .* differs in tile_size"):
+        catalogue_of(Oracle(), path, tmp_path, tile_size=100)
+    model = Oracle()
+    df, _ = catalogue_of(model, path, tmp_path)
+    assert_same(df, truth)
+    assert 0 < model.tiles < 72
+    assert not journal.exists()
+
+
+def test_a_damaged_part_of_the_journal_is_made_anew(tmp_path, scene):
+    path, truth = scene
+    with pytest.raises(KeyboardInterrupt):
+        catalogue_of(Oracle(stop_after=70), path, tmp_path)
+    (part,) = (tmp_path / "out.csv.journal").glob("strip_*.npz")
+    part.write_bytes(part.read_bytes()[:100])
+    df, _ = catalogue_of(Oracle(), path, tmp_path)
+    assert_same(df, truth)
+
+
+def test_two_processes_cannot_write_the_same_catalogue(tmp_path, scene):
+    with (
+        fileio.exclusive(tmp_path / "out.csv.journal"),
+        pytest.raises(InputError, match="in use by another process"),
+    ):
+        catalogue_of(Oracle(), scene[0], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tile_size": 20}, "tile_size: .*greater than or equal to 32"),
+        ({"overlap": 128}, "overlap must be less than the tiles' 128 px, got 128"),
+        ({"device": "cuda:9"}, "there is no device 'cuda:9', expected auto or one of"),
+        ({"geometry": "star"}, "geometry: Input should be 'box' or 'circle'"),
+        ({"colour": "red"}, "colour: Unexpected keyword argument"),
+        ({"aoi": "nowhere.gpkg"}, "nowhere.gpkg"),
+        ({"name": "out.docx"}, r"out\.docx must end in one of"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(tmp_path, scene, options, message):
+    model = Oracle()
+    with pytest.raises(InputError, match=message):
+        catalogue_of(model, scene[0], tmp_path, **options)
+    assert model.tiles == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_a_threshold_asks_for_one(tmp_path, scene):
+    model = Oracle()
+    model.operating_threshold.fill_(float("nan"))
+    with pytest.raises(InputError, match=r"give one \(score_threshold\)"):
+        catalogue_of(model, scene[0], tmp_path)
+
+
+# -- the command ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A model with random weights; what it finds is arbitrary, but always the same."""
+    torch.manual_seed(0)
+    contract = contract_of(tile_size=64, evaluation_overlap=20)
+    model = LargeRasterORModel({"a", "b"}, small_conf(), contract)
+    model.operating_threshold.fill_(0.0101)
+    path = tmp_path_factory.mktemp("model") / "best.ckpt"
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(path, weights_only=True)
+    return path
+
+
+def command(checkpoint, rasters, *outputs, **options):
+    words = [*map(str, rasters), "--checkpoint", str(checkpoint), "--output", *map(str, outputs)]
+    words += ["--override", "radiometry", "--device", "cpu"]
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return words
+
+
+def test_the_command_predicts_several_rasters_into_files_of_their_own(tmp_path, checkpoint):
+    for name in ("one", "two"):
+        draw(
+            tmp_path / f"{name}.tif", 200, 160, crs="EPSG:32633", transform=rasterio.Affine.scale(2)
+        )
+    rasters = [tmp_path / "one.tif", tmp_path / "two.tif"]
+    words = command(checkpoint, rasters, tmp_path / "{raster}.gpkg", tmp_path / "{raster}.csv")
+    assert predict.main([*words, "--density-cell", "50", "--geometry", "circle"]) == 0
+    df = pd.read_csv(tmp_path / "two.csv")
+    assert len(df) > 10
+    table = fileio.read_annotation_file(tmp_path / "two.gpkg", fileio.read_raster(rasters[1]))
+    assert len(table.df) == len(df)
+    assert table.crs.to_epsg() == 32633
+    assert table.df["score"].tolist() == df["score"].tolist()
+    assert shapely.area(table.df.geometry.to_numpy()) == pytest.approx(
+        np.pi * df["diameter"] ** 2, rel=0.01
+    )
+    with rasterio.open(tmp_path / "two_density.tif") as src:
+        assert src.read(1).sum() == len(df)
+    assert predict.main(words) == predict.FAILED
+    assert predict.main([*words, "--resume"]) == 0
+
+
+def test_outputs_of_several_rasters_need_names_of_their_own(tmp_path, checkpoint, capsys):
+    words = command(checkpoint, ["a.tif", "b.tif"], tmp_path / "out.gpkg")
+    assert predict.main(words) == predict.FAILED
+    assert "need {raster} in the name" in capsys.readouterr().err
+
+
+def test_the_command_says_what_is_no_checkpoint_or_raster(tmp_path, scene, checkpoint, capsys):
+    torch.save({"weights": torch.ones(3)}, tmp_path / "other.ckpt")
+    (tmp_path / "text.ckpt").write_text("no model")
+    cases = {
+        (tmp_path / "other.ckpt", scene[0]): "is not a checkpoint of a model trained here",
+        (tmp_path / "text.ckpt", scene[0]): "is not a checkpoint of a model trained here",
+        (tmp_path / "none.ckpt", scene[0]): "does not exist",
+        (checkpoint, tmp_path / "none.tif"): "does not exist",
+    }
+    for (model, raster), message in cases.items():
+        assert predict.main(command(model, [raster], tmp_path / "o.csv")) == predict.FAILED
+        assert message in capsys.readouterr().err
+
+
+def test_the_command_tells_gaps_and_goes_on_with_other_rasters(tmp_path, checkpoint, monkeypatch):
+    draw(tmp_path / "bad.tif", 600, 400)
+    draw(tmp_path / "good.tif", 200, 100)
+    damage(tmp_path / "bad.tif", 1, 0)
+    words = command(
+        checkpoint, [tmp_path / "bad.tif", tmp_path / "good.tif"], tmp_path / "{raster}.csv"
+    )
+    assert predict.main(words) == predict.INCOMPLETE
+    assert (tmp_path / "good.csv").exists()
+
+
+def test_a_full_disk_leaves_the_journal(tmp_path, scene, checkpoint, monkeypatch, capsys):
+    write = strips.Part.write
+
+    def fail(part, path):
+        if path.name == "strip_000002.npz":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(part, path)
+
+    words = command(checkpoint, [scene[0]], tmp_path / "out.csv")
+    with monkeypatch.context() as patch:
+        patch.setattr(strips.Part, "write", fail)
+        assert predict.main(words) == predict.FAILED
+    message = capsys.readouterr().err
+    assert "No space left on device" in message
+    assert "the same call goes on" in message
+    journal = tmp_path / "out.csv.journal"
+    assert sorted(p.name for p in journal.glob("*.npz")) == ["strip_000000.npz", "strip_000001.npz"]
+    assert predict.main(words) == 0
+
+
+KILLED = """
+import os, signal, sys, threading
+sys.path.insert(0, {tests!r})
+import predict
+words = sys.argv[1:]
+for delay in {delays}:
+    if not (pid := os.fork()):
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        os._exit(predict.main(words))
+    os.waitpid(pid, 0)
+"""
+
+
+def test_what_is_killed_goes_on_and_ends_the_same_byte_for_byte(tmp_path, scene, checkpoint):
+    words = [
+        command(checkpoint, [scene[0]], tmp_path / name, readers=1) for name in ("a.csv", "b.csv")
+    ]
+    assert predict.main(words[0]) == 0
+    delays = np.random.default_rng(int(time.time())).uniform(0.05, 1.5, 6).round(3).tolist()
+    script = KILLED.format(tests=str(PROJECT), delays=delays)
+    subprocess.run([sys.executable, "-c", script, *words[1]], check=True, timeout=120)
+    assert predict.main([*words[1], "--resume"]) == 0
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes(), delays
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "a.csv", "a.provenance.json", "b.csv", "b.provenance.json",
+    ]  # fmt: skip
+
+
+def test_ctrl_c_ends_the_command_with_a_hint(tmp_path, scene, checkpoint):
+    words = command(checkpoint, [scene[0]], tmp_path / "out.csv", batch_size=1)
+    process = subprocess.Popen(
+        [sys.executable, str(PROJECT / "predict.py"), *words], stderr=subprocess.PIPE, text=True
+    )
+    journal = tmp_path / "out.csv.journal"
+    while process.poll() is None and not list(journal.glob("*.npz")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == predict.INTERRUPTED, message
+    assert f"kept in {journal}" in message
+    assert not (tmp_path / "out.csv").exists()

@@ -167,6 +167,71 @@ def test_a_sparse_raster_of_terapixels_reads_anywhere(tmp_path):
     assert not raster.read(Window(500_000, 500_000, 256, 256)).any()
 
 
+def grid_of(raster, size=64):
+    """Windows of a whole raster, edges included, as `may_count` takes them."""
+    x, y = np.meshgrid(np.arange(0, raster.width, size), np.arange(0, raster.height, size))
+    return np.stack([x.ravel(), y.ravel(), *np.full((2, x.size), size)], axis=1)
+
+
+def counted_in(raster, windows):
+    """What `may_count` may say no to: where no pixel counts."""
+    found = []
+    for window in (Window(*row) for row in windows.tolist()):
+        valid = raster.read_valid(window, raster.read(window))
+        found.append(raster.read_counted(window, valid).any())
+    return np.array(found)
+
+
+@pytest.mark.parametrize("layout", ["written", "unwritten", "striped", "by band"])
+def test_blocks_that_were_never_written_need_no_reading(tmp_path, layout):
+    options = {"sparse_ok": True, "compress": "zstd"}
+    options |= {"striped": STRIPED, "by band": {"interleave": "band"}}.get(layout, {})
+    path = write(tmp_path / "r.tif", np.zeros((3, 500, 700), np.uint8), **options)
+    with rasterio.open(path, "r+") as dst:  # the second band, so that one band is not enough
+        if layout != "unwritten":
+            dst.write(noise(1, 70, 90)[0], 2, window=rasterio.windows.Window(200, 300, 90, 70))
+    raster = Raster.open(path)
+    windows = grid_of(raster)
+    may = raster.may_count(windows)
+    filled = [raster.read(Window(*row)).any() for row in windows.tolist()]
+    assert may[filled].all()
+    assert any(filled) == may.any() == (layout != "unwritten")
+    assert may.mean() < 0.3
+
+
+@pytest.mark.parametrize("kind", ["nodata", "mask", "alpha", "nan"])
+def test_overviews_tell_where_nothing_counts(tmp_path, kind):
+    pixels, hole = noise(1, 600, 900, "float32"), np.ones((600, 900), bool)
+    hole[70:300, 130:500] = False
+    hole[520:523, 620:640] = False  # a sliver of ground
+    if kind in ("nodata", "nan"):
+        pixels[:, hole] = -7 if kind == "nodata" else np.nan
+        path = write(tmp_path / "r.tif", pixels, nodata=-7 if kind == "nodata" else None)
+    elif kind == "alpha":
+        alpha = np.where(hole, 0, 255).astype("uint8")[None]
+        pixels = np.concatenate([noise(3, 600, 900), alpha])
+        path = write(tmp_path / "r.tif", pixels, photometric="RGB", alpha="unspecified")
+    else:
+        path = write(tmp_path / "r.tif", pixels, mask=~hole)
+    raster = Raster.open(path)
+    windows = grid_of(raster)
+    assert raster.may_count(windows).all()  # there is no overview yet
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "r+") as dst:
+        dst.build_overviews([2, 4, 8, 16], rasterio.enums.Resampling.nearest)
+    raster = Raster.open(path)
+    may, counted = raster.may_count(windows), counted_in(raster, windows)
+    assert may[counted].all()
+    assert may.sum() < counted.sum() + 20  # a margin round the ground is read, to be sure
+    assert raster.may_count(windows[:0]).tolist() == []
+
+
+def test_regions_tell_where_nothing_counts(tmp_path):
+    raster = Raster.open(write(tmp_path / "r.tif", noise(1, 300, 300)))
+    raster = raster.with_regions(Regions((shapely.box(70, 70, 120, 180),)))
+    windows = grid_of(raster)
+    np.testing.assert_array_equal(raster.may_count(windows), counted_in(raster, windows))
+
+
 @pytest.mark.parametrize("bands", [(2,), (3, 1), (4, 4, 2), (5, 4, 3, 2, 1)])
 def test_bands_come_in_the_order_asked_for(tmp_path, bands):
     pixels = noise(5, dtype="uint16")

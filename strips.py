@@ -1,0 +1,291 @@
+"""Strips of tiles: what a model finds in some rows of a raster's tiles.
+
+Strips are predicted in any order, by any process; each is left in a journal, whole or not at all.
+No batch holds tiles of two strips, so that what is found does not depend on who predicts which.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import catalogue
+import fileio
+import imutils
+import parallel
+import tiling
+from catalogue import Detections
+from ImageData import InputError, Window
+from LargeRasterOR import LargeRasterORModel, autocast
+
+log = logging.getLogger(__name__)
+
+STRIP_WINDOWS = 64  # at least, so that a strip is worth its part of the journal
+VIEWS = {  # -> quarter turns, mirrored
+    "none": ((0, False),),
+    "flips": ((0, False), (0, True), (2, True), (2, False)),
+    "turns": ((0, False), (1, False), (2, False), (3, False)),
+    "all": tuple((turns, mirrored) for mirrored in (False, True) for turns in range(4)),
+}
+FUSE_IOU = 0.55  # above which views show the same object; that of the method's authors
+
+
+def load_model(checkpoint: Path | str, device: str = "cpu") -> LargeRasterORModel:
+    """Load a trained model, ready to detect.
+
+    Raises:
+        InputError: The file is missing, or no checkpoint of this software.
+    """
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} does not exist; a run leaves its best as best.ckpt")
+    return _load_model(path, path.stat().st_mtime_ns, device)
+
+
+@lru_cache(maxsize=4)  # a worker process predicts one strip after the other
+def _load_model(path: Path, _mtime_ns: int, device: str) -> LargeRasterORModel:
+    try:
+        model = LargeRasterORModel.load_from_checkpoint(path, map_location=device)
+    except Exception as error:
+        raise InputError(
+            f"{path} ({path.stat().st_size} bytes) is not a checkpoint of a model trained here: "
+            f"{str(error).splitlines()[0] if str(error) else error!r}; give the best.ckpt of a run"
+        ) from error
+    return model.to(device).eval()
+
+
+class Tile(NamedTuple):
+    """A tile to predict; without a window it stands for the end of its strip."""
+
+    strip: int
+    window: Window | None = None
+    core: tuple[int, int, int, int] | None = None
+    skipped: int = 0  # tiles of the strip that were not looked at
+
+
+@dataclass
+class Part:
+    """What a strip left in the journal.
+
+    Attributes:
+        found: Detections that its tiles keep.
+        predicted: Number of tiles that the model saw.
+        empty: Number of tiles without ground that counts.
+        gaps: int64 (N, 4), x, y, width, height in px: cores that could not be read.
+    """
+
+    found: Detections
+    predicted: int
+    empty: int
+    gaps: np.ndarray
+
+    def write(self, path: Path) -> Path:
+        """Write it, whole or not at all."""
+        with fileio.atomic_path(path) as temporary, temporary.open("wb") as file:
+            counts = {"predicted": self.predicted, "empty": self.empty, "gaps": self.gaps}
+            np.savez(file, **vars(self.found), **counts)
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> Part | None:
+        """Read it; None if it is not there, or damaged."""
+        try:
+            with np.load(path) as values:
+                found = Detections(values["boxes"], values["scores"], values["ids"])
+                predicted, empty = int(values["predicted"]), int(values["empty"])
+                return cls(found, predicted, empty, values["gaps"])
+        except (OSError, ValueError, KeyError, EOFError):
+            return None
+
+
+@dataclass(frozen=True)
+class StripPredictor:
+    """Predicts strips of one raster and leaves each in the journal; small enough to be sent.
+
+    Attributes:
+        model: The checkpoint, or the model itself.
+        radiometry: How raw values become its input.
+        raster: The raster, with its regions.
+        journal: Folder of the parts.
+        tile_size: Side of the tiles, px.
+        overlap: Least overlap of neighbours, px.
+        score_threshold: Least score that counts.
+        nms_threshold: IoU above which detections stand for the same object.
+        precision: "32-true", "bf16-mixed" or "16-mixed".
+        views: Quarter turns and whether mirrored, of each view.
+        scales: Factors by which tiles are enlarged.
+        batch_size: Tiles that the model sees at once.
+        readers: Threads that read ahead.
+        devices: Strips take turns on them.
+        threads: Of the CPU, for the model; None leaves the number as it is.
+    """
+
+    model: Path | nn.Module
+    radiometry: imutils.Radiometry
+    raster: fileio.Raster
+    journal: Path
+    tile_size: int
+    overlap: int
+    score_threshold: float
+    nms_threshold: float
+    precision: str
+    views: tuple[tuple[int, bool], ...]
+    scales: tuple[float, ...]
+    batch_size: int
+    readers: int
+    devices: tuple[str, ...]
+    threads: int | None
+
+    @property
+    def strip_rows(self) -> int:
+        """Rows of tiles that form a strip; they follow from the grid alone."""
+        columns = len(tiling.grid_axis(self.raster.width, self.tile_size, self.overlap)[0])
+        return -(-STRIP_WINDOWS // columns)
+
+    @property
+    def strip_tops(self) -> np.ndarray:
+        """Where each strip starts, px."""
+        starts, _ = tiling.grid_axis(self.raster.height, self.tile_size, self.overlap)
+        return starts[:: self.strip_rows]
+
+    def part_path(self, strip: int) -> Path:
+        """Return where a strip is left."""
+        return self.journal / f"strip_{strip:06d}.npz"
+
+    def is_done(self, strip: int) -> bool:
+        """Tell whether a strip is left whole and without gaps."""
+        part = Part.read(self.part_path(strip))
+        return part is not None and not len(part.gaps)
+
+    def predict_one(self, strip: int) -> Path:
+        """Predict one strip, in a worker process."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        return next(self.predict([strip]))
+
+    def predict(self, strips: Iterable[int]) -> Iterator[Path]:
+        """Predict strips one after the other; yield the part of each as soon as it is written."""
+        batch, results, empty, gaps = [], [], 0, []
+        for tile, content in parallel.map_threads(
+            self._read, self._tiles(strips), threads=self.readers,
+            ahead=self.readers + 2 * self.batch_size,
+        ):  # fmt: skip
+            match content:
+                case np.ndarray():
+                    batch.append((tile, content))
+                case InputError():
+                    log.warning("a gap is left: %s", content)
+                    x0, y0, x1, y1 = tile.core
+                    gaps.append([x0, y0, x1 - x0, y1 - y0])
+                case int():
+                    empty += content
+            if len(batch) == self.batch_size or (tile.window is None and batch):
+                results.append(self._predict_batch(batch))  # no batch holds tiles of two strips
+                batch = []
+            if tile.window is None:
+                windows = sum(count for _, count in results)
+                found = Detections.concatenate([found for found, _ in results])
+                gaps = np.array(gaps, dtype=np.int64).reshape(-1, 4)
+                yield Part(found, windows, empty, gaps).write(self.part_path(tile.strip))
+                results, empty, gaps = [], 0, []
+
+    def _tiles(self, strips: Iterable[int]) -> Iterator[Tile]:
+        extent = Window(0, 0, self.raster.width, self.raster.height)
+        for strip in strips:
+            rows = slice(strip * self.strip_rows, (strip + 1) * self.strip_rows)
+            grid = tiling.window_grid(extent, self.tile_size, self.overlap, rows)
+            windows = grid[tiling.WINDOW_COLUMNS].to_numpy()
+            cores = grid[tiling.CORE_COLUMNS].to_numpy()
+            may = self.raster.may_count(windows)
+            for window, core in zip(windows[may].tolist(), cores[may].tolist(), strict=True):
+                yield Tile(strip, Window(*window), tuple(core))
+            yield Tile(strip, skipped=int((~may).sum()))
+
+    def _read(self, tile: Tile) -> tuple[Tile, np.ndarray | InputError | int]:
+        """Return the stretched pixels of a tile, why there are none, or how many are empty."""
+        if tile.window is None:
+            return tile, tile.skipped
+        try:
+            image, valid, counted = tiling.read_tile(self.raster, tile.window, 0)
+        except InputError as error:
+            if self.raster.files and not self.raster.path.exists():
+                raise
+            return tile, error
+        if not counted.any():
+            return tile, 1
+        return tile, self.radiometry.stretch(image, valid)
+
+    def _predict_batch(self, batch: list[tuple[Tile, np.ndarray]]) -> tuple[Detections, int]:
+        """Return what the tiles of a batch keep, in px of the raster, and how many they are."""
+        tiles, images = zip(*batch, strict=True)
+        device = torch.device(self.devices[tiles[0].strip % len(self.devices)])
+        model = self._model_on(device)
+        pixels = torch.from_numpy(np.stack(images))
+        if device.type == "cuda":
+            pixels = pixels.pin_memory().to(device, non_blocking=True)
+        pixels = pixels.to(device)
+        with torch.inference_mode(), autocast(device.type, self.precision):
+            looks = [
+                _look(model, pixels, *view, scale) for view in self.views for scale in self.scales
+            ]
+        return Detections.concatenate(
+            [self._keep(tile, seen) for tile, *seen in zip(tiles, *looks, strict=True)]
+        ), len(tiles)
+
+    def _model_on(self, device: torch.device) -> nn.Module:
+        model = self.model
+        if not isinstance(model, nn.Module):
+            model = load_model(model, str(device))
+        # what fusing is to raise over the threshold, it must see
+        least = self.score_threshold
+        if len(self.views) * len(self.scales) > 1:
+            least = min(least, model.conf.test.score_threshold)
+        model.limit_detections(self.tile_size, float(np.nextafter(np.float32(least), -1)))
+        return model.to(device)
+
+    def _keep(self, tile: Tile, seen: Sequence[Detections]) -> Detections:
+        found = seen[0] if len(seen) == 1 else catalogue.fuse_views(seen, FUSE_IOU)
+        x, y, width, height = tile.window
+        window = np.array([x, y, x + width, y + height])
+        boxes = found.boxes + np.array([x, y, x, y])
+        centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+        size = np.array([self.raster.width, self.raster.height])
+        keep = tiling.keep_detections(boxes, window, np.array(tile.core))
+        keep &= (found.scores >= self.score_threshold) & (centers < size).all(axis=1)
+        if self.raster.regions is not None:
+            keep &= self.raster.regions.contain(*centers.T)
+        boxes = imutils.clip_boxes(boxes, np.minimum(window, np.tile(size, 2)))
+        keep &= imutils.box_area(boxes) > 0
+        return replace(found, boxes=boxes)[keep]
+
+
+def _look(
+    model: nn.Module,
+    tiles: Tensor,
+    turns: int,
+    mirrored: bool,
+    scale: float,
+) -> list[Detections]:
+    """Detect on one view of square tiles (B, bands, side, side), in px of the tiles."""
+    side = tiles.shape[-1]
+    seen = torch.rot90(tiles.flip(3) if mirrored else tiles, turns, dims=(2, 3))
+    if scale != 1:
+        size = (round(side * scale),) * 2
+        seen = nn.functional.interpolate(seen, size, mode="bilinear", antialias=True)
+    views = []
+    for found in model(seen):
+        boxes = found["boxes"].cpu().double().numpy() * (side / seen.shape[-1])
+        boxes = imutils.rotate_boxes(boxes, -90 * turns % 360, side, side)
+        if mirrored:
+            boxes[:, [0, 2]] = side - boxes[:, [2, 0]]
+        scores, ids = (found[name].cpu().numpy() for name in ("scores", "labels"))
+        views.append(Detections(boxes, scores.astype(np.float32), ids))
+    return views
