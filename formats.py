@@ -15,20 +15,23 @@ cannot be used says why in the column `problem`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import defusedxml.ElementTree
 import geopandas as gpd
 import numpy as np
 import pandas as pd
+import pyarrow
 import pyarrow.parquet
 import pyogrio
 import pyproj
@@ -36,6 +39,7 @@ import rasterio.features
 import shapely
 import yaml
 
+import imutils
 from artefacts import atomic_path
 from ImageData import BOX_COLUMNS, CENTER_COLUMNS, InputError, RasterHandle
 
@@ -45,6 +49,11 @@ PIXEL_COLUMNS = [*CENTER_COLUMNS, "diameter", "label", *BOX_COLUMNS]
 YOLO_NAMES = ("classes.txt", "data.yaml", "dataset.yaml")
 TOLERANCE = 1e-6  # px; a polygon whose bounds differ by more from its box does not stand for it
 SHOWN = 5  # names that a message lists
+SHAPES = ("own", "box", "circle")
+CIRCLE_SIDES = 32
+STYLES = "layer_styles"  # the table of a GeoPackage where QGIS keeps styles
+LINE_WIDTH = 0.5  # mm, of the style
+REST = "#000000"  # objects without a label, in the style
 
 
 @dataclass(frozen=True)
@@ -175,7 +184,7 @@ def _read_parquet(path: Path) -> AnnotationFile:
 def _read_vector(path: Path, layer: str | None) -> AnnotationFile:
     remedy = "expected CSV, Parquet, COCO, Pascal VOC, YOLO, or a vector file that GDAL reads"
     with _parsing(path, "annotations", remedy):
-        layers = dict(pyogrio.list_layers(path))
+        layers = {name: kind for name, kind in pyogrio.list_layers(path) if name != STYLES}
         if layer is None:
             spatial = [name for name, kind in layers.items() if kind is not None] or list(layers)
             if len(spatial) != 1:
@@ -516,7 +525,8 @@ def write_annotations(path: Path, df: pd.DataFrame, raster: RasterHandle) -> Pat
     the row's polygon if that has the box for its bounds, and the box otherwise, and its attribute
     `diameter` stays in px. COCO (`.json`) holds polygons without their holes; CSV (`.csv`; read it
     with `box_source="columns"`) and YOLO (`.txt`) hold boxes only. YOLO files share the
-    `classes.txt` beside them, which keeps its ids and grows by new labels.
+    `classes.txt` beside them, which keeps its ids and grows by new labels. A GeoPackage carries a
+    style, by which QGIS draws each label in a colour of its own.
 
     Args:
         path: The file to make.
@@ -531,24 +541,105 @@ def write_annotations(path: Path, df: pd.DataFrame, raster: RasterHandle) -> Pat
         InputError: The suffix is unknown, a column or a label that the format needs is missing, or
             the format cannot hold the raster's CRS or a column.
     """
+    labels = df["label"].dropna().unique() if "label" in df.columns else []
+    with annotation_writer(path, raster, labels) as append:
+        append(df)
+    return Path(path)
+
+
+@contextmanager
+def annotation_writer(
+    path: Path,
+    raster: RasterHandle,
+    labels: Iterable[object],
+    *,
+    shape: str = "own",
+    layer: str | None = None,
+) -> Iterator[Callable[[pd.DataFrame], None]]:
+    """Open an annotation file that is written chunk by chunk, in memory for one chunk.
+
+    The file appears when the block ends; if the block raises, nothing does. All chunks have the
+    columns of the first that holds rows, and GeoPackage and GeoParquet hold them in its types.
+    Without any row the file is valid and empty, with the columns of an empty chunk if one came.
+
+    Args:
+        path: The file to make; see `write_annotations` for the formats.
+        raster: The raster the boxes lie on.
+        labels: All labels that the chunks may hold.
+        shape: What vector files and COCO polygons are: "own" (the row's polygon if that has the
+            box for its bounds, and the box otherwise), "box", or "circle" (of `CIRCLE_SIDES` sides,
+            around the centre `pixel_x, pixel_y` with `diameter`, which by default are the box's).
+        layer: Name of the layer in GeoPackage and GeoJSON; None takes the file's.
+
+    Yields:
+        A function that writes a chunk: a frame like that of `write_annotations`.
+
+    Raises:
+        InputError: See `write_annotations`; or a chunk has other columns than the first, values
+            that its types do not hold, or a label that is none of `labels`.
+    """
     path = Path(path)
-    writer = _WRITERS.get(path.suffix.lower())
-    if writer is None:
+    opened = _WRITERS.get(path.suffix.lower())
+    if opened is None:
         raise InputError(f"{path} must end in one of {list(_WRITERS)}")
+    if shape not in SHAPES:
+        raise ValueError(f"shape must be one of {SHAPES}, got {shape!r}")
+    labels = sorted(set(map(str, labels)))
+    empty = pd.DataFrame({name: pd.Series(dtype=float) for name in BOX_COLUMNS} | {"label": []})
+    columns: list[str] = []
+    with (
+        atomic_path(path) as temporary,
+        opened(_Output(path, temporary, raster, labels, shape, layer or path.stem)) as write,
+    ):
+
+        def append(df: pd.DataFrame) -> None:
+            nonlocal empty, columns
+            df = _measured(df)
+            if df.empty:
+                empty = df
+                return
+            columns = columns or list(df.columns)
+            if set(df.columns) != set(columns):
+                raise InputError(f"{path}: all chunks need {columns}, got {list(df.columns)}")
+            found = set(map(str, df["label"].dropna().unique()))
+            if strangers := sorted(found - set(labels)):
+                raise InputError(f"{path}: the labels {strangers[:SHOWN]} were not announced")
+            write(df[columns])
+
+        yield append
+        if not columns:
+            write(_measured(empty))
+
+
+def _measured(df: pd.DataFrame) -> pd.DataFrame:
+    """Return boxes with their centres and diameters, where these are not given."""
     if missing := [name for name in (*BOX_COLUMNS, "label") if name not in df.columns]:
         raise InputError(f"boxes to write need the columns {missing}, got {list(df.columns)}")
     df = df.reset_index(drop=True)
     low, high = df[BOX_COLUMNS[:2]].to_numpy(float), df[BOX_COLUMNS[2:]].to_numpy(float)
     center, side = low + (high - low) / 2, high - low
     measured = {"pixel_x": center[:, 0], "pixel_y": center[:, 1], "diameter": side.max(axis=1)}
-    df = df.assign(**{name: values for name, values in measured.items() if name not in df.columns})
-    with atomic_path(path) as temporary:
-        writer(temporary, path, df, raster)
-    return path
+    return df.assign(**{name: v for name, v in measured.items() if name not in df.columns})
 
 
-def _write_csv(temporary: Path, path: Path, df: pd.DataFrame, raster: RasterHandle) -> None:
-    _further(df, PIXEL_COLUMNS).to_csv(temporary, index=False)
+@dataclass(frozen=True)
+class _Output:
+    """What a writer is told when it opens; it writes to `temporary` and speaks of `path`."""
+
+    path: Path
+    temporary: Path
+    raster: RasterHandle
+    labels: list[str]
+    shape: str
+    layer: str
+
+
+@contextmanager
+def _csv_writer(out: _Output) -> Iterator[Callable[[pd.DataFrame], None]]:
+    with out.temporary.open("w", encoding="utf-8", newline="") as file:
+        yield lambda df: _further(df, PIXEL_COLUMNS).to_csv(
+            file, index=False, header=not file.tell()
+        )
 
 
 def _further(df: pd.DataFrame, first: Sequence[str]) -> pd.DataFrame:
@@ -557,17 +648,94 @@ def _further(df: pd.DataFrame, first: Sequence[str]) -> pd.DataFrame:
     return df[[*first, *others]]
 
 
-def _write_ogr(temporary: Path, path: Path, df: pd.DataFrame, raster: RasterHandle) -> None:
-    features = _features(df, raster)
-    with _writing(path), warnings.catch_warnings(action="ignore", category=UserWarning):
-        pyogrio.write_dataframe(  # warns that a raster without CRS makes a file without CRS
-            features, temporary, layer=path.stem, driver="GPKG", geometry_type="Unknown"
-        )
+@contextmanager
+def _gpkg_writer(out: _Output) -> Iterator[Callable[[pd.DataFrame], None]]:
+    crs = _crs(out)
+    code = crs and crs.to_epsg()
+    described = f"EPSG:{code}" if code else crs and crs.to_wkt("WKT1_GDAL")
+    as_table = _tables(out)
+    unlabelled = False
+
+    def append(df: pd.DataFrame) -> None:
+        nonlocal unlabelled
+        unlabelled |= bool(df["label"].isna().any())
+        single = out.shape != "own" or "geometry" not in df.columns
+        with _writing(out.path), warnings.catch_warnings(action="ignore", category=UserWarning):
+            pyogrio.write_arrow(  # warns that a raster without CRS makes a file without CRS
+                as_table(df), out.temporary, layer=out.layer, driver="GPKG", crs=described,
+                geometry_name="geometry", append=out.temporary.exists(),
+                geometry_type="Polygon" if single else "Unknown",
+            )  # fmt: skip
+
+    try:
+        yield append
+        _write_style(out, imutils.label_colors(out.labels) | ({"": REST} if unlabelled else {}))
+    finally:
+        for suffix in ("-journal", "-wal", "-shm"):  # of SQLite, where a transaction broke
+            out.temporary.with_name(out.temporary.name + suffix).unlink(missing_ok=True)
 
 
-def _write_parquet(temporary: Path, path: Path, df: pd.DataFrame, raster: RasterHandle) -> None:
-    with _writing(path):
-        _features(df, raster).to_parquet(temporary, index=False)
+def _write_style(out: _Output, colors: Mapping[str, str]) -> None:
+    """Add the table in which QGIS keeps the styles of a GeoPackage's layers, and one as default."""
+    if not colors:
+        return
+    style = {
+        "f_table_catalog": "", "f_table_schema": "", "f_table_name": out.layer,
+        "f_geometry_column": pyogrio.read_info(out.temporary, layer=out.layer)["geometry_name"],
+        "styleName": "labels", "styleQML": _qml(colors), "styleSLD": "", "useAsDefault": True,
+        "description": "one colour per label", "owner": "", "ui": "",
+        "update_time": pd.Timestamp.now("UTC"),
+    }  # fmt: skip
+    pyogrio.write_dataframe(
+        pd.DataFrame([style]), out.temporary, layer=STYLES, driver="GPKG",
+        layer_options={"FID": "id"},
+    )  # fmt: skip
+
+
+def _qml(colors: Mapping[str, str]) -> str:
+    """Describe outlines in the colour of their label as QGIS does; "" is every other label."""
+    root = ElementTree.Element("qgis", version="3.22", styleCategories="Symbology")
+    add = ElementTree.SubElement
+    renderer = add(root, "renderer-v2", type="categorizedSymbol", attr="label")
+    categories, symbols = add(renderer, "categories"), add(renderer, "symbols")
+    for number, (label, color) in enumerate(colors.items()):
+        names = {"value": label, "label": label, "type": "string"}
+        add(categories, "category", names, symbol=str(number), render="true")
+        symbol = add(symbols, "symbol", type="fill", name=str(number))
+        options = add(add(symbol, "layer", {"class": "SimpleLine"}), "Option", type="Map")
+        rgba = ",".join(map(str, (*bytes.fromhex(color[1:]), 255)))
+        line = {"line_color": rgba, "line_width": str(LINE_WIDTH), "line_width_unit": "MM"}
+        for name, value in line.items():
+            add(options, "Option", name=name, value=value, type="QString")
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+@contextmanager
+def _parquet_writer(out: _Output) -> Iterator[Callable[[pd.DataFrame], None]]:
+    """Write GeoParquet, a row group per chunk.
+
+    References:
+        GeoParquet 1.1.0: no geometry types listed means any; a CRS of null means none is known.
+    """
+    crs = _crs(out)
+    column = {"encoding": "WKB", "geometry_types": [], "crs": crs and crs.to_json_dict()}
+    geo = {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": column}}
+    as_table = _tables(out)
+    with ExitStack() as stack:
+        writer = None
+
+        def append(df: pd.DataFrame) -> None:
+            nonlocal writer
+            with _writing(out.path):
+                table = as_table(df)
+                if writer is None:
+                    metadata = table.schema.metadata | {b"geo": json.dumps(geo).encode()}
+                    schema = table.schema.with_metadata(metadata)
+                    writer = pyarrow.parquet.ParquetWriter(out.temporary, schema)
+                    stack.enter_context(writer)
+                writer.write_table(table)
+
+        yield append
 
 
 @contextmanager
@@ -578,83 +746,161 @@ def _writing(path: Path) -> Iterator[None]:
         raise InputError(f"{path} cannot hold the columns: {error}; rename or drop them") from error
 
 
-def _features(df: pd.DataFrame, raster: RasterHandle) -> gpd.GeoDataFrame:
-    shapes = _shapes(df)
-    if raster.crs is not None:
-        shapes = shapely.transform(shapes, raster.to_map)
-    return gpd.GeoDataFrame(
-        _further(df, ["label", "diameter"]), geometry=gpd.GeoSeries(shapes), crs=raster.crs
-    )
+def _tables(out: _Output) -> Callable[[pd.DataFrame], pyarrow.Table]:
+    """Return a function that turns chunks into tables of attributes and WKB in map coordinates.
+
+    The first chunk decides on the types. What has none in Arrow, such as numbers mixed with words,
+    is text.
+    """
+    schema = None
+
+    def as_table(df: pd.DataFrame) -> pyarrow.Table:
+        nonlocal schema
+        table = _further(df, ["label", "diameter"]).rename(columns=str)
+        schema = schema or _schema(table)
+        texts = [field.name for field in schema if pyarrow.types.is_string(field.type)]
+        table = table.astype(dict.fromkeys(texts, "string")).astype(dict.fromkeys(texts, object))
+        return pyarrow.Table.from_pandas(
+            table.assign(geometry=shapely.to_wkb(_features(df, out))), schema, preserve_index=False
+        )
+
+    return as_table
 
 
-def _shapes(df: pd.DataFrame) -> np.ndarray:
-    """Return each row's polygon (px) if it has the row's box for its bounds, or else the box."""
-    shapes = shapely.box(*df[BOX_COLUMNS].to_numpy(dtype=float).T)
-    if "geometry" in df.columns:
-        own = np.where(df["geometry"].isna(), None, df["geometry"].to_numpy(dtype=object))
-        differing = np.abs(shapely.bounds(own) - df[BOX_COLUMNS].to_numpy(float)).max(axis=1)
-        shapes = np.where(differing <= TOLERANCE, own, shapes)  # NaN: there is no polygon
-    return shapes
+def _schema(df: pd.DataFrame) -> pyarrow.Schema:
+    types = {}
+    for name, column in df.items():
+        try:
+            kind = pyarrow.array(column).type
+        except pyarrow.ArrowException:
+            kind = pyarrow.string()
+        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        if pyarrow.types.is_null(kind) or pyarrow.types.is_large_string(kind):
+            kind = pyarrow.string()
+        elif kind == pyarrow.uint64():
+            kind = pyarrow.int64()  # GeoPackages would round it to a float
+        types[name] = kind
+    return pyarrow.schema(types | {"label": pyarrow.string(), "geometry": pyarrow.binary()})
 
 
-def _write_geojson(temporary: Path, path: Path, df: pd.DataFrame, raster: RasterHandle) -> None:
+def _crs(out: _Output) -> pyproj.CRS | None:
+    return None if out.raster.crs is None else pyproj.CRS(out.raster.crs)
+
+
+def _features(df: pd.DataFrame, out: _Output) -> np.ndarray:
+    """Return what stands for each row in vector files, in map coordinates if there are any."""
+    shapes, _ = _shapes(df, out.shape)
+    return shapes if out.raster.crs is None else shapely.transform(shapes, out.raster.to_map)
+
+
+def _shapes(df: pd.DataFrame, shape: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return what stands for each row (px), and which of them have nothing but a box."""
+    if shape == "circle":
+        return _circles(df), np.zeros(len(df), dtype=bool)
+    boxes = shapely.box(*df[BOX_COLUMNS].to_numpy(dtype=float).T)
+    if shape == "box" or "geometry" not in df.columns:
+        return boxes, np.ones(len(df), dtype=bool)
+    boxed = df["geometry"].isna().to_numpy()
+    own = np.where(boxed, None, df["geometry"].to_numpy(dtype=object))
+    differing = np.abs(shapely.bounds(own) - df[BOX_COLUMNS].to_numpy(float)).max(axis=1)
+    return np.where(differing <= TOLERANCE, own, boxes), boxed  # NaN: there is no polygon
+
+
+def _circles(df: pd.DataFrame) -> np.ndarray:
+    angles = np.linspace(0, 2 * np.pi, CIRCLE_SIDES, endpoint=False)
+    unit = np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    center, diameter = df[CENTER_COLUMNS].to_numpy(float), df["diameter"].to_numpy(float)
+    return shapely.polygons(center[:, None] + diameter[:, None, None] / 2 * unit)
+
+
+@contextmanager
+def _geojson_writer(out: _Output) -> Iterator[Callable[[pd.DataFrame], None]]:
     """Write GeoJSON with all digits of the coordinates, which GDAL would round."""
-    features = _features(df, raster)
-    crs = None if raster.crs is None else _crs_name(features.crs)
-    member = None if crs is None else {"type": "name", "properties": {"name": crs}}
-    head = json.dumps({"type": "FeatureCollection", "name": path.stem, "crs": member})
-    records = _records(pd.DataFrame(features.drop(columns="geometry")))
-    shapes = shapely.to_geojson(np.asarray(features.geometry.array))
-    lines = (
-        f'{{"type": "Feature", "properties": {_dumps(record)}, "geometry": {shape}}}'
-        for record, shape in zip(records, shapes, strict=True)
-    )
-    text = f'{head[:-1]}, "features": [\n' + ",\n".join(lines) + "\n]}\n"
-    temporary.write_text(text, encoding="utf-8")
-    if raster.crs is not None and len(df):  # what counts is what readers make of the name
-        written = pyogrio.read_info(temporary)["crs"]
-        same = written and pyproj.CRS(written).equals(features.crs, ignore_axis_order=True)
-        if crs is None or not same:
-            raise InputError(
-                f"{path}: GeoJSON names a CRS by its code, which that of {raster.path} "
-                f"({features.crs.name}) lacks; write a GeoPackage (.gpkg) instead"
+    name = None if out.raster.crs is None else _crs_name(out)
+    crs = name and {"type": "name", "properties": {"name": name}}
+    head = {"type": "FeatureCollection", "name": out.layer, "crs": crs}
+    with _json_lines(out.temporary, head, "features") as extend:
+
+        def append(df: pd.DataFrame) -> None:
+            records = _records(_further(df, ["label", "diameter"]))
+            shapes = shapely.to_geojson(_features(df, out))
+            extend(
+                f'{{"type": "Feature", "properties": {_dumps(record)}, "geometry": {shape}}}'
+                for record, shape in zip(records, shapes, strict=True)
             )
 
+        yield append
 
-def _crs_name(crs: pyproj.CRS) -> str | None:
-    """Return the URN of a CRS in its registry; longitude stands first in GeoJSON of any kind."""
+
+@contextmanager
+def _json_lines(
+    path: Path, head: Mapping[str, object], key: str
+) -> Iterator[Callable[[Iterable[str]], None]]:
+    """Write an object of JSON whose last member is a list, one line per item."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(f'{_dumps(head)[:-1]}, "{key}": [')
+        separator = "\n"
+
+        def extend(items: Iterable[str]) -> None:
+            nonlocal separator
+            for item in items:
+                file.write(separator + item)
+                separator = ",\n"
+
+        yield extend
+        file.write("\n]}\n")
+
+
+def _crs_name(out: _Output) -> str:
+    """Return the URN of a raster's CRS; longitude stands first in GeoJSON of any kind."""
+    crs = _crs(out)
     if crs.equals(pyproj.CRS("OGC:CRS84"), ignore_axis_order=True) or crs == pyproj.CRS(4326):
         return "urn:ogc:def:crs:OGC:1.3:CRS84"
-    authority = crs.to_authority()
-    return authority and "urn:ogc:def:crs:{}::{}".format(*authority)
+    if authority := crs.to_authority():
+        name = "urn:ogc:def:crs:{}::{}".format(*authority)
+        member = {"type": "name", "properties": {"name": name}}
+        probe = {"type": "FeatureCollection", "crs": member, "features": []}
+        found = pyogrio.read_info(json.dumps(probe).encode())["crs"]
+        # what counts is what readers make of the name
+        if found and pyproj.CRS(found).equals(crs, ignore_axis_order=True):
+            return name
+    raise InputError(
+        f"{out.path}: GeoJSON names a CRS by its code, which that of {out.raster.path} "
+        f"({crs.name}) lacks; write a GeoPackage (.gpkg) instead"
+    )
 
 
-def _write_coco(temporary: Path, path: Path, df: pd.DataFrame, raster: RasterHandle) -> None:
-    labels = _required_labels(path, df)
-    names = sorted(set(labels))
-    ids = {name: number for number, name in enumerate(names, 1)}
-    shapes = _shapes(df)
-    is_box = df["geometry"].isna() if "geometry" in df.columns else np.ones(len(df), dtype=bool)
-    corners = df[BOX_COLUMNS].to_numpy(dtype=float)
-    boxes = np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]])
-    others = df.drop(columns={*PIXEL_COLUMNS, "geometry", "id"} & set(df.columns))
-    annotations = [
-        {"iscrowd": 0}
-        | other
-        | {"id": number, "image_id": 1, "category_id": ids[label], "bbox": box, "area": area,
-           "segmentation": [] if boxed else _outlines(shape)}
-        for number, (other, label, box, area, boxed, shape) in enumerate(
-            zip(_records(others), labels, boxes.tolist(), shapely.area(shapes).tolist(), is_box,
-                shapes, strict=True), 1,
-        )
-    ]  # fmt: skip
+@contextmanager
+def _coco_writer(out: _Output) -> Iterator[Callable[[pd.DataFrame], None]]:
+    raster = out.raster
+    ids = {name: number for number, name in enumerate(out.labels, 1)}
     image = {"file_name": raster.path.name, "width": raster.width, "height": raster.height}
-    dataset = {
-        "images": [{"id": 1} | image],
-        "categories": [{"id": number, "name": name} for name, number in ids.items()],
-        "annotations": annotations,
-    }
-    temporary.write_text(_dumps(dataset) + "\n", encoding="utf-8")
+    categories = [{"id": number, "name": name} for name, number in ids.items()]
+    head = {"images": [{"id": 1} | image], "categories": categories}
+    numbers = itertools.count(1)
+    with _json_lines(out.temporary, head, "annotations") as extend:
+
+        def append(df: pd.DataFrame) -> None:
+            labels = _required_labels(out.path, df)
+            shapes, boxed = _shapes(df, out.shape)
+            corners = df[BOX_COLUMNS].to_numpy(dtype=float)
+            boxes = np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]])
+            others = df.drop(columns={*PIXEL_COLUMNS, "geometry", "id"} & set(df.columns))
+            rows = zip(
+                _records(others), labels, boxes.tolist(), shapely.area(shapes).tolist(), boxed,
+                shapes, strict=True,
+            )  # fmt: skip
+            extend(
+                _dumps(
+                    {"iscrowd": 0}
+                    | other
+                    | {"id": next(numbers), "image_id": 1, "category_id": ids[label], "bbox": box,
+                       "area": area, "segmentation": [] if only_box else _outlines(shape)}
+                )
+                for other, label, box, area, only_box, shape in rows
+            )  # fmt: skip
+
+        yield append
 
 
 def _outlines(shape: shapely.Geometry) -> list[list[float]]:
@@ -664,25 +910,41 @@ def _outlines(shape: shapely.Geometry) -> list[list[float]]:
     ]
 
 
-def _write_yolo(temporary: Path, path: Path, df: pd.DataFrame, raster: RasterHandle) -> None:
-    labels = _required_labels(path, df)
-    if broken := [label for label in set(labels) if re.search(r"[\r\n]", label) or not label]:
-        raise InputError(f"{path}: no class can be called {broken[:SHOWN]}; rename the labels")
-    known = _yolo_names(path.parent)
+@contextmanager
+def _yolo_writer(out: _Output) -> Iterator[Callable[[pd.DataFrame], None]]:
+    if broken := [label for label in out.labels if re.search(r"[\r\n]", label) or not label]:
+        raise InputError(f"{out.path}: no class can be called {broken[:SHOWN]}; rename the labels")
+    known = _yolo_names(out.path.parent)
     names = [known.get(number, str(number)) for number in range(max(known, default=-1) + 1)]
-    names += sorted(set(labels) - set(names))
+    names += sorted(set(out.labels) - set(names))
     ids = {name: number for number, name in reversed(list(enumerate(names)))}
-    boxes = df[BOX_COLUMNS].to_numpy(dtype=float) / np.tile([raster.width, raster.height], 2)
-    low, side = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
-    values = np.hstack([low + side / 2, side])
-    scores = df["score"].to_numpy(float) if "score" in df.columns else np.full(len(df), np.nan)
-    lines = [
-        " ".join([str(ids[label]), *map(repr, row), *([] if np.isnan(s) else [repr(s)])])
-        for label, row, s in zip(labels, values.tolist(), scores.tolist(), strict=True)
-    ]
-    with atomic_path(path.parent / "classes.txt") as classes:  # first: no id without its name
-        classes.write_text("".join(f"{name}\n" for name in names), encoding="utf-8", newline="")
-    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    with out.temporary.open("w", encoding="utf-8") as file:
+
+        def append(df: pd.DataFrame) -> None:
+            labels = _required_labels(out.path, df)
+            size = np.tile([out.raster.width, out.raster.height], 2)
+            boxes = df[BOX_COLUMNS].to_numpy(dtype=float) / size
+            low, side = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
+            values = np.hstack([low + side / 2, side])
+            scores = df["score"].to_numpy(float) if "score" in df else np.full(len(df), np.nan)
+            file.writelines(
+                " ".join([str(ids[label]), *map(repr, row), *([] if np.isnan(s) else [repr(s)])])
+                + "\n"
+                for label, row, s in zip(labels, values.tolist(), scores.tolist(), strict=True)
+            )
+
+        yield append
+    _extend_classes(out.path, names)
+
+
+def _extend_classes(path: Path, names: Sequence[str]) -> None:
+    """Write the class names beside a YOLO file before it appears: no id without its name."""
+    now = _yolo_names(path.parent)
+    if any(now.get(number, name) != name for number, name in enumerate(names)):
+        raise InputError(f"{path}: the class names beside it were changed meanwhile; write again")
+    if names and max(now, default=-1) < len(names):
+        with atomic_path(path.parent / "classes.txt") as classes:
+            classes.write_text("".join(f"{n}\n" for n in names), encoding="utf-8", newline="")
 
 
 def _required_labels(path: Path, df: pd.DataFrame) -> list[str]:
@@ -703,7 +965,7 @@ def _dumps(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-_WRITERS: dict[str, Callable[[Path, Path, pd.DataFrame, RasterHandle], None]] = {
-    ".csv": _write_csv, ".gpkg": _write_ogr, ".geojson": _write_geojson, ".json": _write_coco,
-    ".parquet": _write_parquet, ".txt": _write_yolo,
+_WRITERS: dict[str, Callable[[_Output], AbstractContextManager[Callable[[pd.DataFrame], None]]]] = {
+    ".csv": _csv_writer, ".gpkg": _gpkg_writer, ".geojson": _geojson_writer, ".json": _coco_writer,
+    ".parquet": _parquet_writer, ".txt": _yolo_writer,
 }  # fmt: skip

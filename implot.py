@@ -7,7 +7,7 @@ Okabe and Ito, which colour-blind people tell apart.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,10 +22,10 @@ import fileio
 import imutils
 import tiling
 from ImageData import BOX_COLUMNS, ImageData, Window
+from imutils import COLORS, label_colors
 
 log = logging.getLogger(__name__)
 
-COLORS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442")
 SPLIT_COLORS = {"train": "#0072B2", "validation": "#E69F00", "test": "#009E73"}
 MAX_SIDE = 1024  # px; larger views are read decimated
 WIDTH = 9.0  # inches, a notebook's cell
@@ -71,10 +71,6 @@ def _grid(count: int, columns: int, side: float) -> tuple[Figure, list[Axes]]:
     for ax in axes.flat[count:]:
         ax.axis("off")
     return figure, list(axes.flat[:count])
-
-
-def _label_colors(labels: Iterable[str]) -> dict[str, str]:
-    return {label: COLORS[i % len(COLORS)] for i, label in enumerate(sorted(set(labels)))}
 
 
 def _draw_boxes(
@@ -144,7 +140,7 @@ def plot_image_with_annotations(
     """
     ax = _axes(ax, (WIDTH, WIDTH * 0.8))
     show_window(ax, raster, window)
-    colors = _label_colors(annotations["label"])
+    colors = label_colors(annotations["label"])
     _draw_labelled(ax, annotations, colors)
     _legend(ax, colors, annotations["label"].value_counts())
     ax.set_title(
@@ -161,7 +157,7 @@ def plot_diameters(
     df = pd.concat([image.df for image in images])
     top = max([df["diameter"].max(), *patch_sizes]) * 1.1
     bins = np.geomspace(max(df["diameter"].min(), 0.5), df["diameter"].max() * 1.1, 40)
-    for label, color in _label_colors(df["label"]).items():
+    for label, color in label_colors(df["label"]).items():
         ax.hist(
             df.loc[df["label"] == label, "diameter"], bins, histtype="step", color=color,
             label=label, linewidth=1.6,
@@ -226,7 +222,7 @@ def plot_tiles(
     kept = tiles[tiles["kept"] & (tiles["split"] == "train")]
     fullest = kept.sort_values(["objects", "window", "angle"], ascending=[False, True, True])
     shown = fullest.head(count)
-    colors = _label_colors(boxes["label"])
+    colors = label_colors(boxes["label"])
     figure, axes = _grid(len(shown), min(columns, len(shown)), WIDTH / columns)
     for ax, tile in zip(axes, shown.itertuples(), strict=True):
         window = Window(tile.x, tile.y, tile.width, tile.height)
@@ -427,7 +423,7 @@ def plot_detections(
     figure, axes = plt.subplots(
         1, 2, figsize=(WIDTH, WIDTH / 2 + 0.9), sharex=True, sharey=True, layout="constrained"
     )
-    colors = _label_colors([*truth["label"], *found["label"]])
+    colors = label_colors([*truth["label"], *found["label"]])
     sides = (("truth", truth, missed, "missed"), ("detections", found, spurious, "spurious"))
     for ax, (title, df, wrong, word) in zip(axes, sides, strict=True):
         show_window(ax, image.raster, window)

@@ -3,16 +3,20 @@
 One convention for everything that turns: `np.rot90`, counter-clockwise, in an image whose y axis
 points down. Boxes are `xyxy` pixels, half-open; points share the continuous coordinates of boxes
 (origin at the top-left corner of the top-left pixel). `width` and `height` are always those of the
-image *before* it turns.
+image *before* it turns. The colours of labels, on pictures and on the map, stand here too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 TURNS = (0, 90, 180, 270)  # degrees, counter-clockwise
+COLORS = (  # of Okabe and Ito, which colour-blind people tell apart
+    "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442",
+)  # fmt: skip
 STRETCHES = ("none", "minmax", "percentile", "log")
 LOG_STEEPNESS = 1000.0
 
@@ -172,3 +176,8 @@ def preview_stretch(
         scaled = np.where(valid, (band - lo) / max(hi - lo, 1e-12), 0.0)
         planes.append((scaled.clip(0, 1) * 255).astype(np.uint8))
     return np.stack(planes, axis=-1) if len(planes) == 3 else planes[0]
+
+
+def label_colors(labels: Iterable[str]) -> dict[str, str]:
+    """Give each label its colour (#RRGGBB), in their order; beyond `COLORS` they come again."""
+    return {label: COLORS[i % len(COLORS)] for i, label in enumerate(sorted(set(labels)))}

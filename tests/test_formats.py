@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
+import defusedxml.ElementTree
 import geopandas as gpd
 import numpy as np
 import pandas as pd
+import pyogrio
 import pytest
 import rasterio.crs
 import shapely
@@ -180,6 +184,223 @@ def test_what_cannot_be_written_is_refused(tmp_path, name, df, message):
     with pytest.raises(InputError, match=message):
         fileio.write_annotations(tmp_path / name, df, canvas())
     assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------
+# Written chunk by chunk
+# ---------------------------------------------------------------------------------------------
+
+FURTHER = {
+    ".csv": [*BOX_COLUMNS, "pixel_x", "score"], ".gpkg": ["score", "geometry"],
+    ".parquet": ["score", "geometry"], ".geojson": [], ".json": [], ".txt": [],
+}  # fmt: skip  # columns that an empty file of the format can have
+
+
+def mixed(count=9):
+    """Return boxes of three labels, of which every other is a pair of polygons."""
+    low = np.stack([np.arange(count) * 11.3, np.arange(count) % 4 * 7.1], axis=1)
+    corners = np.hstack([low, low + np.array([8.5, 6.25])])
+    shapes = [
+        shapely.MultiPolygon([shapely.box(a, b, a + 2, d), shapely.box(c - 2, b, c, d)])
+        if number % 2 else None
+        for number, (a, b, c, d) in enumerate(corners)
+    ]  # fmt: skip
+    return table_of(
+        corners, [("a", "b c", "01")[i % 3] for i in range(count)], geometry=shapes,
+        score=np.linspace(0, 1, count), number=np.arange(count),
+    )  # fmt: skip
+
+
+def write_chunks(path, chunks, raster, labels=("01", "a", "b c"), **options):
+    with fileio.annotation_writer(path, raster, labels, **options) as append:
+        for chunk in chunks:
+            append(chunk)
+    return path
+
+
+@pytest.mark.parametrize("place", ["none", "utm, turned"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("size", [2, 5, 9])
+def test_chunks_read_back_as_the_whole(tmp_path, suffix, place, size):
+    raster, df = canvas(place), mixed()
+    whole = fileio.write_annotations(tmp_path / "whole" / f"x{suffix}", df, raster)
+    chunks = [df[start : start + size] for start in range(0, len(df), size)]
+    path = write_chunks(tmp_path / f"x{suffix}", [df[:0], *chunks, df[:0]], raster)
+    expected, found = (formats.read_annotation_file(p, raster) for p in (whole, path))
+    assert found.crs == expected.crs
+    if "geometry" in expected.df:
+        np.testing.assert_allclose(
+            shapely.bounds(found.df.pop("geometry").to_numpy()),
+            shapely.bounds(expected.df.pop("geometry").to_numpy()), atol=1e-6,
+        )  # fmt: skip
+    pd.testing.assert_frame_equal(found.df, expected.df)
+    assert {p.name for p in tmp_path.iterdir()} <= {"whole", path.name, "classes.txt"}
+
+
+@pytest.mark.parametrize("chunks", [[], [mixed(0)]], ids=["no chunk", "an empty chunk"])
+@pytest.mark.parametrize("place", ["none", "mercator"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_without_objects_is_valid(tmp_path, suffix, place, chunks):
+    path = write_chunks(tmp_path / f"x{suffix}", chunks, canvas(place))
+    read = {
+        ".csv": pd.read_csv, ".parquet": gpd.read_parquet,
+        ".gpkg": lambda path: gpd.read_file(path, layer="x"), ".geojson": gpd.read_file,
+        ".json": lambda path: json.loads(path.read_text())["annotations"],
+        ".txt": lambda path: path.read_text(),
+    }[suffix]  # fmt: skip
+    found = read(path)
+    assert len(found) == 0
+    if FURTHER[suffix]:
+        assert set(FURTHER[suffix]) - set(found.columns) == (set() if chunks else {"score"})
+    if suffix in (".gpkg", ".parquet"):
+        assert found.crs == PLACES[place][0]
+    with pytest.raises(InputError, match=r"no row|no annotation|is empty"):
+        formats.read_annotation_file(path, canvas(place))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_broken_block_leaves_the_folder_as_it_was(tmp_path, suffix, count):
+    path = tmp_path / f"x{suffix}"
+    path.write_text("old")
+    chunks = ({"x": table_of([(1, 1, 2, 2)], ["a"])}[key] for key in [*"x" * count, "y"])
+    with pytest.raises(KeyError):
+        write_chunks(path, chunks, canvas())
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("chunk", "message"),
+    [
+        (table_of([(1, 1, 2, 2)], ["a"]), "all chunks need"),
+        (table_of([(1, 1, 2, 2)], ["z"], n=1), r"the labels \['z'\] were not announced"),
+        (pd.DataFrame({"label": ["a"]}), "need the columns"),
+        (table_of([(1, 1, 2, 2)], ["a"], n=0.5), "cannot hold the columns"),
+        (table_of([(1, 1, 2, 2)], ["a"], n="x"), "cannot hold the columns"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".gpkg", ".parquet"])
+def test_a_chunk_that_does_not_fit_the_first_is_refused(tmp_path, suffix, chunk, message):
+    first = table_of([(1, 1, 2, 2)], ["a"], n=1)
+    with pytest.raises(InputError, match=message):
+        write_chunks(tmp_path / f"x{suffix}", [first, chunk], canvas(), ["a"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".gpkg", ".parquet"])
+def test_the_first_chunk_decides_on_the_types(tmp_path, suffix):
+    box = [(1, 1, 2, 2)]
+    chunks = [
+        table_of(box, [None], whole=1, text=[None], real=0.5),
+        table_of(box, pd.Categorical(["a"]), whole=[np.nan], text=2, real=3),
+        table_of(box, ["b"], whole=pd.array([3], dtype="Int64"), text=[Path("c")], real=[None]),
+    ]
+    df = formats.read_annotation_file(
+        write_chunks(tmp_path / f"x{suffix}", chunks, canvas(), "ab"), canvas()
+    ).df
+    text = df[["label", "text"]].astype(object).where(df[["label", "text"]].notna(), None)
+    assert text["label"].tolist() == [None, "a", "b"]
+    assert text["text"].tolist() == [None, "2", "c"]
+    assert df["whole"].isna().tolist() == [False, True, False]
+    assert df["whole"].dropna().tolist() == [1, 3]
+    np.testing.assert_array_equal(df["real"], [0.5, 3, np.nan])
+
+
+@pytest.mark.parametrize("place", ["none", "utm, turned"])
+@pytest.mark.parametrize("suffix", [".gpkg", ".geojson", ".parquet", ".json"])
+def test_circles_have_the_centre_and_diameter_of_their_row(tmp_path, suffix, place):
+    raster = canvas(place)
+    df = table_of([(10, 20, 40, 60), (100, 50, 110, 60)], ["a", "a"], diameter=[30.0, 12.0])
+    path = write_chunks(tmp_path / f"x{suffix}", [df[:1], df[1:]], raster, "a", shape="circle")
+    shapes = an.read_annotations(path, raster).df["geometry"].to_numpy()
+    np.testing.assert_allclose(
+        shapely.bounds(shapes), [(10, 25, 40, 55), (99, 49, 111, 61)], atol=1e-6
+    )
+    np.testing.assert_allclose(shapely.area(shapes), np.pi * np.array([15, 6]) ** 2, rtol=0.01)
+    center = shapely.get_coordinates(shapely.centroid(shapes))
+    np.testing.assert_allclose(center, [(25, 40), (105, 55)], atol=1e-6)
+    assert (shapely.get_num_coordinates(shapes) == formats.CIRCLE_SIDES + 1).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"), [("own", "Unknown"), ("box", "Polygon"), ("circle", "Polygon")]
+)
+def test_polygons_are_left_out_where_boxes_or_circles_are_wanted(tmp_path, shape, kind):
+    path = write_chunks(tmp_path / "x.gpkg", [mixed()], canvas(), shape=shape, layer="ships")
+    assert dict(pyogrio.list_layers(path))["ships"] == kind
+    kinds = shapely.get_type_id(formats.read_annotation_file(path, canvas()).df["geometry"])
+    assert (kinds == shapely.GeometryType.MULTIPOLYGON).sum() == (4 if shape == "own" else 0)
+    with pytest.raises(ValueError, match="shape must be one of"):
+        write_chunks(path, [], canvas(), shape="star")
+
+
+def test_geojson_is_refused_before_anything_is_detected(tmp_path):
+    with (
+        pytest.raises(InputError, match="write a GeoPackage"),
+        fileio.annotation_writer(tmp_path / "x.geojson", canvas("moon, turned"), ["a"]),
+    ):
+        pytest.fail("the block must not begin")
+
+
+def test_class_names_that_change_meanwhile_are_not_overwritten(tmp_path):
+    df = table_of([(1, 1, 2, 2)], ["b"])
+    with fileio.annotation_writer(tmp_path / "x.txt", canvas(), ["b"]) as append:
+        append(df)
+        (tmp_path / "classes.txt").write_text("b\nc\n")  # begins with the same names
+    assert (tmp_path / "classes.txt").read_text() == "b\nc\n"
+    with (
+        pytest.raises(InputError, match="were changed meanwhile"),
+        fileio.annotation_writer(tmp_path / "y.txt", canvas(), ["b", "d"]) as append,
+    ):
+        (tmp_path / "classes.txt").write_text("b\nc\ne\n")
+    assert not (tmp_path / "y.txt").exists()
+
+
+@pytest.mark.parametrize("place", ["none", "moon, turned"])
+def test_a_geopackage_has_a_style_with_a_colour_per_label(tmp_path, place):
+    labels = ["a", "b & <c>", "01", 'Ü, "x"', *map(str, range(20, 26))]
+    df = table_of([(1, 1, 2, 2)] * 2, labels[:2])
+    path = write_chunks(tmp_path / "craters.gpkg", [df], canvas(place), labels)
+    assert dict(pyogrio.list_layers(path)) == {"craters": "Polygon", "layer_styles": None}
+    with closing(sqlite3.connect(path)) as database:
+        database.row_factory = sqlite3.Row
+        (style,) = map(dict, database.execute("SELECT * FROM layer_styles"))
+        (column,) = database.execute("SELECT column_name FROM gpkg_geometry_columns").fetchone()
+        kinds = dict(database.execute("SELECT table_name, data_type FROM gpkg_contents").fetchall())
+    assert list(style) == [
+        "id", "f_table_catalog", "f_table_schema", "f_table_name", "f_geometry_column",
+        "styleName", "styleQML", "styleSLD", "useAsDefault", "description", "owner", "ui",
+        "update_time",
+    ]  # fmt: skip
+    assert (style["f_table_name"], style["f_geometry_column"]) == ("craters", column)
+    assert style["f_table_schema"] == ""
+    assert style["useAsDefault"] == 1
+    assert kinds == {"craters": "features", "layer_styles": "attributes"}
+    renderer = defusedxml.ElementTree.fromstring(style["styleQML"]).find("renderer-v2")
+    assert (renderer.get("type"), renderer.get("attr")) == ("categorizedSymbol", "label")
+    categories = {c.get("value"): c.get("symbol") for c in renderer.iter("category")}
+    assert list(categories) == sorted(labels)
+    colors = {
+        symbol.get("name"): option.get("value")
+        for symbol in renderer.iter("symbol")
+        for option in symbol.iter("Option") if option.get("name") == "line_color"
+    }  # fmt: skip
+    assert colors[categories["01"]] == "230,159,0,255"  # imutils.COLORS[0]
+    assert len(set(list(colors.values())[:7])) == 7
+    out = formats.read_annotation_file(path, canvas(place))
+    assert out.df["label"].tolist() == labels[:2]
+    with pytest.raises(InputError, match="has no layer 'layer_styles'"):
+        formats.read_annotation_file(path, canvas(place), layer="layer_styles")
+
+
+def test_objects_without_a_label_are_drawn_too(tmp_path):
+    df = table_of([(1, 1, 2, 2)] * 2, ["a", None])
+    path = fileio.write_annotations(tmp_path / "x.gpkg", df, canvas())
+    with closing(sqlite3.connect(path)) as database:
+        (qml,) = database.execute("SELECT styleQML FROM layer_styles").fetchone()
+    found = defusedxml.ElementTree.fromstring(qml).iter("category")
+    assert [category.get("value") for category in found] == ["a", ""]
 
 
 # ---------------------------------------------------------------------------------------------
