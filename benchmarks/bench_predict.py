@@ -48,7 +48,7 @@ import sampledata
 import splits
 import tiling
 from ImageData import Window
-from LargeRasterOR import LargeRasterORModel, TileRetinaNet
+from LargeRasterOR import LargeRasterORModel, TileRetinaNet, autocast
 from ModelConfig import ModelConfig
 
 log = logging.getLogger("bench_predict")
@@ -197,19 +197,19 @@ def sahi_runner(plain: RetinaNet, labels: Sequence[str], raster: Path) -> Callab
     return run
 
 
-def our_runner(
-    model: LargeRasterORModel, raster: Path, output: Path, precision: str
-) -> Callable[[], Found]:
-    """Return a function that runs this project, its writing of the catalogue included."""
-    ids = {label: i for i, label in enumerate(model.labels)}
+def our_runner(model: LargeRasterORModel, raster: Path, precision: str) -> Callable[[], Found]:
+    """Return a function that runs this project; writing and reading the catalogue counts."""
+    ids, threshold = {label: i for i, label in enumerate(model.labels)}, model.network.score_thresh
+    model = copy.deepcopy(model)  # whose limits the prediction sets
 
     def run() -> Found:
-        predict.predict_raster(
-            model, raster, output, tile_size=TILE_SIZE, overlap=OVERLAP, batch_size=BATCH_SIZE,
-            precision=precision, device="cpu", score_threshold=model.network.score_thresh,
-            overwrite=True,
-        )  # fmt: skip
-        df = pd.read_csv(output)
+        with tempfile.TemporaryDirectory() as folder:  # there is nothing that could be resumed
+            output = Path(folder) / "catalogue.csv"
+            predict.predict_raster(
+                model, raster, output, tile_size=TILE_SIZE, overlap=OVERLAP, batch_size=BATCH_SIZE,
+                precision=precision, device="cpu", score_threshold=threshold,
+            )  # fmt: skip
+            df = pd.read_csv(output)
         boxes = df[tiling.BOX_COLUMNS].to_numpy(np.float64)
         return Found(boxes, df["score"].to_numpy(), df["label"].map(ids).to_numpy())
 
@@ -221,14 +221,13 @@ def bare_runner(
     windows: pd.DataFrame,
     tiles: Tensor,
     nms_threshold: float,
-    precision: torch.dtype = torch.float32,
+    precision: str = "32-true",
 ) -> Callable[[], Found]:
     """Return a function that calls a network on tiles (N, bands, size, size), and suppresses."""
     corners = torch.from_numpy(windows[["x", "y", "x", "y"]].to_numpy(np.float32, copy=True))
 
     def run() -> Found:
-        lowered = precision != torch.float32
-        with torch.inference_mode(), torch.autocast("cpu", precision, enabled=lowered):
+        with torch.inference_mode(), autocast("cpu", precision):
             found = [one for batch in tiles.split(BATCH_SIZE) for one in call(batch)]
         boxes = torch.cat([f["boxes"] + c for f, c in zip(found, corners, strict=True)])
         scores, labels = (torch.cat([f[name] for f in found]) for name in ("scores", "labels"))
@@ -352,12 +351,11 @@ def benchmark(
         "SAHI": sahi_runner(plain, model.labels, image),
         "network, fp32, contiguous": call(lambda batch: plain(list(batch))),
         "network, fp32": call(model),
-        "network, bf16": call(model, precision=torch.bfloat16),
+        "network, bf16": call(model, precision="bf16-mixed"),
     }
     if with_ours:
-        output = folder / "catalogue.csv"
-        runners["ours, fp32"] = our_runner(model, image, output, "32-true")
-        runners["ours, bf16"] = our_runner(model, image, output, "bf16-mixed")
+        runners["ours, fp32"] = our_runner(model, image, "32-true")
+        runners["ours, bf16"] = our_runner(model, image, "bf16-mixed")
     base = "ours, fp32" if with_ours else "network, fp32"
     times, found = measure(runners, rounds)
     lines = compare(times, found, base, truth_of(table, image))
@@ -396,9 +394,8 @@ def main() -> None:
     args = parser.parse_args()
     if missing := [name for name in PEERS if importlib.util.find_spec(name) is None]:
         parser.error(f"{', '.join(missing)} not installed; requirements-bench.txt tells how")
-    if not args.no_ours and not hasattr(predict, "predict_raster"):
-        parser.error("predict has no predict_raster yet; --no-ours measures all the rest")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # hints at hardware, products
+    for name in ("pytorch_lightning", "predict"):  # hints at hardware; every catalogue written
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning")  # of too few workers
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.work or Path(temporary)
