@@ -16,6 +16,7 @@ import json
 import logging
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -351,6 +352,10 @@ def prepare(
         "regions": opened.regions.digest() if opened.regions else None,
     }
     plan = json.loads(json.dumps(plan))
+    with tempfile.TemporaryDirectory() as folder:  # a rehearsal: can these files hold it?
+        for path in paths:
+            with fileio.annotation_writer(Path(folder) / path.name, opened, model.labels):
+                pass
     task = Task(predictor, tuple(model.labels), paths, replace(wanted, workers=workers), plan)
     _check_outputs(task)
     return task
@@ -471,6 +476,9 @@ def _merge(task: Task, progress: bool) -> tuple[dict[str, int], dict[str, int], 
     waiting = [strip for strip in range(len(tops)) if not predictor.is_done(strip)]
     if len(waiting) < len(tops):
         log.info("%d of %d strips are there already", len(tops) - len(waiting), len(tops))
+    for path in task.outputs:  # what was killed while it wrote
+        for stray in path.parent.glob(f".????????.{path.name}*"):
+            stray.unlink()
     counts, gaps = {"predicted": 0, "empty": 0}, []
     numbers = np.zeros(len(task.labels), dtype=np.int64)
     front, certain = catalogue.SeamFront(predictor.nms_threshold), []
