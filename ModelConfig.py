@@ -11,7 +11,7 @@ import difflib
 import importlib.util
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +24,7 @@ from ImageData import InputError
 
 Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
+CatalogueFormat = Literal["gpkg", "geojson", "parquet", "csv", "json", "txt"]
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]  # of a whole
@@ -39,7 +40,8 @@ MAY_CHANGE = {
     "LEARNING_RATES", "RETRY_FAILED", "REPAIR_LAYOUT", "CACHE_DIR", "RESOLUTION_TOLERANCE",
     "FORCE_CREATION", "ACCELERATOR", "DEVICES", "WORKERS", "RUNS_DIR", "DF_DIR", "IMG_DIR",
     "TILING_DIRECTORY", "IMAGE_OUTPUT_DIRECTORY", "MATERIALIZE_TILES", "WANDB_ACTIVE",
-    "WANDB_PROJECT", "PLOT_IMAGE", "INTERACTIVE",
+    "WANDB_PROJECT", "PLOT_IMAGE", "INTERACTIVE", "PREDICT_FILENAMES", "CATALOGUE_FORMATS",
+    "CATALOGUE_GEOMETRY", "DENSITY_CELL", "PREDICT_VIEWS",
 }  # fmt: skip
 _STRICT = ConfigDict(validate_assignment=True, extra="forbid", allow_inf_nan=False)
 
@@ -169,6 +171,11 @@ class RunParameters:
     PR_COMPUTE_INTERVAL: Positive
     IOU_THRESHOLD: SampleShare
     SCORE_THRESHOLD: Share
+    PREDICT_FILENAMES: list[FileName]
+    CATALOGUE_FORMATS: Annotated[list[CatalogueFormat], Field(min_length=1)]
+    CATALOGUE_GEOMETRY: Literal["box", "circle"]
+    DENSITY_CELL: Positive | None
+    PREDICT_VIEWS: Literal["none", "flips", "turns", "all"]
     ACCELERATOR: str
     DEVICES: int | str | list[int]
     PRECISION: Precision
@@ -203,12 +210,13 @@ class RunParameters:
             )
         if not rasters:
             raise InputError("IMAGE_FILENAMES is empty; name at least one raster and its table")
-        names = [Path(name).stem for name in self.IMAGE_FILENAMES]
-        if doubled := sorted({name for name in names if names.count(name) > 1}):
-            raise InputError(
-                f"IMAGE_FILENAMES must differ in their stems, which name the rasters; "
-                f"{doubled} occur more than once"
-            )
+        for parameter in ("IMAGE_FILENAMES", "PREDICT_FILENAMES"):
+            names = [Path(name).stem for name in getattr(self, parameter)]
+            if doubled := sorted({name for name in names if names.count(name) > 1}):
+                raise InputError(
+                    f"{parameter} must differ in their stems, which name the rasters; "
+                    f"{doubled} occur more than once"
+                )
         if self.WANDB_ACTIVE and importlib.util.find_spec("wandb") is None:
             raise InputError(
                 "wandb is not installed: pip install wandb, or set WANDB_ACTIVE = False"
@@ -344,11 +352,24 @@ class RunParameters:
     @property
     def image_paths(self) -> list[Path | str]:
         """Paths of the rasters, or their addresses (`https://...`)."""
+        return self._raster_paths(self.IMAGE_FILENAMES)
+
+    @property
+    def predict_paths(self) -> list[Path | str]:
+        """Paths or addresses of the rasters that the best model is to predict."""
+        return self._raster_paths(self.PREDICT_FILENAMES)
+
+    def _raster_paths(self, names: Sequence[str]) -> list[Path | str]:
         remote = ("://", "/vsi")
         return [
-            name if any(mark in name for mark in remote) else self.IMG_DIR / name
-            for name in self.IMAGE_FILENAMES
+            name if any(mark in name for mark in remote) else self.IMG_DIR / name for name in names
         ]
+
+    @property
+    def catalogue_paths(self) -> list[Path]:
+        """Patterns of the catalogues' paths; `{raster}` stands for the raster's identifier."""
+        folder = self.run_dir / "catalogues"
+        return [folder / f"{{raster}}.{suffix}" for suffix in dict.fromkeys(self.CATALOGUE_FORMATS)]
 
     @property
     def region_paths(self) -> list[tuple[Path | None, Path | None]]:
@@ -431,6 +452,17 @@ class RunParameters:
     def stretch_options(self) -> dict[str, Any]:
         """Return the arguments of `imutils.measure_radiometry` that are parameters."""
         return {"stretch": self.STRETCH, "percentiles": tuple(self.STRETCH_PERCENTILES)}
+
+    def prediction_options(self) -> dict[str, Any]:
+        """Return the arguments of `predict.prepare` that are parameters."""
+        return {
+            "geometry": self.CATALOGUE_GEOMETRY,
+            "density_cell": self.DENSITY_CELL,
+            "views": self.PREDICT_VIEWS,
+            "device": "cuda" if self.ACCELERATOR == "gpu" else self.ACCELERATOR,
+            "precision": self.PRECISION,
+            "resolution_tolerance": self.RESOLUTION_TOLERANCE,
+        }
 
     def model_config(self) -> ModelConfig:
         """Return what all trials share; each trial then sets its own hyperparameters."""

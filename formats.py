@@ -11,6 +11,8 @@
 
 Readers convert nothing but units of the format to px, and leave no annotation out: a row that
 cannot be used says why in the column `problem`.
+
+Writers take objects chunk by chunk (`annotation_writer`) or all at once (`write_annotations`).
 """
 
 from __future__ import annotations
@@ -650,6 +652,8 @@ def _further(df: pd.DataFrame, first: Sequence[str]) -> pd.DataFrame:
 
 @contextmanager
 def _gpkg_writer(out: _Output) -> Iterator[Callable[[pd.DataFrame], None]]:
+    if out.layer == STYLES:
+        raise InputError(f"{out.path}: QGIS keeps styles in {STYLES}; give the layer another name")
     crs = _crs(out)
     code = crs and crs.to_epsg()
     described = f"EPSG:{code}" if code else crs and crs.to_wkt("WKT1_GDAL")

@@ -435,3 +435,45 @@ def plot_detections(
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     figure.suptitle(f"{image.image_identifier}, test block {block['block']}", fontsize="medium")
     return figure
+
+
+def plot_catalogue(raster: fileio.Raster, catalogue: pd.DataFrame, max_side: int = 512) -> Figure:
+    """Draw a raster's catalogue: where it is densest, and how its objects spread over all of it.
+
+    Args:
+        raster: The raster.
+        catalogue: `pixel_x, pixel_y, label` and boxes in px of the raster.
+        max_side: Px of the window that is shown in detail.
+    """
+    width, height = raster.width, raster.height
+    cell = max(max_side // 8, max(width, height) // 128)
+    edges = [np.arange(0, side + cell, cell) for side in (height, width)]
+    counts, _, _ = np.histogram2d(catalogue["pixel_y"], catalogue["pixel_x"], bins=edges)
+    row, col = np.unravel_index(counts.argmax(), counts.shape)
+    x, y = (
+        int(np.clip((i + 0.5) * cell - max_side / 2, 0, max(side - max_side, 0)))
+        for i, side in ((col, width), (row, height))
+    )
+    window = Window(x, y, min(max_side, width), min(max_side, height))
+    figure, (detail, overview) = plt.subplots(
+        1, 2, figsize=(WIDTH, WIDTH / 2 + 0.6), layout="constrained"
+    )
+    inside = catalogue["pixel_x"].between(x, x + window.width)
+    inside &= catalogue["pixel_y"].between(y, y + window.height)
+    show_window(detail, raster, window)
+    colors = label_colors(catalogue["label"])
+    _draw_labelled(detail, catalogue[inside], colors)
+    detail.set_title(
+        f"the densest window: {inside.sum()} of {len(catalogue)} objects", fontsize="medium"
+    )
+    drawn = overview.imshow(
+        counts, cmap="cividis", extent=(0, edges[1][-1], edges[0][-1], 0), vmin=0,
+    )  # fmt: skip
+    figure.colorbar(drawn, ax=overview, label=f"objects per cell of {cell} px", shrink=0.8)
+    overview.add_patch(Rectangle((x, y), window.width, window.height, fill=False, color="white"))
+    overview.set(xlim=(0, width), ylim=(height, 0), xlabel="x (px)", ylabel="y (px)")
+    overview.set_title("all of it", fontsize="medium")
+    handles = [Line2D([], [], color=color, label=label) for label, color in colors.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(len(handles), 1))
+    figure.suptitle(raster.path.name, fontsize="medium")
+    return figure

@@ -16,6 +16,7 @@ import json
 import logging
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -225,6 +226,7 @@ class Prediction:
     """What came of predicting a raster.
 
     Attributes:
+        raster: The raster.
         outputs: The files that hold the catalogue.
         provenance: The record of how it was made.
         objects: Label -> number of objects.
@@ -234,6 +236,7 @@ class Prediction:
         seconds: Time that this call took.
     """
 
+    raster: fileio.Raster
     outputs: tuple[Path, ...]
     provenance: Path
     objects: dict[str, int]
@@ -308,6 +311,8 @@ def prepare(
         raster, contract, resolution_tolerance=wanted.resolution_tolerance,
         override=wanted.override,
     )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:  # warns of layouts that read slowly
+        fileio.check_layout([opened], repair=False, cache_dir=folder)
     opened = opened.with_regions(
         annotations.read_regions(wanted.aoi, wanted.ignore, opened, "auto")
     )
@@ -351,9 +356,47 @@ def prepare(
         "regions": opened.regions.digest() if opened.regions else None,
     }
     plan = json.loads(json.dumps(plan))
+    with tempfile.TemporaryDirectory() as folder:  # a rehearsal: can these files hold it?
+        for path in paths:
+            with fileio.annotation_writer(Path(folder) / path.name, opened, model.labels):
+                pass
     task = Task(predictor, tuple(model.labels), paths, replace(wanted, workers=workers), plan)
     _check_outputs(task)
     return task
+
+
+def prepare_all(
+    checkpoint: Path | str,
+    rasters: Sequence[Path | str],
+    patterns: Sequence[Path | str],
+    **options: object,
+) -> list[Task]:
+    """Check several rasters, before the first is predicted.
+
+    Args:
+        checkpoint: A checkpoint.
+        rasters: Files or addresses.
+        patterns: Names of the outputs; each raster's identifier stands for `{raster}` in them.
+        options: See `PredictionOptions`.
+
+    Raises:
+        InputError: See `predict_raster`; or two rasters would write the same file.
+    """
+    outputs = [
+        [Path(str(pattern).replace("{raster}", Path(raster).stem)) for pattern in patterns]
+        for raster in rasters
+    ]
+    flat = [path for paths in outputs for path in paths]
+    if doubled := sorted({str(path) for path in flat if flat.count(path) > 1}):
+        raise InputError(
+            f"{', '.join(doubled)} would be written more than once; rasters that share a command "
+            "need {raster} in the name of the output, such as maps/{raster}.gpkg, and names of "
+            "their own"
+        )
+    return [
+        prepare(checkpoint, raster, paths, **options)
+        for raster, paths in zip(rasters, outputs, strict=True)
+    ]
 
 
 def _digest(checkpoint: Path | str | nn.Module, model: nn.Module) -> str:
@@ -449,8 +492,8 @@ def run(task: Task, *, progress: bool = False) -> Prediction:
 def _prediction(task: Task, record: dict, seconds: float) -> Prediction:
     gaps = pd.DataFrame(record["gaps"], columns=tiling.WINDOW_COLUMNS)
     return Prediction(
-        task.outputs, task.provenance, record["objects"], record["predicted"], record["empty"],
-        gaps, seconds,
+        task.predictor.raster, task.outputs, task.provenance, record["objects"],
+        record["predicted"], record["empty"], gaps, seconds,
     )  # fmt: skip
 
 
@@ -471,6 +514,9 @@ def _merge(task: Task, progress: bool) -> tuple[dict[str, int], dict[str, int], 
     waiting = [strip for strip in range(len(tops)) if not predictor.is_done(strip)]
     if len(waiting) < len(tops):
         log.info("%d of %d strips are there already", len(tops) - len(waiting), len(tops))
+    for path in task.outputs:  # what was killed while it wrote
+        for stray in path.parent.glob(f".????????.{path.name}*"):
+            stray.unlink()
     counts, gaps = {"predicted": 0, "empty": 0}, []
     numbers = np.zeros(len(task.labels), dtype=np.int64)
     front, certain = catalogue.SeamFront(predictor.nms_threshold), []
@@ -535,10 +581,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoint, progress = args.pop("checkpoint"), sys.stderr.isatty()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     try:
-        tasks = [
-            prepare(checkpoint, raster, outputs, **args)
-            for raster, outputs in zip(rasters, name_outputs(rasters, patterns), strict=True)
-        ]
+        tasks = prepare_all(checkpoint, rasters, patterns, **args)
     except (InputError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return FAILED
@@ -556,28 +599,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             code = code or (0 if result.complete else INCOMPLETE)
     return code
-
-
-def name_outputs(
-    rasters: Sequence[Path | str], patterns: Sequence[Path | str]
-) -> list[tuple[Path, ...]]:
-    """Name the outputs of each raster: its identifier stands for `{raster}` in the patterns.
-
-    Raises:
-        InputError: Two rasters would write the same file.
-    """
-    outputs = [
-        tuple(Path(str(pattern).replace("{raster}", Path(raster).stem)) for pattern in patterns)
-        for raster in rasters
-    ]
-    flat = [path for paths in outputs for path in paths]
-    if doubled := sorted({str(path) for path in flat if flat.count(path) > 1}):
-        raise InputError(
-            f"{', '.join(doubled)} would be written more than once; rasters that share a command "
-            "need {raster} in the name of the output, such as maps/{raster}.gpkg, and names of "
-            "their own"
-        )
-    return outputs
 
 
 def _parser() -> argparse.ArgumentParser:

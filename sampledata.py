@@ -7,7 +7,7 @@ rasters of any size are written in flat memory, and neighbouring windows join wi
 The catalogue lists every object that lies whole in the raster, and dirt as found in real tables:
 rows without a usable diameter or centre, absurd sizes, one-off labels, objects cut by the edge.
 
-Make the two samples of the quickstart: `python sampledata.py --output data --seed 0`.
+Make the samples of the quickstart: `python sampledata.py --output data --seed 0`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ from ImageData import InputError, Window
 
 log = logging.getLogger(__name__)
 
-SAMPLES = {"sample_1": (2048, 1536), "sample_2": (1536, 1536)}  # px, width and height
+SAMPLES = {  # px, width and height; the third is for prediction, its catalogue to compare with
+    "sample_1": (2048, 1536),
+    "sample_2": (1536, 1536),
+    "sample_3": (2048, 2048),
+}
 DENSITY = 250.0  # objects per megapixel
 MAX_DENSITY = 400.0  # crowding already suppresses a sixth there
 DIAMETER_SCALE = 3.0  # px per unit of the diameter column

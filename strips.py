@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -102,7 +103,7 @@ class Part:
                 found = Detections(values["boxes"], values["scores"], values["ids"])
                 predicted, empty = int(values["predicted"]), int(values["empty"])
                 return cls(found, predicted, empty, values["gaps"])
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             return None
 
 
@@ -234,7 +235,7 @@ class StripPredictor:
         pixels = pixels.to(device)
         with torch.inference_mode(), autocast(device.type, self.precision):
             looks = [
-                _look(model, pixels, *view, scale) for view in self.views for scale in self.scales
+                look(model, pixels, *view, scale) for view in self.views for scale in self.scales
             ]
         return Detections.concatenate(
             [self._keep(tile, seen) for tile, *seen in zip(tiles, *looks, strict=True)]
@@ -267,7 +268,7 @@ class StripPredictor:
         return replace(found, boxes=boxes)[keep]
 
 
-def _look(
+def look(
     model: nn.Module,
     tiles: Tensor,
     turns: int,

@@ -55,7 +55,7 @@ class Oracle(torch.nn.Module):
         return {
             "boxes": torch.from_numpy(boxes.astype(np.float32)),
             "scores": torch.from_numpy(bright),
-            "labels": torch.from_numpy((bright < 0.6).astype(np.int64)),
+            "labels": torch.from_numpy((bright < 0.599).astype(np.int64)),
         }
 
 
@@ -75,7 +75,7 @@ def draw(path, width, height, *, seed=0, left=0, top=0, **profile):
                 x0, y0 = np.array([x + left, y + top]) + rng.integers(0, cell - size)
                 value = rng.integers(60, 256)
                 pixels[y0 : y0 + size[1], x0 : x0 + size[0]] = value
-                rows.append([x0, y0, x0 + size[0], y0 + size[1], value / 255, value / 255 < 0.6])
+                rows.append([x0, y0, x0 + size[0], y0 + size[1], value / 255, value / 255 < 0.599])
     shape = {"width": width + left, "height": height + top, "count": 1, "dtype": "uint8"}
     with fileio.create_raster(path, **shape, **profile) as dst:
         dst.write(pixels[None])

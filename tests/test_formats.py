@@ -176,6 +176,7 @@ def test_class_ids_on_disk_are_kept_and_new_ones_appended(tmp_path):
     [
         ("x.kmz", table_of([(1, 1, 2, 2)], ["a"]), "must end in one of"),
         ("x.csv", pd.DataFrame({"label": ["a"]}), r"need the columns \['xmin'"),
+        ("layer_styles.gpkg", table_of([(1, 1, 2, 2)], ["a"]), "give the layer another name"),
         ("x.txt", table_of([(1, 1, 2, 2)], ["a\nb"]), "no class can be called"),
         ("x.gpkg", table_of([(1, 1, 2, 2)], ["a"], LABEL=["b"]), "cannot hold the columns"),
     ],

@@ -34,6 +34,8 @@ def tiny_run(tmp_path_factory):
         "IMAGE_OUTPUT_DIRECTORY": str(folder / "turned"),
         "MATERIALIZE_TILES": True,
         "AOI_FILENAMES": [None, "aoi.gpkg"],
+        "PREDICT_FILENAMES": ["second.tif"],
+        "DENSITY_CELL": 64,
     }
     start = time.monotonic()
     notebook = execute(folder, parameters)
@@ -143,6 +145,16 @@ def test_rasters_and_chips_are_written_when_asked(tiny_run):
     assert table["xmax"].max() <= 128
 
 
+def test_other_rasters_get_their_catalogue(tiny_run):
+    folder = tiny_run.folder / "runs" / "tiny" / "catalogues"
+    names = ["second.csv", "second.gpkg", "second.provenance.json", "second_density.tif"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    record = json.loads((folder / "second.provenance.json").read_text())
+    assert record["complete"]
+    assert record["predicted"] > 4
+    assert sum(record["objects"].values()) == len(pd.read_csv(folder / "second.csv"))
+
+
 def test_the_executed_notebook_has_pictures_and_no_warnings(tiny_run):
     notebook = tiny_run.notebook
     pictures, noise = 0, []
@@ -161,7 +173,9 @@ def test_a_second_run_trains_nothing_anew(tiny_run):
     run = folder / "runs" / "tiny"
     before = {p: p.stat().st_mtime_ns for p in run.glob("trials/*/checkpoints/*.ckpt")}
     tiles = (run / "tiling_dir" / "tiling_128" / "tiles.parquet").stat().st_mtime_ns
+    catalogue = (run / "catalogues" / "second.gpkg").stat().st_mtime_ns
     execute(folder, parameters)
+    assert (run / "catalogues" / "second.gpkg").stat().st_mtime_ns == catalogue
     assert {p: p.stat().st_mtime_ns for p in run.glob("trials/*/checkpoints/*.ckpt")} == before
     assert (run / "tiling_dir" / "tiling_128" / "tiles.parquet").stat().st_mtime_ns == tiles
 
@@ -170,6 +184,7 @@ def test_a_second_run_trains_nothing_anew(tiny_run):
     ("changes", "message"),
     [
         ({"PATCH_SIZE": [64]}, "unknown parameter PATCH_SIZE; did you mean PATCH_SIZES"),
+        ({"PREDICT_FILENAMES": ["far.tif"]}, "far.tif does not exist"),
         ({"DF_FILENAMES": ["first.csv"]}, "name 2 rasters and 1 tables"),
         ({"IMAGE_FILENAMES": ["first.tif", "gone.tif"]}, "gone.tif does not exist"),
         ({"IMAGE_FILENAMES": ["first.tif", "fake.tif"]}, "fake.tif is not a raster"),
