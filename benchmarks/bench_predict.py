@@ -56,6 +56,7 @@ TILE_SIZE = 400  # px, DeepForest's own
 OVERLAP_SHARE = 0.05  # of the tile, DeepForest's own
 OVERLAP = int(TILE_SIZE * OVERLAP_SHARE)  # px
 BATCH_SIZE = 4
+MAX_DIAMETER = OVERLAP / sampledata.DIAMETER_SCALE  # larger objects are cut at the seams, by all
 AGREE_SCORE = 0.3  # detections from it on should be found by the other one, whatever score it gives
 AGREE_IOU = 0.9
 PEERS = ("deepforest", "sahi")
@@ -107,12 +108,18 @@ def make_sample(folder: Path, name: str, side: int, seed: int) -> tuple[Path, Pa
     return image, table
 
 
+def as_one_class(df: pd.DataFrame) -> pd.DataFrame:
+    """Give all objects one label: DeepForest suppresses across classes, the others within them."""
+    return df.assign(label="object")
+
+
 def train(folder: Path, epochs: int) -> Path:
     """Train a ResNet-50 RetinaNet on a sample of 2,400 px a side; return its checkpoint."""
     image, table = make_sample(folder, "training", 2400, seed=1)
     images, _ = annotations.clean_annotations(
-        [table], [fileio.read_raster(image)], label_percentile=80, output_dir=folder / "clean",
-        diameter_scale=sampledata.DIAMETER_SCALE, max_diameter=30, workers=1,
+        [table], [fileio.read_raster(image)], label_percentile=100, output_dir=folder / "clean",
+        diameter_scale=sampledata.DIAMETER_SCALE, max_diameter=MAX_DIAMETER, workers=1,
+        extra_steps=[as_one_class],
     )  # fmt: skip
     blocks = splits.ground_blocks(
         [i.raster for i in images], split_by="block", max_tile_size=TILE_SIZE, block_size=None,
@@ -298,8 +305,9 @@ def measure(runners: dict[str, Callable[[], Found]], rounds: int) -> tuple[dict,
 def truth_of(table: Path, raster: Path) -> np.ndarray:
     """Return the boxes of a sample's objects, cleaned as for training."""
     cleaned = annotations.preprocess_df(
-        table, fileio.read_raster(raster), diameter_scale=sampledata.DIAMETER_SCALE, max_diameter=30
-    )
+        table, fileio.read_raster(raster), diameter_scale=sampledata.DIAMETER_SCALE,
+        max_diameter=MAX_DIAMETER,
+    )  # fmt: skip
     return cleaned.df[tiling.BOX_COLUMNS].to_numpy(np.float64)
 
 
@@ -386,7 +394,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, help="keep samples and checkpoint in this folder")
     parser.add_argument("--checkpoint", type=Path, help="of three bands of 8 bits, tiles of 400 px")
-    parser.add_argument("--epochs", type=int, default=2, help="of the training, 208 tiles each")
+    parser.add_argument("--epochs", type=int, default=5, help="of the training, 208 tiles each")
     parser.add_argument("--side", type=int, default=2048, help="of the raster, px")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-ours", action="store_true", help="only the peers and bare calls")
