@@ -485,8 +485,9 @@ def run(task: Task, *, progress: bool = False) -> Prediction:
     )  # fmt: skip
     if gaps:
         log.warning(
-            "%s has %d gaps that could not be read, listed in %s; mend the raster, and the same "
-            "call fills them", task.outputs[0], len(gaps), task.provenance,
+            "%s has %d gaps that could not be read, listed in %s; the same call tries them again, "
+            "a raster that was mended is another one and needs overwrite", task.outputs[0],
+            len(gaps), task.provenance,
         )  # fmt: skip
     return result
 
@@ -585,8 +586,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rasters, patterns = args.pop("rasters"), args.pop("output")
     checkpoint, progress = args.pop("checkpoint"), sys.stderr.isatty()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    for name in ("predict", "parallel"):
-        logging.getLogger(name).setLevel(logging.INFO)
+    for logger in (log, parallel.log):
+        logger.setLevel(logging.INFO)
     try:
         tasks = prepare_all(checkpoint, rasters, patterns, **args)
     except (InputError, OSError) as error:

@@ -132,7 +132,7 @@ def test_a_catalogue_is_drawn_in_detail_and_as_a_whole(prepared):
     detail, overview = figure.axes[:2]
     (counts,) = (shown.get_array() for shown in overview.images)
     assert counts.sum() == len(image.df)
-    assert boxes_drawn(detail) == int(detail.get_title().split()[1])
+    assert boxes_drawn(detail) == int(detail.get_title().split()[3])
     x0, x1 = detail.get_xlim()
     y1, y0 = detail.get_ylim()
     assert (x1 - x0, y1 - y0) == (200, 200)
