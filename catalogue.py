@@ -52,7 +52,7 @@ class Detections:
         """Return their number."""
         return len(self.scores)
 
-    def __getitem__(self, rows: np.ndarray) -> Detections:
+    def __getitem__(self, rows: np.ndarray | slice) -> Detections:
         """Return those of some rows."""
         return Detections(self.boxes[rows], self.scores[rows], self.ids[rows])
 

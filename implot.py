@@ -446,7 +446,7 @@ def plot_catalogue(raster: fileio.Raster, catalogue: pd.DataFrame, max_side: int
         max_side: Px of the window that is shown in detail.
     """
     width, height = raster.width, raster.height
-    cell = max(max_side // 8, max(width, height) // 128)
+    cell = max(max_side // 4, max(width, height) // 128)
     edges = [np.arange(0, side + cell, cell) for side in (height, width)]
     counts, _, _ = np.histogram2d(catalogue["pixel_y"], catalogue["pixel_x"], bins=edges)
     row, col = np.unravel_index(counts.argmax(), counts.shape)

@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 RADIOMETRIC_TOLERANCE = 3.0  # standard deviations of the training pixels
 CHECKS = ("bands", "dtype", "resolution", "radiometry")
-CHUNK = 20_000  # objects written at once
+CHUNK = 5_000  # objects written at once
 FAILED, INCOMPLETE, INTERRUPTED = 1, 3, 130  # exit codes; 0: complete, 2: not understood
 
 
@@ -307,6 +307,8 @@ def prepare(
     model = checkpoint if isinstance(checkpoint, nn.Module) else strips.load_model(checkpoint)
     model.eval()
     contract = model.contract
+    if Path(raster).exists():
+        raster = Path(raster).absolute()  # other processes may work elsewhere
     opened = open_raster(
         raster, contract, resolution_tolerance=wanted.resolution_tolerance,
         override=wanted.override,
@@ -483,8 +485,9 @@ def run(task: Task, *, progress: bool = False) -> Prediction:
     )  # fmt: skip
     if gaps:
         log.warning(
-            "%s has %d gaps that could not be read, listed in %s; mend the raster, and the same "
-            "call fills them", task.outputs[0], len(gaps), task.provenance,
+            "%s has %d gaps that could not be read, listed in %s; the same call tries them again, "
+            "a raster that was mended is another one and needs overwrite", task.outputs[0],
+            len(gaps), task.provenance,
         )  # fmt: skip
     return result
 
@@ -511,7 +514,7 @@ def _merge(task: Task, progress: bool) -> tuple[dict[str, int], dict[str, int], 
     """Predict what the journal lacks, and write the catalogue from top to bottom."""
     predictor, raster = task.predictor, task.predictor.raster
     tops = predictor.strip_tops
-    waiting = [strip for strip in range(len(tops)) if not predictor.is_done(strip)]
+    waiting = {strip for strip in range(len(tops)) if not predictor.is_done(strip)}
     if len(waiting) < len(tops):
         log.info("%d of %d strips are there already", len(tops) - len(waiting), len(tops))
     for path in task.outputs:  # what was killed while it wrote
@@ -529,7 +532,7 @@ def _merge(task: Task, progress: bool) -> tuple[dict[str, int], dict[str, int], 
             )
             for path in task.outputs
         ]
-        made = stack.enter_context(closing(_predict_strips(task, waiting, progress)))
+        made = stack.enter_context(closing(_predict_strips(task, sorted(waiting), progress)))
         for strip, next_y in zip(range(len(tops)), [*tops[1:], np.inf], strict=True):
             if strip in waiting:
                 next(made)
@@ -538,10 +541,13 @@ def _merge(task: Task, progress: bool) -> tuple[dict[str, int], dict[str, int], 
             counts["predicted"] += part.predicted
             counts["empty"] += part.empty
             gaps += part.gaps.tolist()
-            if sum(map(len, certain)) >= CHUNK or strip == len(tops) - 1:
-                found, certain = Detections.concatenate(certain), []
-                numbers += np.bincount(found.ids, minlength=len(numbers))
-                df = catalogue.to_table(found, task.labels, raster)
+            if sum(map(len, certain)) < CHUNK and strip < len(tops) - 1:
+                continue
+            found, certain = Detections.concatenate(certain), []
+            numbers += np.bincount(found.ids, minlength=len(numbers))
+            for start in range(0, max(len(found), 1), CHUNK):  # no row is a chunk, too
+                rows = found[slice(start, start + CHUNK)]
+                df = catalogue.to_table(rows, task.labels, raster)
                 for append in appends:
                     append(df)
                 if density is not None:
@@ -579,7 +585,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(_parser().parse_args(argv))
     rasters, patterns = args.pop("rasters"), args.pop("output")
     checkpoint, progress = args.pop("checkpoint"), sys.stderr.isatty()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    for logger in (log, parallel.log):
+        logger.setLevel(logging.INFO)
     try:
         tasks = prepare_all(checkpoint, rasters, patterns, **args)
     except (InputError, OSError) as error:

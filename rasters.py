@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -332,8 +332,9 @@ class Raster:
         boxes = np.hstack([windows[:, :2], windows[:, :2] + windows[:, 2:]])
         may = np.ones(len(boxes), bool) if self.regions is None else self.regions.reach(boxes)
         for look in (self._written_cells, self._overview_cells):
-            if may.any() and (seen := look(boxes[may])) is not None:
-                may[may] = _any_cell(boxes[may], *seen)
+            with suppress(InputError):  # what is damaged tells nothing; reading the windows will
+                if may.any() and (seen := look(boxes[may])) is not None:
+                    may[may] = _any_cell(boxes[may], *seen)
         return may
 
     def _written_cells(self, boxes: np.ndarray) -> _Cells | None:

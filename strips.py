@@ -176,7 +176,7 @@ class StripPredictor:
         """Predict strips one after the other; yield the part of each as soon as it is written."""
         batch, results, empty, gaps = [], [], 0, []
         for tile, content in parallel.map_threads(
-            self._read, self._tiles(strips), threads=self.readers,
+            self._read, self.tiles(strips), threads=self.readers,
             ahead=self.readers + 2 * self.batch_size,
         ):  # fmt: skip
             match content:
@@ -198,7 +198,8 @@ class StripPredictor:
                 yield Part(found, windows, empty, gaps).write(self.part_path(tile.strip))
                 results, empty, gaps = [], 0, []
 
-    def _tiles(self, strips: Iterable[int]) -> Iterator[Tile]:
+    def tiles(self, strips: Iterable[int]) -> Iterator[Tile]:
+        """Yield the tiles of strips that may hold ground that counts, and the end of each strip."""
         extent = Window(0, 0, self.raster.width, self.raster.height)
         for strip in strips:
             rows = slice(strip * self.strip_rows, (strip + 1) * self.strip_rows)

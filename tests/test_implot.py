@@ -126,5 +126,20 @@ def test_detections_stand_beside_the_truth(prepared):
     assert left.get_xlim() == right.get_xlim()
 
 
+def test_a_catalogue_is_drawn_in_detail_and_as_a_whole(prepared):
+    image = prepared.images[0]
+    figure = implot.plot_catalogue(image.raster, image.df, max_side=200)
+    detail, overview = figure.axes[:2]
+    (counts,) = (shown.get_array() for shown in overview.images)
+    assert counts.sum() == len(image.df)
+    assert boxes_drawn(detail) == int(detail.get_title().split()[3])
+    x0, x1 = detail.get_xlim()
+    y1, y0 = detail.get_ylim()
+    assert (x1 - x0, y1 - y0) == (200, 200)
+    inside = image.df["pixel_x"].between(x0, x1) & image.df["pixel_y"].between(y0, y1)
+    assert boxes_drawn(detail) == inside.sum()
+    assert len(implot.plot_catalogue(image.raster, image.df[:0]).axes) == 3
+
+
 def test_a_session_without_a_notebook_keeps_its_backend():
     assert implot.use_backend(interactive=True) is False

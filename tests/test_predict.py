@@ -245,7 +245,7 @@ def damage(path, column, row):
         file.write(b"\xff" * 40)
 
 
-def test_what_cannot_be_read_is_a_gap_that_the_same_call_fills_later(tmp_path, scene, caplog):
+def test_what_cannot_be_read_is_a_gap_that_the_same_call_tries_again(tmp_path, scene, caplog):
     path, truth = tmp_path / "scene.tif", scene[1]
     path.write_bytes(scene[0].read_bytes())
     damage(path, 1, 2)

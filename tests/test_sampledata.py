@@ -81,7 +81,8 @@ def test_small_windows_join_to_the_whole_without_a_seam():
 
 
 def test_raster_is_tiled_uint8_on_a_projected_map(samples):
-    for (image_path, _), size in zip(samples, [(2048, 1536), (1536, 1536)], strict=True):
+    sizes = [(2048, 1536), (1536, 1536), (2048, 2048)]
+    for (image_path, _), size in zip(samples, sizes, strict=True):
         with rasterio.open(image_path) as src:
             assert (src.width, src.height) == size
             assert src.block_shapes == [(256, 256)]
