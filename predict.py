@@ -351,6 +351,7 @@ def prepare(
                      "precision", "views", "scales")
     }  # fmt: skip
     plan = made_with | {
+        "software": __version__,
         "model": _digest(checkpoint, model),
         "raster": fileio.raster_fingerprint(opened),
         "size": [opened.width, opened.height],
