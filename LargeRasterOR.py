@@ -386,16 +386,20 @@ class LargeRasterORModel(pl.LightningModule):
             backbone = make_backbone(self.conf, len(self.contract.bands), load=True)
             self.network.backbone.load_state_dict(backbone.state_dict())
 
-    def limit_detections(self, tile_size: int, score_threshold: float) -> None:
+    def limit_detections(self, tile_size: int, score_threshold: float) -> int:
         """Set which detections of a tile are returned: those above a score, at most so many.
 
         A tile of another size than the training's may hold more objects, or fewer.
+
+        Returns:
+            The most detections of a tile.
         """
         share = (tile_size / self.contract.tile_size) ** 2
         limit = max(100, math.ceil(self.contract.detections_per_tile * share))
         self.network.score_thresh = score_threshold
         self.network.detections_per_img = limit
         self.network.topk_candidates = max(1000, 2 * limit)
+        return limit
 
     def forward(self, images: Tensor) -> list[dict[str, Tensor]]:
         """Detect objects on stretched tiles (B, bands, H, W): `boxes, scores, labels` per tile."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
@@ -41,6 +42,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def remove_strays(path: Path) -> None:
+    """Remove temporary files that processes which were killed left beside a path.
+
+    Nobody else may be writing to the path.
+    """
+    for stray in path.parent.glob(f".{'[0-9a-f]' * 8}.{glob.escape(path.name)}*"):
+        if stray.is_file():
+            stray.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -20,6 +20,7 @@ import fileio
 import imutils
 from ImageData import BOX_COLUMNS, InputError
 
+MAX_CELLS = 2**24  # of a density map, 64 MiB
 OPEN, ALIVE, DEAD = 0, 1, 2  # what is known of a detection: nothing yet, it stays, it goes
 
 
@@ -166,7 +167,8 @@ def to_table(found: Detections, labels: Sequence[str], raster: fileio.Raster) ->
         return df
     df[["map_x", "map_y"]] = raster.to_map(center)
     if raster.resolution is not None:
-        df[["lon", "lat"]] = raster.to_lonlat(center)
+        place = raster.to_lonlat(center)
+        df[["lon", "lat"]] = np.where(np.isfinite(place), place, np.nan)  # off the globe's limb
         steps = raster.metres_per_pixel(center)
         df["diameter_m"] = (diameter * np.sqrt(np.abs(np.linalg.det(steps)))).round(4)
     return df
@@ -177,15 +179,23 @@ class DensityMap:
 
     Args:
         raster: The raster.
-        cell: Side of a cell, px.
+        cell: Side of a cell, px, > 0.
+
+    Raises:
+        InputError: There would be more than `MAX_CELLS`.
     """
 
     def __init__(self, raster: fileio.Raster, cell: int) -> None:
         """Start with nothing counted."""
-        if cell < 1:
-            raise InputError(f"a density map needs cells of at least 1 px, got {cell}")
+        rows, columns = -(-raster.height // cell), -(-raster.width // cell)
+        if rows * columns > MAX_CELLS:
+            least = int(np.ceil(np.sqrt(raster.width * raster.height / MAX_CELLS)))
+            raise InputError(
+                f"a density map of {raster.path} with cells of {cell} px has {columns} x {rows} "
+                f"cells, at most {MAX_CELLS} are counted in memory; take cells of {least + 1} px"
+            )
         self.raster, self.cell = raster, cell
-        self.counts = np.zeros((-(-raster.height // cell), -(-raster.width // cell)), np.uint32)
+        self.counts = np.zeros((rows, columns), np.uint32)
 
     def add(self, df: pd.DataFrame) -> None:
         """Count objects by `pixel_x, pixel_y`."""

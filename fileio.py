@@ -21,11 +21,13 @@ from artefacts import (
     is_finished,
     mark_finished,
     recreate_directory,
+    remove_strays,
     write_json,
     write_table,
     write_text,
 )
 from formats import (
+    ANNOTATION_SUFFIXES,
     PIXEL_COLUMNS,
     AnnotationFile,
     annotation_writer,
@@ -38,11 +40,12 @@ from layout import check_layout, content_fingerprint, diagnose, raster_fingerpri
 from rasters import Raster, Regions, create_raster, read_raster, read_rasters
 
 __all__ = [
-    "PIXEL_COLUMNS", "AnnotationFile", "Raster", "Regions", "annotation_writer", "atomic_path",
-    "check_layout", "content_fingerprint", "create_raster", "diagnose", "exclusive", "fingerprint",
-    "hash_rows", "identifier_from_tilename", "is_finished", "main", "mark_finished",
-    "raster_fingerprint", "read_annotation_file", "read_raster", "read_rasters", "read_table",
-    "recreate_directory", "rewrite", "write_annotations", "write_json", "write_table", "write_text",
+    "ANNOTATION_SUFFIXES", "PIXEL_COLUMNS", "AnnotationFile", "Raster", "Regions",
+    "annotation_writer", "atomic_path", "check_layout", "content_fingerprint", "create_raster",
+    "diagnose", "exclusive", "fingerprint", "hash_rows", "identifier_from_tilename",
+    "is_finished", "main", "mark_finished", "raster_fingerprint", "read_annotation_file",
+    "read_raster", "read_rasters", "read_table", "recreate_directory", "remove_strays",
+    "rewrite", "write_annotations", "write_json", "write_table", "write_text",
 ]  # fmt: skip
 
 DOCTOR_EXIT = 3  # a raster reads slowly and was not rewritten

@@ -17,6 +17,7 @@ Writers take objects chunk by chunk (`annotation_writer`) or all at once (`write
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import logging
@@ -50,6 +51,7 @@ log = logging.getLogger(__name__)
 PIXEL_COLUMNS = [*CENTER_COLUMNS, "diameter", "label", *BOX_COLUMNS]
 YOLO_NAMES = ("classes.txt", "data.yaml", "dataset.yaml")
 TOLERANCE = 1e-6  # px; a polygon whose bounds differ by more from its box does not stand for it
+FULL_DISK = re.compile(r"disk I/O error|disk is full|No space left", re.IGNORECASE)
 SHOWN = 5  # names that a message lists
 SHAPES = ("own", "box", "circle")
 CIRCLE_SIDES = 32
@@ -690,10 +692,11 @@ def _write_style(out: _Output, colors: Mapping[str, str]) -> None:
         "description": "one colour per label", "owner": "", "ui": "",
         "update_time": pd.Timestamp.now("UTC"),
     }  # fmt: skip
-    pyogrio.write_dataframe(
-        pd.DataFrame([style]), out.temporary, layer=STYLES, driver="GPKG",
-        layer_options={"FID": "id"},
-    )  # fmt: skip
+    with _writing(out.path):
+        pyogrio.write_dataframe(
+            pd.DataFrame([style]), out.temporary, layer=STYLES, driver="GPKG",
+            layer_options={"FID": "id"},
+        )  # fmt: skip
 
 
 def _qml(colors: Mapping[str, str]) -> str:
@@ -747,6 +750,10 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError, pyarrow.ArrowException) as error:
+        if FULL_DISK.search(str(error)):
+            raise OSError(
+                errno.ENOSPC, f"no space left to write it ({error})", str(path)
+            ) from error
         raise InputError(f"{path} cannot hold the columns: {error}; rename or drop them") from error
 
 
@@ -973,3 +980,4 @@ _WRITERS: dict[str, Callable[[_Output], AbstractContextManager[Callable[[pd.Data
     ".csv": _csv_writer, ".gpkg": _gpkg_writer, ".geojson": _geojson_writer, ".json": _coco_writer,
     ".parquet": _parquet_writer, ".txt": _yolo_writer,
 }  # fmt: skip
+ANNOTATION_SUFFIXES = tuple(_WRITERS)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from typing import TypeVar
+from urllib.parse import urlparse
 
 from loky import get_reusable_executor
 from tqdm.auto import tqdm
@@ -72,6 +74,7 @@ def imap_ordered(
                 yield result
             return
 
+        own = executor is None
         executor = executor or get_reusable_executor(max_workers=workers)
         futures = {executor.submit(function, item): i for i, item in enumerate(items)}
         results, next_one = {}, 0
@@ -84,6 +87,10 @@ def imap_ordered(
                 while next_one in results:
                     yield results.pop(next_one)
                     next_one += 1
+        except KeyboardInterrupt:
+            if own:
+                executor.shutdown(kill_workers=True)
+            raise
         finally:
             for future in futures:
                 future.cancel()
@@ -108,14 +115,23 @@ def connect(scheduler: str | None, seconds: float = 10) -> Iterator[Executor | N
         raise InputError(
             f"Dask is not installed, which {scheduler} needs: pip install distributed"
         ) from None
+    place = urlparse(scheduler)
     try:
+        socket.create_connection((place.hostname, place.port), timeout=seconds).close()
         client = Client(scheduler, timeout=seconds, set_as_default=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(
             f"no Dask scheduler answers at {scheduler} ({error}); start one with `dask scheduler`, "
             "and give the address that it prints, such as tcp://host:8786"
         ) from error
     with client:
+        try:
+            client.wait_for_workers(1, timeout=seconds)
+        except TimeoutError:
+            raise InputError(
+                f"no worker has joined the Dask scheduler at {scheduler}; start one with `dask "
+                f"worker {scheduler}` in the project's folder, with PYTHONPATH=."
+            ) from None
         yield client.get_executor(retries=1, pure=False)
 
 

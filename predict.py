@@ -20,8 +20,9 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -39,7 +40,7 @@ import parallel
 import strips
 import tiling
 from catalogue import Detections
-from ImageData import InputError
+from ImageData import InputError, Window
 from LargeRasterOR import (
     DataContract,
     LargeRasterORModel,
@@ -52,6 +53,8 @@ log = logging.getLogger(__name__)
 
 RADIOMETRIC_TOLERANCE = 3.0  # standard deviations of the training pixels
 CHECKS = ("bands", "dtype", "resolution", "radiometry")
+Scale = Annotated[float, Field(ge=0.1, le=8)]
+MANIFEST = "manifest.json"
 CHUNK = 5_000  # objects written at once
 FAILED, INCOMPLETE, INTERRUPTED = 1, 3, 130  # exit codes; 0: complete, 2: not understood
 
@@ -67,6 +70,7 @@ def open_raster(
     *,
     resolution_tolerance: float | None = 0.2,
     override: Collection[str] = (),
+    region_paths: tuple[Path | None, Path | None] = (None, None),
     seed: int = 0,
 ) -> fileio.Raster:
     """Open a raster for a model, with the bands it was trained on.
@@ -77,6 +81,8 @@ def open_raster(
         resolution_tolerance: Largest relative difference of the ground resolutions; None allows
             any. It cannot be checked where the raster or the training data have no CRS.
         override: Checks to leave out, of `CHECKS`.
+        region_paths: Files of the area of interest and of ignored regions; pixels outside them are
+            not compared.
         seed: Of the sample of pixels whose range is compared.
 
     Raises:
@@ -89,7 +95,10 @@ def open_raster(
     try:
         raster = fileio.read_raster(path, contract.bands)
     except InputError as error:
+        if "BANDS" not in str(error):
+            raise
         raise InputError(f"{path} cannot give the bands that the model reads: {error}") from error
+    raster = raster.with_regions(annotations.read_regions(*region_paths, raster, "auto"))
     broken = {}
     if raster.band_count != contract.band_count:
         broken["bands"] = f"it has {raster.band_count} bands, training had {contract.band_count}"
@@ -102,8 +111,9 @@ def open_raster(
                 f"its pixels are {found:.4g} m wide, in training they were {trained:.4g} m "
                 f"(RESOLUTION_TOLERANCE {resolution_tolerance:g})"
             )
-    elif trained and resolution_tolerance is not None:
-        log.warning("%s has no CRS; its resolution cannot be compared with training's", path)
+    elif (trained or found) and resolution_tolerance is not None:
+        which = path if trained else "the model's training"
+        log.warning("%s: resolutions cannot be compared, for %s had no CRS", path, which)
     if "radiometry" not in override:
         broken |= _compare_radiometry(raster, contract, seed)
     broken = {name: text for name, text in broken.items() if name not in override}
@@ -117,11 +127,17 @@ def open_raster(
 
 
 def _compare_radiometry(raster: fileio.Raster, contract: DataContract, seed: int) -> dict[str, str]:
-    place = {"raster": raster.identifier, "x": 0, "y": 0}
-    extent = place | {"width": raster.width, "height": raster.height}
-    pixels = tiling.sample_pixels(
-        pd.DataFrame([extent]), {raster.identifier: raster}, seed=seed, max_windows=32
+    sample = partial(
+        tiling.sample_pixels, rasters={raster.identifier: raster}, seed=seed, max_windows=32
     )
+    try:
+        pixels = sample(_cells(raster, 1))
+    except InputError:  # hardly any ground, or a damaged place
+        try:
+            pixels = sample(_cells(raster, 64))
+        except InputError as error:
+            log.warning("%s: typical values were not compared: %s", raster.path, error)
+            return {}
     radiometry = contract.radiometry
     median = np.median(radiometry.stretch(pixels[:, None])[:, 0], axis=1)
     off = np.abs(median - radiometry.mean) / radiometry.std
@@ -135,6 +151,15 @@ def _compare_radiometry(raster: fileio.Raster, contract: DataContract, seed: int
     }
 
 
+def _cells(raster: fileio.Raster, count: int) -> pd.DataFrame:
+    """Cut a raster into at most `count` x `count` equal cells; return those that may count."""
+    side = max(-(-max(raster.width, raster.height) // count), 128)
+    grid = tiling.window_grid(Window(0, 0, raster.width, raster.height), side)
+    grid = grid[raster.may_count(grid[tiling.WINDOW_COLUMNS].to_numpy())]
+    width, height = grid["core_xmax"] - grid["x"], grid["core_ymax"] - grid["y"]
+    return grid.assign(raster=raster.identifier, width=width, height=height)
+
+
 # ---------------------------------------------------------------------------------------------
 # What is wanted
 # ---------------------------------------------------------------------------------------------
@@ -146,7 +171,7 @@ class PredictionOptions:
 
     Attributes:
         tile_size: Side of the tiles in px; None takes the training's.
-        overlap: Least overlap of neighbouring tiles in px; None takes the longest side of any
+        overlap: Minimum overlap of neighbouring tiles in px; None takes the longest side of any
             object of the training, at most half a tile.
         batch_size: Tiles that the model sees at once.
         precision: See `resolve_precision`.
@@ -155,15 +180,15 @@ class PredictionOptions:
         aoi: File of polygons outside which nothing is predicted.
         ignore: File of polygons inside which nothing is predicted.
         views: Turned and mirrored views of each tile that are fused, of `strips.VIEWS`.
-        scales: Factors by which tiles are enlarged; what several show is fused, too.
+        scales: Factors (0.1-8) by which tiles are enlarged; what several show is fused, too.
         geometry: "box", or "circle" around the centre, in the files that hold polygons.
-        density_cell: Side in px of the cells of a density map, written beside the first output as
-            `_density.tif`; None: no map.
+        density_cell: Side in px of the cells of a density map, written beside the first output with
+            the ending `_density.tif`; None: no map.
         readers: Threads that read ahead.
         workers: Processes that share the strips; None: one for each GPU in use, or one.
         scheduler: Address of a Dask scheduler whose workers share the strips.
         resume: Leave an output that is complete as it is.
-        overwrite: Replace outputs that exist, and drop what another command left unfinished.
+        overwrite: Replace outputs that exist, and drop what a differing call left unfinished.
         override: Checks of `open_raster` to leave out.
         resolution_tolerance: See `open_raster`.
     """
@@ -177,7 +202,7 @@ class PredictionOptions:
     aoi: Path | None = None
     ignore: Path | None = None
     views: Literal["none", "flips", "turns", "all"] = "none"
-    scales: Annotated[tuple[Annotated[float, Field(gt=0, le=8)], ...], Field(min_length=1)] = (1.0,)
+    scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0,)
     geometry: Literal["box", "circle"] = "box"
     density_cell: Positive | None = None
     readers: Positive = 2
@@ -193,27 +218,11 @@ def _options_of(values: dict[str, object]) -> PredictionOptions:
     try:
         return TypeAdapter(PredictionOptions).validate_python(values)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        lines = [
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}"
+            for e in error.errors()
+        ]
         raise InputError(f"options of the prediction: {'; '.join(lines)}") from None
-
-
-def find_devices(device: str) -> tuple[str, ...]:
-    """Return the devices that a name stands for: "auto" and "cuda" are all GPUs there are.
-
-    Raises:
-        InputError: There is no such device.
-    """
-    gpus = tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
-    if device == "auto":
-        return gpus or (("mps",) if torch.backends.mps.is_available() else ("cpu",))
-    if device == "cuda" and gpus:
-        return gpus
-    known = {"cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])}
-    if device not in known:
-        raise InputError(
-            f"device {device!r} is not there, expected one of {sorted(known)}, or auto"
-        )
-    return (device,)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -236,7 +245,7 @@ class Prediction:
         seconds: Time that this call took.
     """
 
-    raster: fileio.Raster
+    raster: fileio.Raster = field(repr=False)
     outputs: tuple[Path, ...]
     provenance: Path
     objects: dict[str, int]
@@ -244,6 +253,11 @@ class Prediction:
     empty: int
     gaps: pd.DataFrame
     seconds: float
+
+    @property
+    def count(self) -> int:
+        """Number of all objects."""
+        return sum(self.objects.values())
 
     @property
     def complete(self) -> bool:
@@ -259,12 +273,33 @@ class Task:
     labels: tuple[str, ...]
     outputs: tuple[Path, ...]
     options: PredictionOptions
-    plan: dict[str, object]  # what the result depends on
+    plan: dict[str, object]  # what the detections depend on
 
     @property
     def provenance(self) -> Path:
         """Where the record of the result goes."""
-        return self.outputs[0].with_suffix(".provenance.json")
+        return self.outputs[0].with_name(f"{self.outputs[0].name}.provenance.json")
+
+    @property
+    def density(self) -> Path | None:
+        """Where the density map goes, if there is to be one."""
+        return _density_path(self.outputs[0]) if self.options.density_cell else None
+
+    @property
+    def files(self) -> list[Path]:
+        """All files that it leaves."""
+        return [*self.outputs, self.provenance, *([self.density] if self.density else [])]
+
+    @property
+    def form(self) -> dict[str, object]:
+        """What is written of the detections, and how."""
+        names = [str(path) for path in self.outputs]
+        wanted = self.options
+        return {"outputs": names, "geometry": wanted.geometry, "density_cell": wanted.density_cell}
+
+
+def _density_path(output: Path) -> Path:
+    return output.with_name(f"{output.stem}_density.tif")
 
 
 def predict_raster(
@@ -281,10 +316,11 @@ def predict_raster(
     journal lies beside the first output, and is deleted when the catalogue is complete.
 
     Args:
-        checkpoint: A checkpoint, or a model.
+        checkpoint: A checkpoint, or a model, which is put into evaluation mode, on the device, and
+            keeps the limits that the prediction sets; several processes get copies of it.
         raster: File or address.
-        outputs: Files to write, of any suffix that `fileio.write_annotations` knows; beside the
-            first one `.provenance.json` tells how they were made.
+        outputs: Files to write, of any suffix that `fileio.write_annotations` knows; a file named
+            as the first one and `.provenance.json` tells how they were made.
         progress: Show a bar.
         options: See `PredictionOptions`.
 
@@ -302,70 +338,104 @@ def prepare(
 ) -> Task:
     """Check all that `predict_raster` is given, and plan the work."""
     wanted = _options_of(options)
-    paths = [outputs] if isinstance(outputs, Path | str) else outputs
-    paths = tuple(Path(path).absolute() for path in paths)
-    model = checkpoint if isinstance(checkpoint, nn.Module) else strips.load_model(checkpoint)
+    model = checkpoint
+    if not isinstance(checkpoint, nn.Module):
+        model, checkpoint = strips.load_model(checkpoint), Path(checkpoint).absolute()
     model.eval()
     contract = model.contract
     if Path(raster).exists():
         raster = Path(raster).absolute()  # other processes may work elsewhere
     opened = open_raster(
         raster, contract, resolution_tolerance=wanted.resolution_tolerance,
-        override=wanted.override,
+        override=wanted.override, region_paths=(wanted.aoi, wanted.ignore),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:  # warns of layouts that read slowly
         fileio.check_layout([opened], repair=False, cache_dir=folder)
-    opened = opened.with_regions(
-        annotations.read_regions(wanted.aoi, wanted.ignore, opened, "auto")
-    )
+    paths = _check_names(outputs, opened, model.labels, wanted, [checkpoint])
     size = wanted.tile_size or contract.tile_size
     overlap = min(contract.evaluation_overlap, size // 2)
     if wanted.overlap is not None:
         overlap = wanted.overlap
     if overlap >= size:
         raise InputError(f"overlap must be less than the tiles' {size} px, got {overlap}")
+    if overlap < contract.evaluation_overlap:
+        log.warning(
+            "tiles overlap by %d px, but objects of the training are up to %d px long: those that "
+            "no tile shows whole may be cut or doubled", overlap, contract.evaluation_overlap,
+        )  # fmt: skip
     threshold = wanted.score_threshold
     if threshold is None:
         threshold = float(model.operating_threshold)
         if np.isnan(threshold):
             raise InputError(
                 "the model was never validated, so that it knows no score from which a detection "
-                "counts; give one (score_threshold)"
+                "counts; give one (--score-threshold)"
             )
-    devices = find_devices(wanted.device)
-    precision = resolve_precision(wanted.precision, torch.device(devices[0]).type)
-    workers = wanted.workers or len(devices)
-    on_cpu = devices == ("cpu",) and workers > 1 and wanted.scheduler is None
-    predictor = strips.StripPredictor(
-        model=model if isinstance(checkpoint, nn.Module) else Path(checkpoint).absolute(),
-        radiometry=contract.radiometry, raster=opened,
-        journal=paths[0].with_name(f"{paths[0].name}.journal"), tile_size=size, overlap=overlap,
-        score_threshold=threshold, nms_threshold=model.conf.nms_threshold, precision=precision,
-        views=strips.VIEWS[wanted.views], scales=wanted.scales, batch_size=wanted.batch_size,
-        readers=wanted.readers, devices=devices,
-        threads=max(1, parallel.cpu_count() // workers) if on_cpu else None,
-    )  # fmt: skip
-    made_with = {
-        name: getattr(predictor, name)
-        for name in ("tile_size", "overlap", "strip_rows", "score_threshold", "nms_threshold",
-                     "precision", "views", "scales")
+    if wanted.scheduler is None:
+        devices = strips.find_devices(wanted.device)
+        kind = torch.device(devices[0]).type
+        workers = wanted.workers or len(devices)
+    else:  # what other machines have is not known here
+        kind, workers = torch.device(wanted.device).type if wanted.device != "auto" else "cpu", 1
+    share = workers > 1 and kind == "cpu"
+    settings = {
+        "tile_size": size, "overlap": overlap, "score_threshold": threshold,
+        "nms_threshold": model.conf.nms_threshold, "views": strips.VIEWS[wanted.views],
+        "scales": wanted.scales, "precision": resolve_precision(wanted.precision, kind),
     }  # fmt: skip
-    plan = made_with | {
+    states = {file: Path(file).stat() for file in opened.files}
+    plan = settings | {
         "software": __version__,
         "model": _digest(checkpoint, model),
         "raster": fileio.raster_fingerprint(opened),
+        # the fingerprint is of samples; a change between them shows here
+        "files": {file: [state.st_size, state.st_mtime_ns] for file, state in states.items()},
         "size": [opened.width, opened.height],
         "bands": opened.bands,
         "regions": opened.regions.digest() if opened.regions else None,
     }
     plan = json.loads(json.dumps(plan))
+    predictor = strips.StripPredictor(
+        model=checkpoint, radiometry=contract.radiometry, raster=opened,
+        journal=paths[0].with_name(f"{paths[0].name}.journal"), key=fileio.fingerprint(plan)[:8],
+        batch_size=wanted.batch_size, readers=wanted.readers, device=wanted.device,
+        threads=max(1, parallel.cpu_count() // workers) if share else None, **settings,
+    )  # fmt: skip
+    task = Task(predictor, tuple(model.labels), paths, replace(wanted, workers=workers), plan)
+    if not _is_done(task):
+        _check_outputs(task)
+    return task
+
+
+def _check_names(
+    outputs: Path | str | Sequence[Path | str],
+    raster: fileio.Raster,
+    labels: Sequence[str],
+    wanted: PredictionOptions,
+    inputs: Sequence[object],
+) -> tuple[Path, ...]:
+    """Return absolute paths of the outputs, if they can hold the catalogue and are no input."""
+    several = [outputs] if isinstance(outputs, Path | str) else outputs
+    paths = [Path(path).absolute() for path in several]
+    if not paths or len({path.resolve() for path in paths}) < len(paths):
+        raise InputError(f"outputs must name at least one file, and each once, got {outputs!r}")
+    used = [*raster.files, wanted.aoi, wanted.ignore, *inputs]
+    # the layer of a file is named after it
+    used = {Path(str(p).partition("|")[0]).resolve() for p in used if isinstance(p, Path | str)}
+    for path in paths:
+        if path.suffix.lower() not in fileio.ANNOTATION_SUFFIXES:
+            raise InputError(f"{path} must end in one of {list(fileio.ANNOTATION_SUFFIXES)}")
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; name a file to write")
+        if path.resolve() in used or _density_path(path).resolve() in used:
+            raise InputError(f"{path} would be written over what is read; give another name")
+    if wanted.density_cell:
+        catalogue.DensityMap(raster, wanted.density_cell)
     with tempfile.TemporaryDirectory() as folder:  # a rehearsal: can these files hold it?
         for path in paths:
-            with fileio.annotation_writer(Path(folder) / path.name, opened, model.labels):
+            with fileio.annotation_writer(Path(folder) / path.name, raster, labels):
                 pass
-    task = Task(predictor, tuple(model.labels), paths, replace(wanted, workers=workers), plan)
-    _check_outputs(task)
-    return task
+    return tuple(paths)
 
 
 def prepare_all(
@@ -389,7 +459,7 @@ def prepare_all(
         [Path(str(pattern).replace("{raster}", Path(raster).stem)) for pattern in patterns]
         for raster in rasters
     ]
-    flat = [path for paths in outputs for path in paths]
+    flat = [path.absolute() for paths in outputs for path in paths]
     if doubled := sorted({str(path) for path in flat if flat.count(path) > 1}):
         raise InputError(
             f"{', '.join(doubled)} would be written more than once; rasters that share a command "
@@ -402,41 +472,45 @@ def prepare_all(
     ]
 
 
-def _digest(checkpoint: Path | str | nn.Module, model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    if isinstance(checkpoint, nn.Module):
-        for name, value in model.state_dict().items():
-            digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-    else:
-        digest.update(Path(checkpoint).read_bytes())
+def _digest(checkpoint: Path | nn.Module, model: LargeRasterORModel) -> str:
+    if isinstance(checkpoint, Path):
+        with checkpoint.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256(repr((model.labels, asdict(model.contract))).encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
 def _check_outputs(task: Task) -> None:
     """Refuse to replace or to mix what is there already."""
-    started = _read_json(task.predictor.journal / "manifest.json")
-    if started is not None:
-        differing = [name for name, value in task.plan.items() if started.get(name) != value]
-        if differing and not task.options.overwrite:
-            shown = [f"{name} ({started.get(name)}, now {task.plan[name]})" for name in differing]
-            raise InputError(
-                f"{task.predictor.journal} holds an unfinished prediction that differs in "
-                f"{', '.join(shown)}; finish that one, or drop it with overwrite"
-            )
+    if task.options.overwrite:
         return
-    there = [str(path) for path in task.outputs if path.exists()]
-    if there and not task.options.overwrite and not _is_complete(task):
+    begun = _read_json(task.predictor.journal / MANIFEST) or {"plan": task.plan, "files": []}
+    before, now = begun["plan"], task.plan
+    if differing := [name for name in now if before.get(name) != now[name]]:
+        shown = [f"{name} ({before.get(name)}, now {now[name]})" for name in differing]
         raise InputError(
-            f"{', '.join(there)} exists; give another name, or overwrite it"
-            + (" (it was made otherwise, so that resume cannot keep it)" if task.options.resume
-               else ", or keep it if it is complete (resume)")
+            f"{task.predictor.journal} holds an unfinished prediction that differs in "
+            f"{', '.join(shown)}; finish that one, or drop it with --overwrite (overwrite=True)"
+        )
+    mine = {Path(file) for file in begun["files"]}
+    if there := [str(path) for path in task.files if path.exists() and path not in mine]:
+        raise InputError(
+            f"already there: {', '.join(there)}; give another name, or --overwrite (overwrite=True)"
+            + (", for it was made otherwise and cannot be kept" if task.options.resume
+               else ", or --resume (resume=True) to keep what is complete")
         )  # fmt: skip
 
 
-def _is_complete(task: Task) -> bool:
+def _is_done(task: Task) -> bool:
+    """Tell whether all is there already, and may stay."""
     record = _read_json(task.provenance) or {}
-    same = record.get("complete") and record.get("plan") == task.plan
-    return bool(task.options.resume and same and all(path.exists() for path in task.outputs))
+    wanted = {"complete": True, "plan": task.plan, "form": task.form}
+    same = all(record.get(name) == value for name, value in wanted.items())
+    # what was killed while it deleted its journal is done, too
+    asked = task.options.resume or task.predictor.journal.exists()
+    return asked and same and all(path.exists() for path in task.files)
 
 
 def _read_json(path: Path) -> dict | None:
@@ -448,17 +522,23 @@ def _read_json(path: Path) -> dict | None:
 
 def run(task: Task, *, progress: bool = False) -> Prediction:
     """Do what `prepare` planned; see `predict_raster`."""
-    if _is_complete(task):
+    predictor, journal = task.predictor, task.predictor.journal
+    if _is_done(task):
         log.info("%s is complete", task.outputs[0])
+        shutil.rmtree(journal, ignore_errors=True)
         return _prediction(task, _read_json(task.provenance), 0.0)
     started, clock = datetime.now(UTC), time.monotonic()
-    predictor, journal = task.predictor, task.predictor.journal
-    with fileio.exclusive(journal), _keeping(journal):
-        if _read_json(journal / "manifest.json") != task.plan:
-            for part in journal.glob("strip_*.npz"):
+    with fileio.exclusive(journal):
+        _check_outputs(task)  # since it was planned, another process may have written them
+        for part in journal.glob("strip_*.npz"):
+            if not part.name.endswith(f".{predictor.key}.npz"):
                 part.unlink()
-            fileio.write_json(journal / "manifest.json", task.plan)
-        objects, counts, gaps = _merge(task, progress)
+        manifest = {"plan": task.plan, "files": [str(path) for path in task.files]}
+        fileio.write_json(journal / MANIFEST, manifest)
+        for path in task.files:
+            fileio.remove_strays(path)
+        with _keeping(journal):
+            objects, counts, gaps = _merge(task, progress)
         seconds = time.monotonic() - clock
         record = {
             "complete": not gaps,
@@ -467,23 +547,28 @@ def run(task: Task, *, progress: bool = False) -> Prediction:
             **counts,
             "raster": str(predictor.raster.path),
             "checkpoint": str(predictor.model) if isinstance(predictor.model, Path) else None,
-            "outputs": [path.name for path in task.outputs],
+            "form": task.form,
             "plan": task.plan,
             "options": asdict(task.options),
-            "devices": predictor.devices,
             "started": started.isoformat(timespec="seconds"),
             "seconds": round(seconds, 3),
-            "versions": {"LargeRasterOR": __version__, "torch": torch.__version__},
+            "torch": torch.__version__,
         }
         fileio.write_json(task.provenance, record)
         if not gaps:
-            shutil.rmtree(journal)
+            shutil.rmtree(journal, ignore_errors=True)
     result = _prediction(task, record, seconds)
     log.info(
-        "%s: %d objects in %s; %d tiles, %d more without ground that counts, %.1f s",
-        predictor.raster.path, sum(objects.values()), task.outputs[0], result.predicted,
-        result.empty, seconds,
+        "%s: %d objects in %s; %d tiles predicted, %d empty ones skipped, %.1f s",
+        predictor.raster.path, result.count, task.outputs[0], result.predicted, result.empty,
+        seconds,
     )  # fmt: skip
+    if record["full"]:
+        log.warning(
+            "%s: %d tiles show as many objects as the model reports of a tile, so that weaker ones "
+            "may be missing; raise the score threshold, or take smaller tiles", task.outputs[0],
+            record["full"],
+        )  # fmt: skip
     if gaps:
         log.warning(
             "%s has %d gaps that could not be read, listed in %s; the same call tries them again, "
@@ -507,7 +592,8 @@ def _keeping(journal: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        error.add_note(f"finished strips are kept in {journal}; the same call goes on from there")
+        if any(journal.glob("strip_*.npz")):
+            error.add_note(f"finished strips are kept in {journal}; the same call goes on there")
         raise
 
 
@@ -518,10 +604,7 @@ def _merge(task: Task, progress: bool) -> tuple[dict[str, int], dict[str, int], 
     waiting = {strip for strip in range(len(tops)) if not predictor.is_done(strip)}
     if len(waiting) < len(tops):
         log.info("%d of %d strips are there already", len(tops) - len(waiting), len(tops))
-    for path in task.outputs:  # what was killed while it wrote
-        for stray in path.parent.glob(f".????????.{path.name}*"):
-            stray.unlink()
-    counts, gaps = {"predicted": 0, "empty": 0}, []
+    counts, gaps = {"predicted": 0, "empty": 0, "full": 0}, []
     numbers = np.zeros(len(task.labels), dtype=np.int64)
     front, certain = catalogue.SeamFront(predictor.nms_threshold), []
     cell = task.options.density_cell
@@ -541,6 +624,7 @@ def _merge(task: Task, progress: bool) -> tuple[dict[str, int], dict[str, int], 
             certain.append(front.push(part.found, next_y))
             counts["predicted"] += part.predicted
             counts["empty"] += part.empty
+            counts["full"] += part.full
             gaps += part.gaps.tolist()
             if sum(map(len, certain)) < CHUNK and strip < len(tops) - 1:
                 continue
@@ -554,8 +638,7 @@ def _merge(task: Task, progress: bool) -> tuple[dict[str, int], dict[str, int], 
                 if density is not None:
                     density.add(df)
     if density is not None:
-        first = task.outputs[0]
-        density.write(first.with_name(f"{first.stem}_density.tif"))
+        density.write(task.density)
     return dict(zip(task.labels, numbers.tolist(), strict=True)), counts, gaps
 
 
@@ -594,6 +677,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
     code = 0
     for task in tasks:  # all were checked; what fails now must not stop the others
         try:
@@ -601,7 +686,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as error:
             sys.stderr.write("\n".join(["interrupted", *getattr(error, "__notes__", [])]) + "\n")
             return INTERRUPTED
-        except (InputError, OSError) as error:
+        except Exception as error:
+            if not isinstance(error, InputError | OSError):  # not foreseen: show where
+                log.exception("%s", task.outputs[0])
             notes = getattr(error, "__notes__", [])
             sys.stderr.write("\n".join([f"{task.outputs[0]}: {error}", *notes]) + "\n")
             code = FAILED
@@ -612,7 +699,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="predict.py", description="Find every object of whole rasters with a trained model.",
+        prog="predict.py", allow_abbrev=False,
+        description="Find every object of whole rasters with a trained model.",
         epilog=f"Exit code: 0 complete; {FAILED} a raster could not be predicted, the message says "
         f"why; 2 the command is not understood; {INCOMPLETE} predicted, but for gaps that could "
         f"not be read; {INTERRUPTED} interrupted. The same command goes on where it was stopped.",
@@ -621,12 +709,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("rasters", nargs="+", metavar="RASTER", help="a file, or an address (https://, s3://, ...)")
     add("--checkpoint", type=Path, required=True, help="the model, such as runs/mine/best.ckpt")
-    add("--output", nargs="+", required=True, metavar="OUT",
+    add("--output", nargs="+", action="extend", required=True, metavar="OUT",
         help="catalogues to write: .gpkg, .geojson, .parquet, .csv, .json (COCO), .txt (YOLO); "
-        "{raster} in the name stands for the raster's own")
+        "{raster} in the name stands for the raster's own. The rasters come first in the command")
     add("--tile-size", type=int, metavar="PX", help="side of the tiles (default: the training's)")
     add("--overlap", type=int, metavar="PX",
-        help="least overlap of tiles (default: the largest object of the training)")
+        help="minimum overlap of tiles (default: the largest object of the training)")
     add("--batch-size", type=int, default=4, help="tiles at once (default: %(default)s)")
     add("--precision", choices=get_args(Precision), default="auto",
         help="default: bf16-mixed where the hardware computes in it, else 32-true")

@@ -284,7 +284,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(params: RunParameters) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Do what the notebook does up to its plan, and leave nothing on disk."""
-    rasters = fileio.read_rasters(params.image_paths, params.BANDS, params.RESOLUTION_TOLERANCE)
+    paths = [*params.image_paths, *params.predict_paths]
+    rasters = fileio.read_rasters(paths, params.BANDS, params.RESOLUTION_TOLERANCE)
+    rasters = rasters[: len(params.image_paths)]
     with tempfile.TemporaryDirectory() as folder:
         rasters = fileio.check_layout(rasters, repair=False, cache_dir=Path(folder))
         images, report = annotations.clean_annotations(

@@ -318,10 +318,9 @@ class Raster:
     def may_count(self, windows: np.ndarray) -> np.ndarray:
         """Tell which windows may hold ground that counts, without reading their pixels.
 
-        The regions tell, the blocks that a sparse GeoTIFF never got, and, where pixels can be
-        invalid, an overview of which a window covers at least `OVERVIEW_CELLS` px a side, read with
-        a margin of one of its pixels. Windows should lie side by side: all that they span is
-        looked at.
+        The regions tell, the blocks that a sparse GeoTIFF never got (such ground is deemed empty),
+        and, where pixels can be invalid, overviews made by averaging: a pixel of theirs is invalid
+        only if all under it are. Windows should lie side by side: all they span is looked at.
 
         Args:
             windows: (N, 4), x, y, width, height in px.
@@ -356,30 +355,38 @@ class Raster:
         return cells, low, np.array([width, height])
 
     def _overview_cells(self, boxes: np.ndarray) -> _Cells | None:
-        """Tell which pixels of an overview are valid or beside a valid one, around boxes (N, 4)."""
-        plain = not self.masked and None in self.nodata and np.dtype(self.dtype).kind != "f"
-        if plain:
+        """Tell which pixels of an overview hold a valid one, around boxes (N, 4)."""
+        if not self.masked and None in self.nodata:
+            return None  # NaN beside numbers makes NaN of their average: that tells nothing
+        largest = (boxes[0, 2:] - boxes[0, :2]).min() / OVERVIEW_CELLS
+        factor = max((f for f in self._averaged_overviews if f <= largest), default=None)
+        if factor is None:
             return None
         low = np.maximum(boxes[:, :2].min(axis=0), 0).astype(int)
         high = np.minimum(boxes[:, 2:].max(axis=0), [self.width, self.height]).astype(int)
-        largest = (boxes[0, 2:] - boxes[0, :2]).min() / OVERVIEW_CELLS
+        low, high = low // factor * factor, -(-high // factor) * factor
         with self._reading(Window(*low, *(high - low))) as src:
-            factor = max((f for f in src.overviews(self.bands[0]) if f <= largest), default=None)
-            if factor is None:
-                return None
-            low, high = low // factor * factor, -(-high // factor) * factor
             window = RasterioWindow(*low, *(np.minimum(high, [self.width, self.height]) - low))
             shape = tuple(((high - low) // factor)[::-1].tolist())
-            valid = self._has_value(
-                read_bands(src, self.bands, self.dtype, window=window, out_shape=shape)
-            )
+            valid = np.ones(shape, dtype=bool)
+            if None not in self.nodata:
+                image = read_bands(src, self.bands, self.dtype, window=window, out_shape=shape)
+                nodata = np.array(self.nodata, self.dtype)[:, None, None]
+                valid = (image != nodata).any(axis=0)
             if self.masked:
                 valid &= src.dataset_mask(window=window, out_shape=shape) > 0
-        around = np.pad(valid, 1)
-        valid = np.logical_or.reduce(
-            [around[y : y + shape[0], x : x + shape[1]] for y in range(3) for x in range(3)]
-        )
         return valid, low // factor, np.array([factor, factor])
+
+    @cached_property
+    def _averaged_overviews(self) -> tuple[int, ...]:
+        """Factors of the overviews that were made by averaging; others may skip pixels."""
+        with self._reading(Window(0, 0, self.width, self.height)) as src:
+            factors, averaged = src.overviews(self.bands[0]), []
+            for level, factor in enumerate(factors):
+                with _open(self.source, overview_level=level) as overview:
+                    if overview.tags(self.bands[0]).get("RESAMPLING") == "AVERAGE":
+                        averaged.append(factor)
+        return tuple(averaged)
 
     def _has_value(self, image: np.ndarray) -> np.ndarray:
         present = np.ones(image.shape[1:], dtype=bool)
@@ -689,9 +696,9 @@ def _opening(path: Path | str, source: str, *, local: bool) -> Iterator[rasterio
         raise InputError(f"{path} is not a raster that GDAL can read{size}: {reason}") from error
 
 
-def _open(source: str) -> rasterio.DatasetReader:
+def _open(source: str, **options: object) -> rasterio.DatasetReader:
     with rasterio.Env(**(REMOTE if _is_remote(source) else {})):
-        return rasterio.open(source)
+        return rasterio.open(source, **options)
 
 
 def _representable(value: float | None, dtype: np.dtype) -> float | None:

@@ -6,7 +6,10 @@ No batch holds tiles of two strips, so that what is found does not depend on who
 
 from __future__ import annotations
 
+import itertools
 import logging
+import multiprocessing
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -47,20 +50,47 @@ def load_model(checkpoint: Path | str, device: str = "cpu") -> LargeRasterORMode
     """
     path = Path(checkpoint)
     if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist; a run leaves its best as best.ckpt")
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"checkpoint {path} {found}; a run leaves its best model as best.ckpt")
     return _load_model(path, path.stat().st_mtime_ns, device)
 
 
-@lru_cache(maxsize=4)  # a worker process predicts one strip after the other
+@lru_cache(maxsize=2)  # a worker process predicts one strip after the other
 def _load_model(path: Path, _mtime_ns: int, device: str) -> LargeRasterORModel:
     try:
         model = LargeRasterORModel.load_from_checkpoint(path, map_location=device)
     except Exception as error:
         raise InputError(
             f"{path} ({path.stat().st_size} bytes) is not a checkpoint of a model trained here: "
-            f"{str(error).splitlines()[0] if str(error) else error!r}; give the best.ckpt of a run"
+            f"{(str(error) or repr(error)).splitlines()[0][:120]}; give the best.ckpt of a run"
         ) from error
     return model.to(device).eval()
+
+
+def find_devices(device: str) -> tuple[str, ...]:
+    """Return the devices that a name stands for: "auto" and "cuda" are all GPUs there are.
+
+    Raises:
+        InputError: There is no such device.
+    """
+    gpus = tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
+    if device == "auto":
+        return gpus or (("mps",) if torch.backends.mps.is_available() else ("cpu",))
+    if device == "cuda" and gpus:
+        return gpus
+    known = {"cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])}
+    if device not in known:
+        raise InputError(
+            f"device {device!r} is not there, expected one of {sorted(known)}, or auto"
+        )
+    return (device,)
+
+
+def own_device(device: str) -> str:
+    """Return the one of several devices that this process is to use: local workers have numbers."""
+    devices = find_devices(device)
+    number = re.search(r"(\d+)$", multiprocessing.current_process().name)
+    return devices[(int(number[1]) - 1 if number else 0) % len(devices)]
 
 
 class Tile(NamedTuple):
@@ -80,18 +110,20 @@ class Part:
         found: Detections that its tiles keep.
         predicted: Number of tiles that the model saw.
         empty: Number of tiles without ground that counts.
+        full: Number of tiles of which the model reported as many detections as it may.
         gaps: int64 (N, 4), x, y, width, height in px: cores that could not be read.
     """
 
     found: Detections
     predicted: int
     empty: int
+    full: int
     gaps: np.ndarray
 
     def write(self, path: Path) -> Path:
         """Write it, whole or not at all."""
         with fileio.atomic_path(path) as temporary, temporary.open("wb") as file:
-            counts = {"predicted": self.predicted, "empty": self.empty, "gaps": self.gaps}
+            counts = {name: value for name, value in vars(self).items() if name != "found"}
             np.savez(file, **vars(self.found), **counts)
         return path
 
@@ -101,8 +133,8 @@ class Part:
         try:
             with np.load(path) as values:
                 found = Detections(values["boxes"], values["scores"], values["ids"])
-                predicted, empty = int(values["predicted"]), int(values["empty"])
-                return cls(found, predicted, empty, values["gaps"])
+                counts = (int(values[name]) for name in ("predicted", "empty", "full"))
+                return cls(found, *counts, values["gaps"])
         except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             return None
 
@@ -116,6 +148,7 @@ class StripPredictor:
         radiometry: How raw values become its input.
         raster: The raster, with its regions.
         journal: Folder of the parts.
+        key: Names what the parts depend on, so that those of another prediction are told apart.
         tile_size: Side of the tiles, px.
         overlap: Least overlap of neighbours, px.
         score_threshold: Least score that counts.
@@ -125,7 +158,7 @@ class StripPredictor:
         scales: Factors by which tiles are enlarged.
         batch_size: Tiles that the model sees at once.
         readers: Threads that read ahead.
-        devices: Strips take turns on them.
+        device: See `find_devices`; each process takes one of those that it has.
         threads: Of the CPU, for the model; None leaves the number as it is.
     """
 
@@ -133,6 +166,7 @@ class StripPredictor:
     radiometry: imutils.Radiometry
     raster: fileio.Raster
     journal: Path
+    key: str
     tile_size: int
     overlap: int
     score_threshold: float
@@ -142,7 +176,7 @@ class StripPredictor:
     scales: tuple[float, ...]
     batch_size: int
     readers: int
-    devices: tuple[str, ...]
+    device: str
     threads: int | None
 
     @property
@@ -159,7 +193,7 @@ class StripPredictor:
 
     def part_path(self, strip: int) -> Path:
         """Return where a strip is left."""
-        return self.journal / f"strip_{strip:06d}.npz"
+        return self.journal / f"strip_{strip:06d}.{self.key}.npz"
 
     def is_done(self, strip: int) -> bool:
         """Tell whether a strip is left whole and without gaps."""
@@ -168,13 +202,13 @@ class StripPredictor:
 
     def predict_one(self, strip: int) -> Path:
         """Predict one strip, in a worker process."""
-        if self.threads:
+        if self.threads and multiprocessing.parent_process() is not None:
             torch.set_num_threads(self.threads)
         return next(self.predict([strip]))
 
     def predict(self, strips: Iterable[int]) -> Iterator[Path]:
         """Predict strips one after the other; yield the part of each as soon as it is written."""
-        batch, results, empty, gaps = [], [], 0, []
+        batch, results, empty, gaps, why = [], [], 0, [], None
         for tile, content in parallel.map_threads(
             self._read, self.tiles(strips), threads=self.readers,
             ahead=self.readers + 2 * self.batch_size,
@@ -183,7 +217,7 @@ class StripPredictor:
                 case np.ndarray():
                     batch.append((tile, content))
                 case InputError():
-                    log.warning("a gap is left: %s", content)
+                    why = content
                     x0, y0, x1, y1 = tile.core
                     gaps.append([x0, y0, x1 - x0, y1 - y0])
                 case int():
@@ -192,10 +226,13 @@ class StripPredictor:
                 results.append(self._predict_batch(batch))  # no batch holds tiles of two strips
                 batch = []
             if tile.window is None:
-                windows = sum(count for _, count in results)
-                found = Detections.concatenate([found for found, _ in results])
+                if gaps:
+                    log.warning("strip %d has %d gaps; the last: %s", tile.strip, len(gaps), why)
+                found = Detections.concatenate([found for found, _, _ in results])
+                predicted, full = (sum(r[i] for r in results) for i in (1, 2))
                 gaps = np.array(gaps, dtype=np.int64).reshape(-1, 4)
-                yield Part(found, windows, empty, gaps).write(self.part_path(tile.strip))
+                part = Part(found, predicted, empty, full, gaps)
+                yield part.write(self.part_path(tile.strip))
                 results, empty, gaps = [], 0, []
 
     def tiles(self, strips: Iterable[int]) -> Iterator[Tile]:
@@ -225,24 +262,25 @@ class StripPredictor:
             return tile, 1
         return tile, self.radiometry.stretch(image, valid)
 
-    def _predict_batch(self, batch: list[tuple[Tile, np.ndarray]]) -> tuple[Detections, int]:
-        """Return what the tiles of a batch keep, in px of the raster, and how many they are."""
+    def _predict_batch(self, batch: list[tuple[Tile, np.ndarray]]) -> tuple[Detections, int, int]:
+        """Return what tiles keep, in px of the raster, how many they are, and how many are full."""
         tiles, images = zip(*batch, strict=True)
-        device = torch.device(self.devices[tiles[0].strip % len(self.devices)])
-        model = self._model_on(device)
+        device = torch.device(own_device(self.device))
+        model, limit = self._model_on(device)
         pixels = torch.from_numpy(np.stack(images))
         if device.type == "cuda":
             pixels = pixels.pin_memory().to(device, non_blocking=True)
         pixels = pixels.to(device)
         with torch.inference_mode(), autocast(device.type, self.precision):
-            looks = [
-                look(model, pixels, *view, scale) for view in self.views for scale in self.scales
+            by_view = [
+                detect_view(model, pixels, *view, scale)
+                for view, scale in itertools.product(self.views, self.scales)
             ]
-        return Detections.concatenate(
-            [self._keep(tile, seen) for tile, *seen in zip(tiles, *looks, strict=True)]
-        ), len(tiles)
+        found = [self._keep(tile, seen) for tile, *seen in zip(tiles, *by_view, strict=True)]
+        full = sum(max(map(len, seen)) >= limit for seen in zip(*by_view, strict=True))
+        return Detections.concatenate(found), len(tiles), full
 
-    def _model_on(self, device: torch.device) -> nn.Module:
+    def _model_on(self, device: torch.device) -> tuple[nn.Module, int]:
         model = self.model
         if not isinstance(model, nn.Module):
             model = load_model(model, str(device))
@@ -250,8 +288,8 @@ class StripPredictor:
         least = self.score_threshold
         if len(self.views) * len(self.scales) > 1:
             least = min(least, model.conf.test.score_threshold)
-        model.limit_detections(self.tile_size, float(np.nextafter(np.float32(least), -1)))
-        return model.to(device)
+        least = float(np.nextafter(np.float32(least), -1))
+        return model.to(device), model.limit_detections(self.tile_size, least)
 
     def _keep(self, tile: Tile, seen: Sequence[Detections]) -> Detections:
         found = seen[0] if len(seen) == 1 else catalogue.fuse_views(seen, FUSE_IOU)
@@ -269,7 +307,7 @@ class StripPredictor:
         return replace(found, boxes=boxes)[keep]
 
 
-def look(
+def detect_view(
     model: nn.Module,
     tiles: Tensor,
     turns: int,

@@ -531,6 +531,8 @@ def sample_pixels(
     Raises:
         InputError: No sampled pixel is valid.
     """
+    if ground.empty:
+        raise InputError("there is no ground to sample: nothing of it is written, or counts")
     rng = np.random.default_rng(seed)
     samples = []
     for name, place in _random_windows(ground, ATTEMPTS * max_windows, rng):

@@ -37,7 +37,8 @@ class Oracle(torch.nn.Module):
 
     def limit_detections(self, tile_size, score_threshold):
         assert tile_size >= 32
-        assert 0 <= score_threshold < 0.1
+        assert 0 <= score_threshold < 1
+        return 1000
 
     def forward(self, images):
         time.sleep(self.pause)

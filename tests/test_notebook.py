@@ -147,9 +147,9 @@ def test_rasters_and_chips_are_written_when_asked(tiny_run):
 
 def test_other_rasters_get_their_catalogue(tiny_run):
     folder = tiny_run.folder / "runs" / "tiny" / "catalogues"
-    names = ["second.csv", "second.gpkg", "second.provenance.json", "second_density.tif"]
+    names = ["second.csv", "second.gpkg", "second.gpkg.provenance.json", "second_density.tif"]
     assert sorted(path.name for path in folder.iterdir()) == names
-    record = json.loads((folder / "second.provenance.json").read_text())
+    record = json.loads((folder / "second.gpkg.provenance.json").read_text())
     assert record["complete"]
     assert record["predicted"] > 4
     assert sum(record["objects"].values()) == len(pd.read_csv(folder / "second.csv"))

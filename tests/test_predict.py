@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import pyogrio
 import pytest
 import pytorch_lightning as pl
 import rasterio
@@ -108,7 +108,7 @@ def test_bands_that_are_not_there_cannot_be_overridden(tmp_path, contract):
 def test_a_raster_without_crs_is_compared_in_all_but_resolution(tmp_path, contract, caplog):
     path = write(tmp_path / "a.tif", crs=None, transform=None)
     assert predict.open_raster(path, contract)
-    assert "its resolution cannot be compared" in caplog.text
+    assert "resolutions cannot be compared" in caplog.text
 
 
 # -- each object once -------------------------------------------------------------------------
@@ -122,9 +122,9 @@ def scene(tmp_path_factory):
     return path, draw(path, 900, 1500)
 
 
-def catalogue_of(model, path, folder, name="out.csv", **options):
+def catalogue_of(model, path, folder, name="out.csv", read=True, **options):
     result = predict.predict_raster(model, path, folder / name, **(OPTIONS | options))
-    return pd.read_csv(folder / name), result
+    return pd.read_csv(folder / name) if read else None, result
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_dask_cluster_gives_the_same_catalogue(tmp_path, scene):
 def test_every_view_of_a_tile_shows_objects_where_they_are(turns, mirrored, scale):
     tile = torch.zeros(1, 1, 64, 64)
     tile[..., 12:24, 30:50] = 1.0
-    (found,) = strips.look(Oracle(), tile, turns, mirrored, scale)
+    (found,) = strips.detect_view(Oracle(), tile, turns, mirrored, scale)
     assert found.boxes == pytest.approx(np.array([[30, 12, 50, 24]]), abs=2.01)  # a blurred edge
 
 
@@ -251,7 +251,7 @@ def test_what_cannot_be_read_is_a_gap_that_the_same_call_tries_again(tmp_path, s
     damage(path, 1, 2)
     df, result = catalogue_of(Oracle(), path, tmp_path)
     assert not result.complete
-    assert "a gap is left" in caplog.text
+    assert "gaps; the last: " in caplog.text
     record = json.loads(result.provenance.read_text())
     assert not record["complete"]
     assert record["gaps"] == result.gaps.to_numpy().tolist()
@@ -263,15 +263,12 @@ def test_what_cannot_be_read_is_a_gap_that_the_same_call_tries_again(tmp_path, s
     assert len(found) == len(df)
     assert (~lost).sum() <= len(df) < len(truth)
 
-    os.utime(path, ns=(0, 0))
-    path.write_bytes(scene[0].read_bytes())  # mended: another file, the work begins anew
-    with pytest.raises(InputError, match="unfinished prediction that differs in raster"):
-        catalogue_of(Oracle(), path, tmp_path)
-    damage(path, 1, 2)
     model = Oracle()
     catalogue_of(model, path, tmp_path)
     assert 0 < model.tiles < result.predicted  # only strips with gaps are tried again
-    path.write_bytes(scene[0].read_bytes())
+    path.write_bytes(scene[0].read_bytes())  # mended: another file, the work begins anew
+    with pytest.raises(InputError, match="unfinished prediction that differs in raster"):
+        catalogue_of(Oracle(), path, tmp_path)
     df, result = catalogue_of(Oracle(), path, tmp_path, overwrite=True)
     assert_same(df, truth)
     assert not (tmp_path / "out.csv.journal").exists()
@@ -281,7 +278,7 @@ def test_an_output_that_exists_is_replaced_or_kept_only_on_request(tmp_path, sce
     path, truth = scene
     catalogue_of(Oracle(), path, tmp_path)
     before = (tmp_path / "out.csv").stat().st_mtime_ns
-    with pytest.raises(InputError, match=r"out\.csv exists; .*overwrite it.*resume"):
+    with pytest.raises(InputError, match=r"already there: .*out\.csv.*overwrite.*resume"):
         catalogue_of(Oracle(), path, tmp_path)
     model = Oracle()
     _, result = catalogue_of(model, path, tmp_path, resume=True)
@@ -294,6 +291,72 @@ def test_an_output_that_exists_is_replaced_or_kept_only_on_request(tmp_path, sce
     assert record["plan"]["tile_size"] == 200
     assert record["plan"]["raster"] == fileio.content_fingerprint(path)
     assert record["objects"] == result.objects
+
+
+def test_what_was_written_otherwise_is_not_taken_for_it(tmp_path, scene):
+    path, truth = scene
+    catalogue_of(Oracle(), path, tmp_path, "s.gpkg", score_threshold=0.9, read=False)
+    catalogue_of(Oracle(), path, tmp_path, "s.csv", score_threshold=0.3)  # its record is its own
+    both = {"resume": True, "overwrite": True, "read": False}
+    _, result = catalogue_of(Oracle(), path, tmp_path, "s.gpkg", score_threshold=0.3, **both)
+    assert result.count == (truth["score"] >= 0.3).sum()
+    assert len(pyogrio.read_dataframe(tmp_path / "s.gpkg", layer="s")) == result.count
+    options = both | {"geometry": "circle", "density_cell": 50}
+    catalogue_of(Oracle(), path, tmp_path, "s.gpkg", score_threshold=0.3, **options)
+    shapes = pyogrio.read_dataframe(tmp_path / "s.gpkg", layer="s").geometry
+    assert shapely.get_num_coordinates(shapes.to_numpy()).min() > 30
+    assert (tmp_path / "s_density.tif").exists()
+
+
+def test_no_file_is_replaced_that_the_call_did_not_make(tmp_path, scene):
+    path = tmp_path / "scene.tif"
+    path.write_bytes(scene[0].read_bytes())
+    for names in (["scene.tif"], ["a.csv", "a.csv"], []):
+        with pytest.raises(
+            InputError, match=r"must end in one of|at least one file, and each once"
+        ):
+            predict.prepare(Oracle(), path, [tmp_path / name for name in names], **OPTIONS)
+    (tmp_path / "b_density.tif").write_bytes(path.read_bytes())
+    with pytest.raises(InputError, match="written over what is read"):
+        catalogue_of(Oracle(), tmp_path / "b_density.tif", tmp_path, "b.csv", density_cell=50)
+
+    with pytest.raises(KeyboardInterrupt):
+        catalogue_of(Oracle(stop_after=70), path, tmp_path)
+    (tmp_path / "precious.csv").write_text("mine")
+    outputs = [tmp_path / name for name in ("out.csv", "precious.csv")]
+    with pytest.raises(InputError, match=r"already there: .*precious\.csv"):
+        predict.prepare(Oracle(), path, outputs, **OPTIONS)
+
+    first, second = (predict.prepare(Oracle(), path, tmp_path / "c.csv", **OPTIONS) for _ in "12")
+    predict.run(first)
+    with pytest.raises(InputError, match=r"already there: .*c\.csv"):
+        predict.run(second)  # hours may lie between plan and run
+
+
+def test_a_raster_that_is_mostly_empty_is_compared_where_it_is_not(tmp_path, caplog):
+    draw(tmp_path / "a.tif", 400, 400, left=9000, top=9000, nodata=0, sparse_ok=True)
+    options, model = OPTIONS | {"override": ()}, Oracle()
+    dark = Radiometry("none", (0.0,), (255.0,), (0.02,), (0.05,))
+    model.contract = replace(model.contract, radiometry=dark)
+    with pytest.raises(InputError, match="standard deviations from the mean"):
+        predict.prepare(model, tmp_path / "a.tif", tmp_path / "o.csv", **options)
+    with fileio.create_raster(
+        tmp_path / "b.tif", width=900, height=900, count=1, dtype="uint8", nodata=0, sparse_ok=True
+    ):
+        pass
+    predict.prepare(model, tmp_path / "b.tif", tmp_path / "o.csv", **options)
+    assert "typical values were not compared" in caplog.text
+
+
+def test_a_small_overlap_is_warned_of(tmp_path, scene, caplog):
+    predict.prepare(Oracle(), scene[0], tmp_path / "o.csv", overlap=5, **OPTIONS)
+    assert "objects of the training are up to 24 px long" in caplog.text
+
+
+def test_tiles_that_report_all_they_may_are_told(tmp_path, scene, caplog, monkeypatch):
+    monkeypatch.setattr(Oracle, "limit_detections", lambda *_: 10)
+    catalogue_of(Oracle(), scene[0], tmp_path)
+    assert "tiles show as many objects as the model reports" in caplog.text
 
 
 def test_an_interrupted_call_says_how_it_goes_on_and_does(tmp_path, scene):
@@ -353,7 +416,7 @@ def test_bad_options_are_refused_before_any_work(tmp_path, scene, options, messa
 def test_a_model_without_a_threshold_asks_for_one(tmp_path, scene):
     model = Oracle()
     model.operating_threshold.fill_(float("nan"))
-    with pytest.raises(InputError, match=r"give one \(score_threshold\)"):
+    with pytest.raises(InputError, match=r"give one \(--score-threshold\)"):
         catalogue_of(model, scene[0], tmp_path)
 
 
@@ -396,7 +459,8 @@ def test_the_command_predicts_several_rasters_into_files_of_their_own(tmp_path, 
         )
     rasters = [tmp_path / "one.tif", tmp_path / "two.tif"]
     words = command(checkpoint, rasters, tmp_path / "{raster}.gpkg", tmp_path / "{raster}.csv")
-    assert predict.main([*words, "--density-cell", "50", "--geometry", "circle"]) == 0
+    words += ["--density-cell", "50", "--geometry", "circle"]
+    assert predict.main(words) == 0
     df = pd.read_csv(tmp_path / "two.csv")
     assert len(df) > 10
     table = fileio.read_annotation_file(tmp_path / "two.gpkg", fileio.read_raster(rasters[1]))
@@ -444,10 +508,11 @@ def test_the_command_tells_gaps_and_goes_on_with_other_rasters(tmp_path, checkpo
 
 
 def test_a_full_disk_leaves_the_journal(tmp_path, small_scene, checkpoint, monkeypatch, capsys):
-    write = strips.Part.write
+    write, failing = strips.Part.write, []
 
     def fail(part, path):
-        if path.name == "strip_000001.npz":
+        if path.name.startswith("strip_000001"):
+            failing.append(path.name)
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return write(part, path)
 
@@ -459,7 +524,8 @@ def test_a_full_disk_leaves_the_journal(tmp_path, small_scene, checkpoint, monke
     assert "No space left on device" in message
     assert "the same call goes on" in message
     journal = tmp_path / "out.csv.journal"
-    assert [p.name for p in journal.glob("*.npz")] == ["strip_000000.npz"]
+    first = failing[0].replace("000001", "000000")
+    assert [p.name for p in journal.glob("*.npz")] == [first]
     assert predict.main(words) == 0
 
 
@@ -479,14 +545,58 @@ for delay in {delays}:
 def test_what_is_killed_goes_on_and_ends_the_same_byte_for_byte(tmp_path, small_scene, checkpoint):
     words = [command(checkpoint, [small_scene], tmp_path / name) for name in ("a.csv", "b.csv")]
     assert predict.main(words[0]) == 0
-    delays = np.random.default_rng(int(time.time())).uniform(0.05, 1.5, 6).round(3).tolist()
+    delays = np.random.default_rng(int(time.time())).uniform(0.05, 1.5, 3).round(3).tolist()
     script = KILLED.format(tests=str(PROJECT), delays=delays)
     subprocess.run([sys.executable, "-c", script, *words[1]], check=True, timeout=120)
     assert predict.main([*words[1], "--resume"]) == 0
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes(), delays
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "a.csv", "a.provenance.json", "b.csv", "b.provenance.json",
+        "a.csv", "a.csv.provenance.json", "b.csv", "b.csv.provenance.json",
     ]  # fmt: skip
+
+
+KILLED_AT = """
+import os, pathlib, sys
+sys.path.insert(0, {project!r})
+import predict
+
+def killer(call, left):
+    def wrapped(*args, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            os._exit(9)
+        return call(*args, **options)
+    return wrapped
+
+def run(step, words, kill):
+    if not (pid := os.fork()):  # this process never computes, so that its children can
+        left = [step]
+        for place, name in ((pathlib.Path, "replace"), (os, "unlink"), (os, "rmdir")) * kill:
+            setattr(place, name, killer(getattr(place, name), left))
+        os._exit(predict.main(words))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+for step in range(100):
+    words = [word.replace("STEP", str(step)) for word in sys.argv[1:]]
+    if run(step, words, True) == 0:
+        break
+    assert run(step, words, False) == 0, step
+pathlib.Path({steps!r}).write_text(str(step))
+"""
+
+
+def test_a_kill_before_any_step_on_disk_loses_nothing(tmp_path, checkpoint):
+    draw(tmp_path / "a.tif", 200, 700)
+    words = command(checkpoint, [tmp_path / "a.tif"], tmp_path / "s_STEP.csv", density_cell=50)
+    script = KILLED_AT.format(project=str(PROJECT), steps=str(tmp_path / "steps"))
+    subprocess.run([sys.executable, "-c", script, *words], check=True, timeout=200)
+    steps = int((tmp_path / "steps").read_text())
+    assert steps > 8
+    assert len({(tmp_path / f"s_{step}.csv").read_bytes() for step in range(steps + 1)}) == 1
+    ends = {".csv", ".csv.provenance.json", "_density.tif"}
+    for step in range(steps + 1):
+        names = {path.name for path in tmp_path.glob(f"*s_{step}[._]*")}
+        assert names == {f"s_{step}{end}" for end in ends}, "no journal, nothing temporary"
 
 
 def test_ctrl_c_ends_the_command_with_a_hint(tmp_path, small_scene, checkpoint):
