@@ -173,7 +173,7 @@ class PredictionOptions:
         tile_size: Side of the tiles in px; None takes the training's.
         overlap: Minimum overlap of neighbouring tiles in px; None takes the longest side of any
             object of the training, at most half a tile.
-        batch_size: Tiles that the model sees at once.
+        batch_size: Tiles that the model sees at once; None: 2 on a CPU, 16 on a GPU.
         precision: See `resolve_precision`.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         score_threshold: Least score of an object (0-1); None takes the one that validation chose.
@@ -195,7 +195,7 @@ class PredictionOptions:
 
     tile_size: Annotated[int, Field(ge=32)] | None = None
     overlap: Annotated[int, Field(ge=0)] | None = None
-    batch_size: Positive = 4
+    batch_size: Positive | None = None
     precision: Precision = "auto"
     device: str = "auto"
     score_threshold: Share | None = None
@@ -715,7 +715,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tile-size", type=int, metavar="PX", help="side of the tiles (default: the training's)")
     add("--overlap", type=int, metavar="PX",
         help="minimum overlap of tiles (default: the largest object of the training)")
-    add("--batch-size", type=int, default=4, help="tiles at once (default: %(default)s)")
+    add("--batch-size", type=int, help="tiles at once (default: 2 on a CPU, 16 on a GPU)")
     add("--precision", choices=get_args(Precision), default="auto",
         help="default: bf16-mixed where the hardware computes in it, else 32-true")
     add("--device", default="auto", help="auto, cpu, cuda (all GPUs), cuda:1, mps")

@@ -32,6 +32,7 @@ from LargeRasterOR import LargeRasterORModel, autocast
 
 log = logging.getLogger(__name__)
 
+CPU_BATCH, GPU_BATCH = 2, 16  # tiles at once: what fits the caches; what fills the device
 STRIP_WINDOWS = 64  # at least, so that a strip is worth its part of the journal
 VIEWS = {  # -> quarter turns, mirrored
     "none": ((0, False),),
@@ -156,7 +157,7 @@ class StripPredictor:
         precision: "32-true", "bf16-mixed" or "16-mixed".
         views: Quarter turns and whether mirrored, of each view.
         scales: Factors by which tiles are enlarged.
-        batch_size: Tiles that the model sees at once.
+        batch_size: Tiles that the model sees at once; None: `CPU_BATCH` or `GPU_BATCH`.
         readers: Threads that read ahead.
         device: See `find_devices`; each process takes one of those that it has.
         threads: Of the CPU, for the model; None leaves the number as it is.
@@ -174,7 +175,7 @@ class StripPredictor:
     precision: str
     views: tuple[tuple[int, bool], ...]
     scales: tuple[float, ...]
-    batch_size: int
+    batch_size: int | None
     readers: int
     device: str
     threads: int | None
@@ -208,10 +209,12 @@ class StripPredictor:
 
     def predict(self, strips: Iterable[int]) -> Iterator[Path]:
         """Predict strips one after the other; yield the part of each as soon as it is written."""
+        on_cpu = own_device(self.device) == "cpu"
+        size = self.batch_size or (CPU_BATCH if on_cpu else GPU_BATCH)
         batch, results, empty, gaps, why = [], [], 0, [], None
         for tile, content in parallel.map_threads(
             self._read, self.tiles(strips), threads=self.readers,
-            ahead=self.readers + 2 * self.batch_size,
+            ahead=self.readers + 2 * size,
         ):  # fmt: skip
             match content:
                 case np.ndarray():
@@ -222,7 +225,7 @@ class StripPredictor:
                     gaps.append([x0, y0, x1 - x0, y1 - y0])
                 case int():
                     empty += content
-            if len(batch) == self.batch_size or (tile.window is None and batch):
+            if len(batch) == size or (tile.window is None and batch):
                 results.append(self._predict_batch(batch))  # no batch holds tiles of two strips
                 batch = []
             if tile.window is None:

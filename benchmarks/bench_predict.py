@@ -26,7 +26,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -46,6 +46,7 @@ import metrics
 import predict
 import sampledata
 import splits
+import strips
 import tiling
 from ImageData import Window
 from LargeRasterOR import LargeRasterORModel, TileRetinaNet, autocast
@@ -70,6 +71,10 @@ class Found:
     scores: np.ndarray
     labels: np.ndarray
 
+    def rows(self, rows: np.ndarray) -> Found:
+        """Return some of them."""
+        return Found(self.boxes[rows], self.scores[rows], self.labels[rows])
+
     def in_whole_px(self) -> Found:
         """Cut the fractions off the boxes, as DeepForest does."""
         return Found(np.trunc(self.boxes), self.scores, self.labels)
@@ -87,6 +92,7 @@ class Line:
         precision: Share of them that find an object of the sample at IoU 0.5, whatever its label.
         recall: Share of the sample's objects that they find.
         base_has: Share of them that the base has, see `agreement`.
+        right_base_has: The same of those that find an object of the sample.
         has_base: Share of the base's that it has.
     """
 
@@ -97,6 +103,7 @@ class Line:
     precision: float
     recall: float
     base_has: float
+    right_base_has: float
     has_base: float
 
 
@@ -213,7 +220,7 @@ def our_runner(model: LargeRasterORModel, raster: Path, precision: str) -> Calla
         with tempfile.TemporaryDirectory() as folder:  # there is nothing that could be resumed
             output = Path(folder) / "catalogue.csv"
             predict.predict_raster(
-                model, raster, output, tile_size=TILE_SIZE, overlap=OVERLAP, batch_size=BATCH_SIZE,
+                model, raster, output, tile_size=TILE_SIZE, overlap=OVERLAP,
                 precision=precision, device="cpu", score_threshold=threshold,
             )  # fmt: skip
             df = pd.read_csv(output)
@@ -229,13 +236,14 @@ def bare_runner(
     tiles: Tensor,
     nms_threshold: float,
     precision: str = "32-true",
+    batch_size: int = BATCH_SIZE,
 ) -> Callable[[], Found]:
     """Return a function that calls a network on tiles (N, bands, size, size), and suppresses."""
     corners = torch.from_numpy(windows[["x", "y", "x", "y"]].to_numpy(np.float32, copy=True))
 
     def run() -> Found:
         with torch.inference_mode(), autocast("cpu", precision):
-            found = [one for batch in tiles.split(BATCH_SIZE) for one in call(batch)]
+            found = [one for batch in tiles.split(batch_size) for one in call(batch)]
         boxes = torch.cat([f["boxes"] + c for f, c in zip(found, corners, strict=True)])
         scores, labels = (torch.cat([f[name] for f in found]) for name in ("scores", "labels"))
         keep = batched_nms(boxes, scores, labels, nms_threshold)
@@ -329,6 +337,7 @@ def compare(
             precision=float(hits.sum() / max(shown.sum(), 1)),
             recall=float(hits.sum() / len(truth)),
             base_has=agreement(theirs, mine),
+            right_base_has=agreement(theirs, mine.rows(np.flatnonzero(shown)[hits])),
             has_base=agreement(mine, theirs),
         )
     return lines
@@ -358,8 +367,8 @@ def benchmark(
         "DeepForest": deepforest_runner(plain, model.labels, image),
         "SAHI": sahi_runner(plain, model.labels, image),
         "network, fp32, contiguous": call(lambda batch: plain(list(batch))),
-        "network, fp32": call(model),
-        "network, bf16": call(model, precision="bf16-mixed"),
+        "network, fp32": call(model, batch_size=strips.CPU_BATCH),
+        "network, bf16": call(model, precision="bf16-mixed", batch_size=strips.CPU_BATCH),
     }
     if with_ours:
         runners["ours, fp32"] = our_runner(model, image, "32-true")
@@ -376,11 +385,11 @@ def benchmark(
         "batch_size": BATCH_SIZE, "rounds": rounds, "base": base, **describe_machine(),
     }  # fmt: skip
     log.info("%s", ", ".join(f"{name} {value}" for name, value in settings.items()))
-    columns = ("seconds", "ratio", "found", "precision", "recall", "base_has", "has_base")
-    log.info("%-26s%s", "", "".join(f"{name:>11}" for name in columns))
+    columns = [f.name for f in fields(Line) if f.name != "rounds"]
+    log.info("%-26s%s", "", "".join(f"{name:>15}" for name in columns))
     for name, line in lines.items():
         values = (getattr(line, column) for column in columns)
-        shown = (f"{v:>11}" if isinstance(v, int) else f"{v:>11.3f}" for v in values)
+        shown = (f"{v:>15}" if isinstance(v, int) else f"{v:>15.3f}" for v in values)
         log.info("%-26s%s", name, "".join(shown))
     return {
         "settings": settings,
