@@ -321,7 +321,7 @@ def test_no_file_is_replaced_that_the_call_did_not_make(tmp_path, scene):
         catalogue_of(Oracle(), tmp_path / "b_density.tif", tmp_path, "b.csv", density_cell=50)
 
     with pytest.raises(KeyboardInterrupt):
-        catalogue_of(Oracle(stop_after=70), path, tmp_path)
+        catalogue_of(Oracle(stop_after=80), path, tmp_path)
     (tmp_path / "precious.csv").write_text("mine")
     outputs = [tmp_path / name for name in ("out.csv", "precious.csv")]
     with pytest.raises(InputError, match=r"already there: .*precious\.csv"):
@@ -362,7 +362,7 @@ def test_tiles_that_report_all_they_may_are_told(tmp_path, scene, caplog, monkey
 def test_an_interrupted_call_says_how_it_goes_on_and_does(tmp_path, scene):
     path, truth = scene
     with pytest.raises(KeyboardInterrupt) as caught:
-        catalogue_of(Oracle(stop_after=70), path, tmp_path)
+        catalogue_of(Oracle(stop_after=80), path, tmp_path)
     journal = tmp_path / "out.csv.journal"
     assert f"kept in {journal}" in caught.value.__notes__[0]
     assert [p.name for p in tmp_path.iterdir()] == [journal.name]
@@ -378,7 +378,7 @@ def test_an_interrupted_call_says_how_it_goes_on_and_does(tmp_path, scene):
 def test_a_damaged_part_of_the_journal_is_made_anew(tmp_path, scene):
     path, truth = scene
     with pytest.raises(KeyboardInterrupt):
-        catalogue_of(Oracle(stop_after=70), path, tmp_path)
+        catalogue_of(Oracle(stop_after=80), path, tmp_path)
     (part,) = (tmp_path / "out.csv.journal").glob("strip_*.npz")
     part.write_bytes(part.read_bytes()[:100])
     df, _ = catalogue_of(Oracle(), path, tmp_path)
