@@ -24,6 +24,8 @@ from ImageData import InputError
 
 Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
+Geometry = Literal["box", "circle"]
+Views = Literal["none", "flips", "turns", "all"]
 CatalogueFormat = Literal["gpkg", "geojson", "parquet", "csv", "json", "txt"]
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -173,9 +175,9 @@ class RunParameters:
     SCORE_THRESHOLD: Share
     PREDICT_FILENAMES: list[FileName]
     CATALOGUE_FORMATS: Annotated[list[CatalogueFormat], Field(min_length=1)]
-    CATALOGUE_GEOMETRY: Literal["box", "circle"]
+    CATALOGUE_GEOMETRY: Geometry
     DENSITY_CELL: Positive | None
-    PREDICT_VIEWS: Literal["none", "flips", "turns", "all"]
+    PREDICT_VIEWS: Views
     ACCELERATOR: str
     DEVICES: int | str | list[int]
     PRECISION: Precision

@@ -158,8 +158,8 @@ def match_boxes(
     if not len(boxes) or not len(truth):
         return matches
     of_box, of_truth = shapely.STRtree(shapely.box(*truth.T)).query(shapely.box(*boxes.T))
-    shared = imutils.shared_area(boxes[of_box], truth[of_truth])
-    iou = imutils.pair_iou(boxes[of_box], truth[of_truth])
+    found, known = boxes[of_box], truth[of_truth]
+    iou, shared = imutils.pair_iou(found, known), imutils.shared_area(found, known)
 
     candidate = (iou >= iou_threshold) & ~ignored[of_truth]
     order = np.lexsort((-iou[candidate], of_box[candidate], -scores[of_box[candidate]]))
@@ -169,7 +169,7 @@ def match_boxes(
             matches[box], taken[obj] = obj, True
 
     on_ignored = ignored[of_truth] & (
-        shared >= iou_threshold * np.maximum(imutils.box_area(boxes)[of_box], 1e-12)
+        shared >= iou_threshold * np.maximum(imutils.box_area(found), 1e-12)
     )
     unmatched = np.unique(of_box[on_ignored])
     unmatched = unmatched[matches[unmatched] == UNMATCHED]

@@ -22,9 +22,9 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, get_args
 
 import numpy as np
 import pandas as pd
@@ -47,7 +47,7 @@ from LargeRasterOR import (
     __version__,
     resolve_precision,
 )
-from ModelConfig import Positive, Precision, Share
+from ModelConfig import Geometry, Positive, Precision, Share, Views
 
 log = logging.getLogger(__name__)
 
@@ -201,9 +201,9 @@ class PredictionOptions:
     score_threshold: Share | None = None
     aoi: Path | None = None
     ignore: Path | None = None
-    views: Literal["none", "flips", "turns", "all"] = "none"
+    views: Views = "none"
     scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0,)
-    geometry: Literal["box", "circle"] = "box"
+    geometry: Geometry = "box"
     density_cell: Positive | None = None
     readers: Positive = 2
     workers: Positive | None = None
@@ -472,10 +472,15 @@ def prepare_all(
     ]
 
 
+@lru_cache(maxsize=2)  # many rasters are prepared for one checkpoint
+def _file_digest(path: Path, _mtime_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _digest(checkpoint: Path | nn.Module, model: LargeRasterORModel) -> str:
     if isinstance(checkpoint, Path):
-        with checkpoint.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return _file_digest(checkpoint, checkpoint.stat().st_mtime_ns)
     digest = hashlib.sha256(repr((model.labels, asdict(model.contract))).encode())
     for name, value in model.state_dict().items():
         digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
@@ -622,17 +627,14 @@ def _merge(task: Task, progress: bool) -> tuple[dict[str, int], dict[str, int], 
                 next(made)
             part = strips.Part.read(predictor.part_path(strip))
             certain.append(front.push(part.found, next_y))
-            counts["predicted"] += part.predicted
-            counts["empty"] += part.empty
-            counts["full"] += part.full
+            counts = {name: number + getattr(part, name) for name, number in counts.items()}
             gaps += part.gaps.tolist()
             if sum(map(len, certain)) < CHUNK and strip < len(tops) - 1:
                 continue
             found, certain = Detections.concatenate(certain), []
             numbers += np.bincount(found.ids, minlength=len(numbers))
             for start in range(0, max(len(found), 1), CHUNK):  # no row is a chunk, too
-                rows = found[slice(start, start + CHUNK)]
-                df = catalogue.to_table(rows, task.labels, raster)
+                df = catalogue.to_table(found[start : start + CHUNK], task.labels, raster)
                 for append in appends:
                     append(df)
                 if density is not None:
@@ -723,11 +725,11 @@ def _parser() -> argparse.ArgumentParser:
         help="least score of an object, 0-1 (default: the one that validation chose)")
     add("--aoi", type=Path, metavar="FILE", help="polygons outside which nothing is predicted")
     add("--ignore", type=Path, metavar="FILE", help="polygons inside which nothing is predicted")
-    add("--views", choices=tuple(strips.VIEWS), default="none",
+    add("--views", choices=get_args(Views), default="none",
         help="fuse turned and mirrored views of every tile (default: %(default)s)")
     add("--scales", type=float, nargs="+", default=[1.0], metavar="FACTOR",
         help="fuse tiles enlarged by these factors (default: 1)")
-    add("--geometry", choices=("box", "circle"), default="box",
+    add("--geometry", choices=get_args(Geometry), default="box",
         help="shape of an object in files that hold polygons (default: %(default)s)")
     add("--density-cell", type=int, metavar="PX",
         help="also write OUT_density.tif, the number of objects per cell of that side")

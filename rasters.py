@@ -370,9 +370,9 @@ class Raster:
             shape = tuple(((high - low) // factor)[::-1].tolist())
             valid = np.ones(shape, dtype=bool)
             if None not in self.nodata:
-                image = read_bands(src, self.bands, self.dtype, window=window, out_shape=shape)
-                nodata = np.array(self.nodata, self.dtype)[:, None, None]
-                valid = (image != nodata).any(axis=0)
+                valid = self._differs_from_nodata(
+                    read_bands(src, self.bands, self.dtype, window=window, out_shape=shape)
+                )
             if self.masked:
                 valid &= src.dataset_mask(window=window, out_shape=shape) > 0
         return valid, low // factor, np.array([factor, factor])
@@ -388,11 +388,13 @@ class Raster:
                         averaged.append(factor)
         return tuple(averaged)
 
+    def _differs_from_nodata(self, image: np.ndarray) -> np.ndarray:
+        return (image != np.array(self.nodata, self.dtype)[:, None, None]).any(axis=0)
+
     def _has_value(self, image: np.ndarray) -> np.ndarray:
         present = np.ones(image.shape[1:], dtype=bool)
         if None not in self.nodata:
-            nodata = np.array(self.nodata, self.dtype)[:, None, None]
-            present = (image != nodata).any(axis=0)
+            present = self._differs_from_nodata(image)
         if image.dtype.kind == "f":
             present &= np.isfinite(image).all(axis=0)
         return present

@@ -209,8 +209,8 @@ class StripPredictor:
 
     def predict(self, strips: Iterable[int]) -> Iterator[Path]:
         """Predict strips one after the other; yield the part of each as soon as it is written."""
-        on_cpu = own_device(self.device) == "cpu"
-        size = self.batch_size or (CPU_BATCH if on_cpu else GPU_BATCH)
+        device = torch.device(own_device(self.device))
+        size = self.batch_size or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
         batch, results, empty, gaps, why = [], [], 0, [], None
         for tile, content in parallel.map_threads(
             self._read, self.tiles(strips), threads=self.readers,
@@ -226,7 +226,9 @@ class StripPredictor:
                 case int():
                     empty += content
             if len(batch) == size or (tile.window is None and batch):
-                results.append(self._predict_batch(batch))  # no batch holds tiles of two strips
+                results.append(
+                    self._predict_batch(batch, device)
+                )  # no batch holds tiles of two strips
                 batch = []
             if tile.window is None:
                 if gaps:
@@ -265,10 +267,11 @@ class StripPredictor:
             return tile, 1
         return tile, self.radiometry.stretch(image, valid)
 
-    def _predict_batch(self, batch: list[tuple[Tile, np.ndarray]]) -> tuple[Detections, int, int]:
+    def _predict_batch(
+        self, batch: list[tuple[Tile, np.ndarray]], device: torch.device
+    ) -> tuple[Detections, int, int]:
         """Return what tiles keep, in px of the raster, how many they are, and how many are full."""
         tiles, images = zip(*batch, strict=True)
-        device = torch.device(own_device(self.device))
         model, limit = self._model_on(device)
         pixels = torch.from_numpy(np.stack(images))
         if device.type == "cuda":

@@ -75,7 +75,7 @@ def measure(raster: Path) -> dict[str, float]:
     unit = 1 if sys.platform == "darwin" else 1024
     return {
         "predicted": result.predicted, "empty": result.empty, "seconds": seconds,
-        "objects": sum(result.objects.values()),
+        "objects": result.count,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6,
     }  # fmt: skip
 
