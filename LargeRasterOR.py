@@ -1,4 +1,4 @@
-"""The detector: a RetinaNet for small objects on tiles, as a Lightning module.
+"""The detector as a Lightning module: how the network learns, and what it is measured by.
 
 Tensors in, losses and detections out; paths and tables stay outside.
 """
@@ -11,32 +11,21 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass
+from pytorch_lightning.callbacks import EarlyStopping, WeightAveraging
 from torch import Tensor, nn
-from torchvision import models
-from torchvision.models.detection import RetinaNet
-from torchvision.models.detection._utils import Matcher
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import (
-    BackboneWithFPN,
-)
-from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops import FrozenBatchNorm2d, box_iou
 
 import metrics
-from datasets import Batch, Target
+from datasets import Batch
 from ImageData import InputError
-from imutils import Radiometry
-from ModelConfig import ModelConfig
+from ModelConfig import ModelConfig, TrainConfig
+from networks import DataContract, TileRetinaNet, fit_weights, freeze_stages, make_backbone
 
 log = logging.getLogger(__name__)
 
@@ -45,283 +34,31 @@ warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning
 
 __version__ = "0.1.0"
 
-PYRAMID_LEVELS = 5  # P2 to P6
-SIZE_DIVISOR = 32  # stride of the deepest feature map of a backbone
+BEST_BY = "val_AP50"  # the epoch and the trial that are kept; never by the test's
+SWA_SHARE = 0.25  # of the training, at its end
+DIVERGED = 1e4  # a loss that no network in its senses has
 STAGES = {"train": "train_", "validation": "val_", "test": "test_"}  # -> prefix of logged names
 
 
-@dataclass
-class Anchors:
-    """Side lengths (px) of the anchors on each pyramid level, and their width-to-height ratios."""
-
-    sizes: tuple[tuple[float, ...], ...]
-    aspect_ratios: tuple[float, ...]
-
-
-def fit_anchors(boxes_xyxy: np.ndarray) -> Anchors:
-    """Fit anchors to the boxes (N, 4) of the training ground, px.
-
-    The smallest anchor meets the smaller objects (second percentile of the square root of the
-    area); from there three sizes an octave over five octaves reach 25 times as far. Elongated
-    anchors join when a tenth of the boxes is longer than 1.5 times its width, either way.
-
-    References: Lin et al. 2017, Focal loss, section 4, for the three scales an octave; they fix the
-    smallest at 32 px, we take it from the data.
-    """
-    if not len(boxes_xyxy):
-        raise InputError("anchors need at least one training box")
-    width, height = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).clip(1e-6).T
-    smallest = float(max(np.quantile(np.sqrt(width * height), 0.02), 4.0))
-    sizes = tuple(
-        tuple(round(smallest * 2 ** (level + step / 3), 2) for step in range(3))
-        for level in range(PYRAMID_LEVELS)
-    )
-    elongated = np.abs(np.log(width / height)) > np.log(1.5)
-    return Anchors(sizes, (0.5, 1.0, 2.0) if elongated.mean() > 0.1 else (1.0,))
-
-
-def best_anchor_iou(anchors: Anchors, boxes_xyxy: np.ndarray) -> np.ndarray:
-    """Return for each box (N, 4) the IoU (N,) with the anchor that fits it best, centre on centre.
-
-    Real anchors stand on a grid, so that this is what a box can reach, not what it gets.
-    """
-    sizes = np.concatenate(anchors.sizes)
-    ratios = np.sqrt(anchors.aspect_ratios)[:, None]
-    height, width = (sizes * ratios).ravel(), (sizes / ratios).ravel()
-    sides = boxes_xyxy[:, None, 2:] - boxes_xyxy[:, None, :2]
-    shared = np.minimum(sides[..., 0], width) * np.minimum(sides[..., 1], height)
-    return (shared / (sides.prod(axis=-1) + width * height - shared)).max(axis=1)
-
-
-@dataclass
-class DataContract:
-    """What a checkpoint says of the data it was trained on, and asks of data to come.
+class DivergedError(RuntimeError):
+    """Training cannot go on: the loss is no number any more.
 
     Attributes:
-        tile_size: Side of the tiles, px.
-        bands: One-based indexes of the bands read, in their order.
-        band_count: Number of bands of the files, without alpha.
-        dtype: Type of the raw pixels.
-        radiometry: How they become input.
-        anchors: See `fit_anchors`.
-        detections_per_tile: Most detections kept of a tile.
-        resolution: Side of a pixel on the ground in metres, None without a CRS.
-        split_hash: Fingerprint of the ground blocks; the test ground of the same hash is unseen.
-        evaluation_overlap: Overlap of neighbouring tiles that fits the largest object, px.
+        tiles: Rows of the training index that the batch was made of; those that alone give no
+            number, or all of them.
     """
 
-    tile_size: Annotated[int, Field(ge=1)]
-    bands: tuple[int, ...]
-    band_count: int
-    dtype: str
-    radiometry: Radiometry
-    anchors: Anchors
-    detections_per_tile: Annotated[int, Field(ge=1)]
-    resolution: float | None
-    split_hash: str
-    evaluation_overlap: int
-
-
-def detections_limit(densest: int) -> int:
-    """Return the most detections to keep of a tile, given the objects in the densest one."""
-    return max(100, 2 * densest)
-
-
-class TileRetinaNet(RetinaNet):
-    """Torchvision's RetinaNet on tiles of one size, without its resizing.
-
-    Unlike its parent it takes a batch (B, bands, H, W), does not scale it, and returns losses and
-    detections from one pass.
-    """
-
-    def __init__(self, classes: int, conf: ModelConfig, contract: DataContract) -> None:
-        """Assemble backbone, pyramid, anchors and head."""
-        anchors = AnchorGenerator(
-            contract.anchors.sizes, (contract.anchors.aspect_ratios,) * PYRAMID_LEVELS
-        )
-        head = RetinaNetHead(
-            conf.fpn_channels,
-            anchors.num_anchors_per_location()[0],
-            classes,
-            norm_layer=_group_norm,
-        )
-        super().__init__(
-            make_backbone(conf, len(contract.bands)),
-            classes,
-            min_size=contract.tile_size,
-            max_size=contract.tile_size,
-            image_mean=list(contract.radiometry.mean),
-            image_std=list(contract.radiometry.std),
-            anchor_generator=anchors,
-            head=head,
-            score_thresh=conf.test.score_threshold,
-            nms_thresh=conf.nms_threshold,
-            detections_per_img=contract.detections_per_tile,
-            topk_candidates=max(1000, 2 * contract.detections_per_tile),
-            fg_iou_thresh=conf.fg_iou_threshold,
-            bg_iou_thresh=conf.bg_iou_threshold,
-        )
-
-    def forward(
-        self, images: Tensor, targets: Sequence[Target] | None = None, *, detect: bool = True
-    ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-        """Return the losses, if there are targets, and the detections, if asked for.
-
-        Args:
-            images: float32 (B, bands, H, W), stretched.
-            targets: Per tile `boxes` (N, 4) xyxy px, `labels` (N,) and, where some of it is ground
-                that does not count, `counted` (H, W).
-            detect: Whether to decode detections.
-
-        Returns:
-            `{"classification", "bbox_regression"}`, or empty; and per tile `boxes, scores, labels`,
-            falling by score, or empty.
-        """
-        size_hw = images.shape[-2:]
-        mean, std = (
-            torch.as_tensor(values, dtype=images.dtype, device=images.device)[:, None, None]
-            for values in (self.transform.image_mean, self.transform.image_std)
-        )
-        bottom, right = (-side % SIZE_DIVISOR for side in size_hw)
-        batch = nn.functional.pad((images - mean) / std, (0, right, 0, bottom))
-        features = list(self.backbone(batch.contiguous(memory_format=torch.channels_last)).values())
-        # losses and boxes want full precision, whatever the convolutions run in
-        outputs = {name: value.float() for name, value in self.head(features).items()}
-        anchors = self.anchor_generator(ImageList(batch, [tuple(size_hw)] * len(batch)), features)
-        losses = self.compute_loss(list(targets), outputs, anchors) if targets is not None else {}
-        if not detect:
-            return losses, []
-        per_location = self.anchor_generator.num_anchors_per_location()[0]
-        counts = [f.shape[-2] * f.shape[-1] * per_location for f in features]
-        by_level = {name: list(value.split(counts, dim=1)) for name, value in outputs.items()}
-        with torch.no_grad():
-            detections = self.postprocess_detections(
-                by_level, [list(a.split(counts)) for a in anchors], [tuple(size_hw)] * len(batch)
-            )
-        return losses, detections
-
-    def compute_loss(
-        self, targets: list[Target], head_outputs: dict[str, Tensor], anchors: list[Tensor]
-    ) -> dict[str, Tensor]:
-        """Match anchors as the parent does; on ground that does not count, none is background."""
-        matches = []
-        for mine, target in zip(anchors, targets, strict=True):
-            match = torch.full((len(mine),), Matcher.BELOW_LOW_THRESHOLD, device=mine.device)
-            if len(target["boxes"]):
-                match = self.proposal_matcher(box_iou(target["boxes"], mine))
-            if "counted" in target:
-                stray = ~metrics.counted_at_centers(target["counted"], mine)
-                background = match == Matcher.BELOW_LOW_THRESHOLD
-                match[background & stray] = Matcher.BETWEEN_THRESHOLDS
-            matches.append(match)
-        return self.head.compute_loss(targets, head_outputs, anchors, matches)
-
-
-def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(channels // math.gcd(channels, 16), channels)
-
-
-def make_backbone(conf: ModelConfig, bands: int, *, load: bool = False) -> BackboneWithFPN:
-    """Build the feature pyramid (P2-P6) on a torchvision backbone for any number of bands.
-
-    From scratch it is normalised by groups of channels, which does not depend on the batch size;
-    with pretrained weights by their own frozen statistics.
-
-    Args:
-        conf: Names backbone, width and weights.
-        bands: Number of input bands.
-        load: Whether to load the weights that are named; a checkpoint brings its own.
-
-    Raises:
-        InputError: The weights are neither a file nor known, or cannot be downloaded.
-    """
-    norm_layer = FrozenBatchNorm2d if conf.weights else _group_norm
-    body = getattr(models, conf.backbone)(weights=None, norm_layer=norm_layer)
-    if conf.weights and load:
-        state = load_weights(conf.backbone, conf.weights)
-        wanted = {name: value.shape for name, value in body.state_dict().items()}
-        given = {name: value.shape for name, value in state.items()}
-        if wrong := [name for name, shape in wanted.items() if given.get(name) != shape]:
-            raise InputError(
-                f"weights {conf.weights} do not fit {conf.backbone}: {len(wrong)} tensors are "
-                f"missing or of another shape, such as {wrong[:3]}; give weights of that "
-                "very architecture"
-            )
-        body.load_state_dict(state, strict=False)
-    _adapt_first_convolution(body, bands, pretrained=bool(conf.weights) and load)
-    if conf.backbone.startswith("mobilenet"):
-        halving = [i for i, m in enumerate(body.features) if getattr(m, "_is_cn", False)]
-        levels = [*(i - 1 for i in halving[1:]), len(body.features) - 1]  # last of each stride
-        channels = [body.features[i].out_channels for i in levels]
-        return BackboneWithFPN(
-            body.features, {str(i): str(n) for n, i in enumerate(levels)}, channels,
-            conf.fpn_channels,
-        )  # fmt: skip
-    channels = [body.inplanes // 8 * 2**i for i in range(4)]
-    layers = {f"layer{i + 1}": str(i) for i in range(4)}
-    return BackboneWithFPN(body, layers, channels, conf.fpn_channels)
-
-
-def load_weights(backbone: str, weights: str) -> dict[str, Tensor]:
-    """Load pretrained weights from a file, or by torchvision's name ("DEFAULT", "IMAGENET1K_V2").
-
-    A name is downloaded once, by torch's hub. A file holds a state dictionary; it is loaded
-    without running any code in it.
-
-    Raises:
-        InputError: With what to do instead.
-    """
-    if Path(weights).is_file():
-        try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise InputError(f"{weights} is not a file of weights: {error}") from error
-        return state.get("state_dict", state)
-    known = models.get_model_weights(backbone)
-    if weights != "DEFAULT" and weights not in known.__members__:
-        raise InputError(
-            f"WEIGHTS must be a file, or one of {['DEFAULT', *known.__members__]} for {backbone}, "
-            f"got {weights!r}, which is neither"
-        )
-    entry = known[weights]
-    try:
-        return entry.get_state_dict(progress=False, check_hash=True)
-    except OSError as error:
-        raise InputError(
-            f"the weights {entry} could not be downloaded from {entry.url} ({error}); fetch that "
-            "file on a machine with internet access and set WEIGHTS to its path, or to None"
-        ) from error
-
-
-def _adapt_first_convolution(body: nn.Module, bands: int, *, pretrained: bool) -> None:
-    # The first three bands keep their pretrained filters; further ones start at their mean, one
-    # band takes their sum, so that a grey image answers as its three-band copy would.
-    path = "features.0.0" if hasattr(body, "features") else "conv1"
-    old = body.get_submodule(path)
-    if bands == old.in_channels:
-        return
-    new = nn.Conv2d(
-        bands, old.out_channels, old.kernel_size, old.stride, old.padding,
-        bias=old.bias is not None,
-    )  # fmt: skip
-    if pretrained:
-        weight = old.weight.detach()
-        with torch.no_grad():
-            if bands == 1:
-                new.weight.copy_(weight.sum(dim=1, keepdim=True))
-            else:
-                new.weight.copy_(weight.mean(dim=1, keepdim=True).expand_as(new.weight))
-                shared = min(bands, 3)
-                new.weight[:, :shared] = weight[:, :shared]
-        log.info("first convolution adapted from %d to %d bands", old.in_channels, bands)
-    else:
-        nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
-    parent = body.get_submodule(path.rpartition(".")[0])
-    setattr(parent, path.rpartition(".")[2], new)
+    def __init__(self, message: str, tiles: Sequence[int]) -> None:
+        """Keep both."""
+        super().__init__(message)
+        self.tiles = list(tiles)
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:
-    """Turn "auto" into "bf16-mixed" where the hardware computes in bfloat16, else "32-true"."""
+    """Turn "auto" into "bf16-mixed" where the hardware gains by it, else "32-true".
+
+    A processor says whether it computes in bfloat16; whether that is faster is measured, once.
+    """
     if precision != "auto":
         return precision
     if accelerator not in ("cpu", "auto", "gpu", "cuda"):
@@ -330,8 +67,27 @@ def resolve_precision(precision: str, accelerator: str) -> str:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         flags = torch.cpu.get_capabilities()
-        native = bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
+        native = bool(flags.get("avx512_bf16") or flags.get("amx_bf16")) and _bf16_gain() > 1.1
     return "bf16-mixed" if native else "32-true"
+
+
+@lru_cache(maxsize=1)
+def _bf16_gain() -> float:
+    """Measure how many times faster a convolution learns in bfloat16 than in float32."""
+    with torch.random.fork_rng(devices=[]):
+        convolution = nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last)
+        images = torch.rand(4, 64, 64, 64).to(memory_format=torch.channels_last)
+    seconds = {"bf16-mixed": [], "32-true": []}
+    for _ in range(5):
+        for precision, times in seconds.items():
+            start = time.perf_counter()
+            with autocast("cpu", precision):
+                loss = convolution(images).float().mean()
+            loss.backward()
+            times.append(time.perf_counter() - start)
+    gain = float(np.median(seconds["32-true"]) / np.median(seconds["bf16-mixed"]))
+    log.info("this processor learns %.1f times as fast in bfloat16 as in float32", gain)
+    return gain
 
 
 def autocast(device_type: str, precision: str) -> torch.autocast:
@@ -377,14 +133,48 @@ class LargeRasterORModel(pl.LightningModule):
         self.grounds: dict[int, metrics.Ground] = {}  # what it was computed on
 
     def load_pretrained(self) -> None:
-        """Load the backbone's weights that the configuration names, before training.
+        """Load the weights that the configuration starts from, before training.
 
         Raises:
-            InputError: See `make_backbone`.
+            InputError: See `make_backbone` and `fit_weights`; or the checkpoint to start from
+                cannot be read, or is of another architecture.
         """
-        if self.conf.weights:
+        if self.conf.init_from:
+            self._start_from(Path(self.conf.init_from))
+        elif self.conf.weights:
             backbone = make_backbone(self.conf, len(self.contract.bands), load=True)
             self.network.backbone.load_state_dict(backbone.state_dict())
+        freeze_stages(self.network.backbone, self.conf.freeze_stages)
+
+    def _start_from(self, path: Path) -> None:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            known = checkpoint["hyper_parameters"]
+            theirs = ModelConfig.from_dict(known["conf"])
+            labels, contract = known["label_set"], known["contract"]
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"INIT_FROM must name a checkpoint of this product, {path} is none: {error}"
+            ) from error
+        ours = self.conf.architecture()
+        if differing := [
+            f"{name} = {value!r} (INIT_FROM has {theirs.architecture()[name]!r})"
+            for name, value in ours.items()
+            if theirs.architecture()[name] != value
+        ]:
+            raise InputError(
+                f"{path} is of another architecture: {', '.join(differing)}; set what it has, or "
+                "INIT_FROM = None"
+            )
+        state = {
+            name.removeprefix("network."): value
+            for name, value in checkpoint["state_dict"].items()
+            if name.startswith("network.")
+        }
+        log.info("starting from %s, of bands %s and classes %s", path, contract["bands"], labels)
+        fit_weights(self.network, state, self.labels, labels)
 
     def limit_detections(self, tile_size: int, score_threshold: float) -> int:
         """Set which detections of a tile are returned: those above a score, at most so many.
@@ -420,12 +210,38 @@ class LargeRasterORModel(pl.LightningModule):
 
     def _measures(self, stage: str) -> bool:
         if stage == "validation" and self.trainer.state.fn == "fit":
-            return (self.current_epoch + 1) % self.conf.validation.pr_compute_interval == 0
+            last = self.trainer.should_stop or self.current_epoch + 1 == self.trainer.max_epochs
+            return last or (self.current_epoch + 1) % self.conf.validation.pr_compute_interval == 0
         return stage != "train"
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of a batch."""
-        return self._common_step(batch, "train")
+        """Return the loss of a batch.
+
+        Raises:
+            DivergedError: It is no number, or grew beyond all measure.
+        """
+        loss = self._common_step(batch, "train")
+        if not float(loss.detach()) < DIVERGED:
+            raise self._diverged(batch, float(loss.detach()))
+        return loss
+
+    @torch.no_grad()
+    def _diverged(self, batch: Batch, loss: float) -> DivergedError:
+        images, targets = batch
+        guilty = []
+        for i, target in enumerate(targets):
+            losses, _ = self.network(images[i : i + 1], [target], detect=False)
+            if not sum(losses.values()) < DIVERGED:
+                guilty.append(i)
+        bad_pixels = [i for i in guilty if not images[i].isfinite().all()]
+        why = "some pixels are no numbers" if bad_pixels else "the learning rate may be too high"
+        rows = [int(targets[i].get("tile", i)) for i in bad_pixels or guilty or range(len(targets))]
+        rate = self.optimizers().param_groups[0]["lr"]
+        return DivergedError(
+            f"the loss is {loss:.3g} in training step {self.global_step + 1}, at a learning rate "
+            f"of {rate:.2g}: {why}",
+            rows,
+        )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Log the loss of a batch and collect its detections."""
@@ -437,11 +253,27 @@ class LargeRasterORModel(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Say where the training runs, and start the clock of its progress lines."""
+        limit = self.conf.train.max_minutes
         log.info(
-            "training on %s in %s: %d steps",
+            "training on %s in %s: %d steps%s",
             self.device, self.trainer.precision, self.trainer.estimated_stepping_batches,
+            f", or {limit:g} minutes" if limit else "",
         )  # fmt: skip
         self._started = time.monotonic()
+
+    def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
+        """Stop when the time is over; validation follows."""
+        if self.share_done() >= 1:
+            self.trainer.should_stop = True
+
+    def share_done(self, step: int | None = None) -> float:
+        """Tell how much of the training is done at a step, by steps or by the clock."""
+        step = self.global_step if step is None else step
+        done = step / max(1, int(self.trainer.estimated_stepping_batches))
+        if limit := self.conf.train.max_minutes:
+            started = getattr(self, "_started", time.monotonic())  # the schedule asks early
+            done = max(done, (time.monotonic() - started) / (60 * limit))
+        return done
 
     def on_train_epoch_end(self) -> None:
         """Log a line of progress."""
@@ -452,7 +284,7 @@ class LargeRasterORModel(pl.LightningModule):
         shown = [f"{name} {known[name]:.3f}" for name in names if name in known]
         log.info(
             "epoch %d of %d: %s; %.0f s, about %.0f s to go", done, epochs, ", ".join(shown),
-            elapsed, elapsed / done * (epochs - done),
+            elapsed, elapsed / self.share_done() * (1 - min(1, self.share_done())),
         )  # fmt: skip
 
     def on_validation_start(self) -> None:
@@ -506,9 +338,10 @@ class LargeRasterORModel(pl.LightningModule):
             optimizer = torch.optim.AdamW(groups, lr=train.lr, fused=fused)
         else:
             optimizer = torch.optim.SGD(groups, train.lr, train.momentum, fused=fused)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = partial(_warm_up_and_cosine, steps=steps, warmup=train.warmup_share)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer,
+            lambda step: warm_up_and_cosine(self.share_done(step + 1), train.warmup_share),
+        )
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -540,6 +373,10 @@ class LargeRasterORModel(pl.LightningModule):
             root_dir: Where Lightning may write.
         """
         precision = resolve_precision(self.conf.precision, self.conf.accelerator)
+        train = self.conf.train
+        own = [RunningAverage(train)] if train.averaging != "none" else []
+        if train.patience is not None:
+            own.append(EarlyStopping(BEST_BY, mode="max", patience=train.patience, strict=False))
         trainer = pl.Trainer(
             max_epochs=self.conf.train.epochs,
             accelerator=self.conf.accelerator,
@@ -547,7 +384,7 @@ class LargeRasterORModel(pl.LightningModule):
             precision=precision,
             gradient_clip_val=self.conf.train.gradient_clip,
             logger=logger or False,
-            callbacks=list(callbacks),
+            callbacks=[*own, *callbacks],
             deterministic="warn",
             num_sanity_val_steps=0,
             log_every_n_steps=1,
@@ -563,12 +400,48 @@ class LargeRasterORModel(pl.LightningModule):
         return trainer
 
 
-def _warm_up_and_cosine(step: int, *, steps: int, warmup: float) -> float:
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
-    done = (step - rising) / max(1, steps - rising)
-    return 0.01 + 0.99 * 0.5 * (1 + float(np.cos(np.pi * min(done, 1.0))))
+def warm_up_and_cosine(done: float, warmup: float) -> float:
+    """Return the learning rate, as a share of its peak, when a share of the training is done.
+
+    It rises linearly during the warm-up (a share of the training), then falls along half a cosine
+    to 0.01.
+    """
+    if done < warmup:
+        return done / warmup
+    falling = min(1.0, (done - warmup) / max(1 - warmup, 1e-9))
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * falling))
+
+
+class RunningAverage(WeightAveraging):
+    """Measures and keeps an average of the weights of many steps, which is better than the last.
+
+    `ema`: exponential, reaching over a share of all steps, less at the beginning. `swa`: equal
+    weights, over the last quarter of the training.
+
+    References:
+        Izmailov et al. 2018, Averaging weights leads to wider optima; Tarvainen and Valpola 2017,
+        Mean teachers, for the exponential one.
+    """
+
+    def __init__(self, train: TrainConfig) -> None:
+        """Keep what to average."""
+        self.ema, self.share = train.averaging == "ema", train.averaging_share
+        super().__init__(**({"multi_avg_fn": self._decay} if self.ema else {}))
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find out how many steps there will be."""
+        super().setup(trainer, pl_module, stage)
+        self.module = pl_module
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Take part after a step: of `swa`, in the last quarter."""
+        return step_idx is not None and (self.ema or self.module.share_done() >= 1 - SWA_SHARE)
+
+    def _decay(self, average: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
+        done = max(self.module.share_done(), 1e-6)
+        steps = self.share * (float(updates) + 1) / done  # that the share of the training has
+        weight = 1 / max(1.0, min(steps, (float(updates) + 10) / 10))
+        torch._foreach_lerp_(average, current, weight)
 
 
 def _plain(value: object) -> object:

@@ -59,6 +59,10 @@ class TrainConfig:
     momentum: Share = 0.9  # SGD only
     warmup_share: Share = 0.1  # of all steps, learning rate rising linearly
     gradient_clip: PositiveFloat = 5.0  # largest L2 norm of all gradients together
+    max_minutes: PositiveFloat | None = None  # training ends then, its rate falls accordingly
+    patience: Positive | None = None  # measurements without a better one after which it ends
+    averaging: Literal["none", "ema", "swa"] = "ema"  # of the weights that are measured and kept
+    averaging_share: Proportion = 0.03  # of all steps, over which ema reaches
     augment: bool = True  # random mirror, gain and offset of training tiles
 
 
@@ -94,11 +98,25 @@ class ModelConfig:
     weights: str | None = None  # torchvision's name of weights, or a file; None: from scratch
     fpn_channels: Annotated[int, Field(ge=8, multiple_of=8)] = 128  # width of pyramid and head
     nms_threshold: Share = 0.3  # IoU above which the weaker of two same-label detections goes
-    fg_iou_threshold: Share = 0.45  # anchors above this IoU with an object learn to find it
-    bg_iou_threshold: Share = 0.35  # anchors below it with every object learn background
+    init_from: str | None = None  # checkpoint of this product to start from
+    freeze_stages: Annotated[int, Field(ge=0, le=4)] = 0  # of the backbone, kept as they start
+    # of the backbone: groups of channels, which batches of few tiles bear, the batch, or frozen
+    # statistics of the weights; auto: frozen with weights, else group
+    norm: Literal["auto", "group", "batch", "frozen"] = "auto"
+    head_depth: Annotated[int, Field(ge=1, le=4)] = 2  # convolutions before each prediction
+    box_loss: Literal["giou", "diou", "ciou"] = "giou"  # of the overlap
+    box_loss_weight: PositiveFloat = 1.0  # against the classification's
+    focal_alpha: Share = 0.25  # weight of objects against background
+    focal_gamma: Annotated[float, Field(ge=0)] = 2.0  # how little an easy anchor weighs; 0: as any
     train: TrainConfig = field(default_factory=TrainConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     test: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the fields that decide which weights fit."""
+        norm = self.norm if self.norm != "auto" else "frozen" if self.weights else "group"
+        names = ("backbone", "fpn_channels", "head_depth")
+        return {name: getattr(self, name) for name in names} | {"norm": norm}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain nested dictionaries, fit for JSON."""

@@ -41,14 +41,14 @@ import splits
 import tiling
 from datasets import TileDataModule, class_ids
 from ImageData import BOX_COLUMNS, CENTER_COLUMNS, ImageData, InputError
-from LargeRasterOR import DataContract, LargeRasterORModel, detections_limit, fit_anchors
+from LargeRasterOR import LargeRasterORModel
 from logger import LoggerProtocol, get_logging_key, make_model_logger
 from ModelConfig import ModelConfig
+from networks import DataContract, detections_limit, fit_anchors
 
 log = logging.getLogger(__name__)
 
 TRASH = ".trash-"  # prefix of folders that are being deleted
-RANKED_BY = "val_AP50"  # the best trial is chosen on validation ground, never on the test's
 OUTCOMES = {"values", "error"}  # attributes of a trial, one of which tells that it came to an end
 BEST_FILES = (
     "detections.csv",
@@ -204,7 +204,7 @@ def run_search(
                 trial.set_user_attr("error", f"{type(error).__name__}: {error}")
                 raise
             trial.set_user_attr("values", values)
-            return values[RANKED_BY]
+            return values[BEST_BY]
 
         to_do = _count_to_do(study, grid, run_dir, retry_failed=retry_failed)
         log.info("search: %d trials to do of %d", to_do, math.prod(map(len, grid.values())))
@@ -270,7 +270,7 @@ def train_iteration(
 ) -> dict[str, float]:
     """Train one model, choose its threshold on all validation ground, test it on the test ground.
 
-    Writes to `trial_dir`: `checkpoints/best.ckpt` (lowest `val_loss`, with the threshold) and
+    Writes to `trial_dir`: `checkpoints/best.ckpt` (highest `val_AP50`, with the threshold) and
     `last.ckpt`; `detections.csv`, `objects.csv`, `curve.csv`, `confusion.csv` of the test.
 
     Args:
@@ -304,7 +304,7 @@ def train_iteration(
     model = LargeRasterORModel(data.ids, conf, contract)
     model.load_pretrained()
     checkpoint = ModelCheckpoint(
-        trial_dir / "checkpoints", filename="best", monitor="val_loss", save_last=True
+        trial_dir / "checkpoints", filename="best", monitor=BEST_BY, mode="max", save_last=True
     )
     trainer = model.create_trainer(
         logger, [checkpoint, *callbacks], progress=progress, root_dir=trial_dir
@@ -414,7 +414,7 @@ def read_leaderboard(study: optuna.Study, run_dir: Path) -> pd.DataFrame:
     board = pd.DataFrame(rows)
     if "AP50" in board:
         # before the test has a say: of equals, the first that was trained
-        board.loc[board.sort_values("trial")[RANKED_BY].idxmax(), "selected"] = True
+        board.loc[board.sort_values("trial")[BEST_BY].idxmax(), "selected"] = True
         board = board.sort_values("AP50", ascending=False, ignore_index=True, na_position="last")
     return board
 
@@ -455,7 +455,7 @@ def _finish(study: optuna.Study, run_dir: Path) -> pd.DataFrame:
             shutil.copyfile(source, temporary)
     summary = {
         "best_trial": trial_dir.name,
-        "ranked_by": RANKED_BY,
+        "ranked_by": BEST_BY,
         **_read_json(trial_dir / "result.json"),
         "trials": board["state"].value_counts().to_dict(),
     }

@@ -41,13 +41,9 @@ import strips
 import tiling
 from catalogue import Detections
 from ImageData import InputError, Window
-from LargeRasterOR import (
-    DataContract,
-    LargeRasterORModel,
-    __version__,
-    resolve_precision,
-)
+from LargeRasterOR import LargeRasterORModel, __version__, resolve_precision
 from ModelConfig import Geometry, Positive, Precision, Share, Views
+from networks import DataContract
 
 log = logging.getLogger(__name__)
 

@@ -27,16 +27,9 @@ import imutils
 import splits
 import tiling
 from ImageData import BOX_COLUMNS, ImageData, InputError
-from LargeRasterOR import (
-    DataContract,
-    LargeRasterORModel,
-    autocast,
-    best_anchor_iou,
-    detections_limit,
-    fit_anchors,
-    resolve_precision,
-)
+from LargeRasterOR import LargeRasterORModel, autocast, resolve_precision
 from ModelConfig import RunParameters
+from networks import DataContract, best_anchor_iou, detections_limit, fit_anchors
 
 log = logging.getLogger(__name__)
 

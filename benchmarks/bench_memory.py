@@ -27,8 +27,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import fileio
 import predict
 from imutils import Radiometry
-from LargeRasterOR import Anchors, DataContract, LargeRasterORModel
+from LargeRasterOR import LargeRasterORModel
 from ModelConfig import ModelConfig
+from networks import Anchors, DataContract
 
 log = logging.getLogger("bench_memory")
 TILE_SIZE, OVERLAP = 256, 32  # px

@@ -49,8 +49,9 @@ import splits
 import strips
 import tiling
 from ImageData import Window
-from LargeRasterOR import LargeRasterORModel, TileRetinaNet, autocast
+from LargeRasterOR import LargeRasterORModel, autocast
 from ModelConfig import ModelConfig
+from networks import TileRetinaNet
 
 log = logging.getLogger("bench_predict")
 TILE_SIZE = 400  # px, DeepForest's own

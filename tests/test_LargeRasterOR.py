@@ -14,17 +14,16 @@ import gridsearch
 from datasets import TileDataModule, collate
 from ImageData import InputError
 from imutils import Radiometry
-from LargeRasterOR import (
+from LargeRasterOR import LargeRasterORModel, resolve_precision
+from ModelConfig import ModelConfig
+from networks import (
     Anchors,
     DataContract,
-    LargeRasterORModel,
     best_anchor_iou,
     fit_anchors,
     load_weights,
     make_backbone,
-    resolve_precision,
 )
-from ModelConfig import ModelConfig
 
 
 def contract_of(bands=1, **changes):

@@ -27,6 +27,7 @@ LAYERS = [
     ["geometries"],
     ["sampledata", "annotations", "tiling", "splits", "catalogue"],
     ["datasets", "metrics", "logger", "implot"],
+    ["networks"],
     ["LargeRasterOR"],
     ["strips"],
     ["gridsearch", "predict", "preflight"],

@@ -1,0 +1,528 @@
+"""The network: a one-stage detector for small objects, and the weights that it starts from.
+
+Images and boxes in, losses and detections out; nothing here knows of epochs, tables or a run.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torchvision import models, ops
+from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.retinanet import RetinaNetHead
+
+import metrics
+from datasets import Target
+from ImageData import InputError
+from imutils import Radiometry
+from ModelConfig import ModelConfig
+
+log = logging.getLogger(__name__)
+
+PYRAMID_LEVELS = 5  # P2 to P6
+FINEST_STRIDE = 4  # px of the input from place to place on P2
+SIZE_DIVISOR = 32  # stride of the deepest feature map of a backbone
+BACKGROUND, NEITHER = -1, -2  # what an anchor learns that no object has chosen
+BOX_LOSSES = {
+    "giou": ops.generalized_box_iou_loss,
+    "diou": ops.distance_box_iou_loss,
+    "ciou": ops.complete_box_iou_loss,
+}
+
+
+@dataclass
+class Anchors:
+    """What the network compares objects with, and how large it sees the tile.
+
+    Attributes:
+        sizes: Sides of the anchors on each level of the pyramid, px of the tile.
+        aspect_ratios: Height over width, of every size.
+        input_scale: Factor by which the network enlarges its input.
+    """
+
+    sizes: tuple[tuple[float, ...], ...]
+    aspect_ratios: tuple[float, ...]
+    input_scale: float = 1.0
+
+
+def fit_anchors(boxes_xyxy: np.ndarray) -> Anchors:
+    """Fit anchors to the boxes (N, 4) of the training ground, px.
+
+    The smallest anchor meets the smaller objects (second percentile of the square root of the
+    area); from there three sizes an octave over five octaves reach 25 times as far. Elongated
+    anchors join when a tenth of the boxes is longer than 1.5 times its width, either way.
+
+    References: Lin et al. 2017, Focal loss, section 4, for the three scales an octave; they fix the
+    smallest at 32 px, we take it from the data.
+    """
+    if not len(boxes_xyxy):
+        raise InputError("anchors need at least one training box")
+    width, height = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).clip(1e-6).T
+    smallest = float(max(np.quantile(np.sqrt(width * height), 0.02), 4.0))
+    sizes = tuple(
+        tuple(round(smallest * 2 ** (level + step / 3), 2) for step in range(3))
+        for level in range(PYRAMID_LEVELS)
+    )
+    elongated = np.abs(np.log(width / height)) > np.log(1.5)
+    return Anchors(sizes, (0.5, 1.0, 2.0) if elongated.mean() > 0.1 else (1.0,))
+
+
+def best_anchor_iou(anchors: Anchors, boxes_xyxy: np.ndarray) -> np.ndarray:
+    """Return for each box (N, 4) the IoU (N,) with the anchor that fits it best, centre on centre.
+
+    Real anchors stand on a grid, so that this is what a box can reach, not what it gets.
+    """
+    sizes = np.concatenate(anchors.sizes)
+    ratios = np.sqrt(anchors.aspect_ratios)[:, None]
+    height, width = (sizes * ratios).ravel(), (sizes / ratios).ravel()
+    sides = boxes_xyxy[:, None, 2:] - boxes_xyxy[:, None, :2]
+    shared = np.minimum(sides[..., 0], width) * np.minimum(sides[..., 1], height)
+    return (shared / (sides.prod(axis=-1) + width * height - shared)).max(axis=1)
+
+
+@dataclass
+class DataContract:
+    """What a checkpoint says of the data it was trained on, and asks of data to come.
+
+    Attributes:
+        tile_size: Side of the tiles, px.
+        bands: One-based indexes of the bands read, in their order.
+        band_count: Number of bands of the files, without alpha.
+        dtype: Type of the raw pixels.
+        radiometry: How they become input.
+        anchors: See `fit_anchors`.
+        detections_per_tile: Most detections kept of a tile.
+        resolution: Side of a pixel on the ground in metres, None without a CRS.
+        split_hash: Fingerprint of the ground blocks; the test ground of the same hash is unseen.
+        evaluation_overlap: Overlap of neighbouring tiles that fits the largest object, px.
+    """
+
+    tile_size: Annotated[int, Field(ge=1)]
+    bands: tuple[int, ...]
+    band_count: int
+    dtype: str
+    radiometry: Radiometry
+    anchors: Anchors
+    detections_per_tile: Annotated[int, Field(ge=1)]
+    resolution: float | None
+    split_hash: str
+    evaluation_overlap: int
+
+
+def detections_limit(densest: int) -> int:
+    """Return the most detections to keep of a tile, given the objects in the densest one."""
+    return max(100, 2 * densest)
+
+
+class ExactAnchors(AnchorGenerator):
+    """Torchvision's anchors, whose sides it would round to even pixels: 7 and 9 px both to 8."""
+
+    def generate_anchors(
+        self,
+        scales: Sequence[float],
+        aspect_ratios: Sequence[float],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """Return the anchors (A, 4) of a place, xyxy px around it, ratio by ratio."""
+        sides = torch.as_tensor(scales, dtype=dtype, device=device)
+        ratio = torch.as_tensor(aspect_ratios, dtype=dtype, device=device).sqrt()[:, None]
+        half = torch.stack([sides / ratio, sides * ratio], dim=-1).view(-1, 2) / 2
+        return torch.cat([-half, half], dim=1)
+
+    def on_grids(self, grids: Sequence[tuple[int, int, float]], device: torch.device) -> Tensor:
+        """Return all anchors (A, 4) of levels, in full precision whatever the features have.
+
+        Args:
+            grids: See `assign_anchors`.
+            device: Where.
+        """
+        self.set_cell_anchors(torch.float32, device)
+        strides = [[torch.tensor(stride, device=device)] * 2 for _, _, stride in grids]
+        return torch.cat(self.grid_anchors([grid[:2] for grid in grids], strides))
+
+
+def assign_anchors(
+    boxes: Tensor, anchors: Tensor, grids: Sequence[tuple[int, int, float]], neighbours: int = 1
+) -> Tensor:
+    """Choose the anchors that learn to find each object, by what the object itself offers.
+
+    Its candidates are, on every level, the anchors at the places around its centre. Those fit whose
+    IoU with it is at least mean plus standard deviation of all its candidates', if they are centred
+    on it; the best one fits in any case. An anchor that fits several objects goes to the one it
+    overlaps best. Time and memory grow with the objects, not with objects times anchors.
+
+    Args:
+        boxes: (N, 4), xyxy px.
+        anchors: (A, 4), xyxy px, level by level, row by row, all of a place together.
+        grids: Per level its rows, columns, and the distance of neighbouring places in px; the first
+            place lies at (0, 0).
+        neighbours: How many places away, each way, a candidate may be.
+
+    Returns:
+        int64 (A,): the object that the anchor learns, or `BACKGROUND`.
+
+    References:
+        Zhang et al. 2020, Adaptive training sample selection, algorithm 1. Its candidates are the
+        nine nearest places of a level, ours the three by three around the nearest.
+    """
+    match = torch.full((len(anchors),), BACKGROUND, device=anchors.device)
+    if not len(boxes):
+        return match
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    offsets = torch.arange(-neighbours, neighbours + 1, device=boxes.device)
+    candidates, first = [], 0
+    per_place = len(anchors) // sum(rows * columns for rows, columns, _ in grids)
+    for rows, columns, stride in grids:
+        x, y = (centre / stride).round().long().unbind(dim=1)
+        x, y = x[:, None, None] + offsets, y[:, None, None] + offsets[:, None]
+        inside = (x >= 0) & (x < columns) & (y >= 0) & (y < rows)
+        place = torch.where(inside, y * columns + x, -1).flatten(1)
+        index = first + place[..., None] * per_place + torch.arange(per_place, device=place.device)
+        candidates.append(torch.where(place[..., None] >= 0, index, -1).flatten(1))
+        first += rows * columns * per_place
+    index = torch.cat(candidates, dim=1)
+    real = index >= 0
+    anchor, box = anchors[index.clamp(min=0)], boxes[:, None]
+    shared = (
+        torch.minimum(anchor[..., 2:], box[..., 2:]) - torch.maximum(anchor[..., :2], box[..., :2])
+    ).clamp(min=0).prod(dim=-1)  # fmt: skip
+    areas = (anchor[..., 2:] - anchor[..., :2]).prod(-1) + (box[..., 2:] - box[..., :2]).prod(-1)
+    iou = torch.where(real, shared / (areas - shared), torch.nan)
+    mean = iou.nanmean(dim=1, keepdim=True)
+    deviation = (iou - mean).square().nanmean(dim=1, keepdim=True).sqrt()
+    at = (anchor[..., :2] + anchor[..., 2:]) / 2
+    centred = ((at > box[..., :2]) & (at < box[..., 2:])).all(dim=-1)
+    fits = (iou >= mean + deviation) & centred  # never where it is NaN
+    iou = iou.nan_to_num(-1.0)
+    fits.scatter_(1, iou.argmax(dim=1, keepdim=True), value=True)
+
+    obj, place = fits.nonzero(as_tuple=True)
+    chosen, value = index[obj, place], iou[obj, place]
+    best = torch.full((len(anchors),), -1.0, device=anchors.device)
+    best.scatter_reduce_(0, chosen, value, "amax")
+    wins = value == best[chosen]
+    match[chosen[wins]] = obj[wins]
+    return match
+
+
+class TileRetinaNet(RetinaNet):
+    """Torchvision's RetinaNet on tiles of one size, made for small objects.
+
+    Unlike its parent it takes a batch (B, bands, H, W), enlarges it by a factor of its own, chooses
+    anchors by `assign_anchors`, learns boxes by their overlap, and returns losses and detections
+    from one pass. All boxes are in px of the tile.
+    """
+
+    def __init__(self, classes: int, conf: ModelConfig, contract: DataContract) -> None:
+        """Assemble backbone, pyramid, anchors and head."""
+        anchors = ExactAnchors(
+            contract.anchors.sizes, (contract.anchors.aspect_ratios,) * PYRAMID_LEVELS
+        )
+        head = RetinaNetHead(
+            conf.fpn_channels,
+            anchors.num_anchors_per_location()[0],
+            classes,
+            norm_layer=_group_norm,
+        )
+        for branch in (head.classification_head, head.regression_head):
+            branch.conv = branch.conv[: conf.head_depth]
+        super().__init__(
+            make_backbone(conf, len(contract.bands)),
+            classes,
+            min_size=contract.tile_size,
+            max_size=contract.tile_size,
+            image_mean=list(contract.radiometry.mean),
+            image_std=list(contract.radiometry.std),
+            anchor_generator=anchors,
+            head=head,
+            score_thresh=conf.test.score_threshold,
+            nms_thresh=conf.nms_threshold,
+            detections_per_img=contract.detections_per_tile,
+            topk_candidates=max(1000, 2 * contract.detections_per_tile),
+        )
+        self.conf, self.scale = conf, contract.anchors.input_scale
+
+    def forward(
+        self, images: Tensor, targets: Sequence[Target] | None = None, *, detect: bool = True
+    ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+        """Return the losses, if there are targets, and the detections, if asked for.
+
+        Args:
+            images: float32 (B, bands, H, W), stretched.
+            targets: Per tile `boxes` (N, 4) xyxy px, `labels` (N,) and, where some of it is ground
+                that does not count, `counted` (H, W).
+            detect: Whether to decode detections.
+
+        Returns:
+            `{"classification", "bbox_regression"}`, or empty; and per tile `boxes, scores, labels`,
+            falling by score, or empty.
+        """
+        size_hw = images.shape[-2:]
+        mean, std = (
+            torch.as_tensor(values, dtype=images.dtype, device=images.device)[:, None, None]
+            for values in (self.transform.image_mean, self.transform.image_std)
+        )
+        batch = (images - mean) / std
+        if self.scale != 1:
+            batch = nn.functional.interpolate(batch, scale_factor=self.scale, mode="bilinear")
+        bottom, right = (-side % SIZE_DIVISOR for side in batch.shape[-2:])
+        batch = nn.functional.pad(batch, (0, right, 0, bottom))
+        features = list(self.backbone(batch.contiguous(memory_format=torch.channels_last)).values())
+        # losses and boxes want full precision, whatever the convolutions run in
+        outputs = {name: value.float() for name, value in self.head(features).items()}
+        grids = [
+            (*f.shape[-2:], FINEST_STRIDE * 2**level / self.scale)
+            for level, f in enumerate(features)
+        ]
+        anchors = self.anchor_generator.on_grids(grids, batch.device)
+        losses = {}
+        if targets is not None:
+            losses = self.compute_loss(list(targets), outputs, anchors, grids)
+        if not detect:
+            return losses, []
+        per_place = self.anchor_generator.num_anchors_per_location()[0]
+        counts = [rows * columns * per_place for rows, columns, _ in grids]
+        by_level = {name: list(value.split(counts, dim=1)) for name, value in outputs.items()}
+        with torch.no_grad():
+            detections = self.postprocess_detections(
+                by_level, [list(anchors.split(counts))] * len(batch), [tuple(size_hw)] * len(batch)
+            )
+        return losses, detections
+
+    def compute_loss(
+        self,
+        targets: list[Target],
+        head_outputs: dict[str, Tensor],
+        anchors: Tensor,
+        grids: Sequence[tuple[int, int, float]],
+    ) -> dict[str, Tensor]:
+        """Sum the losses over the anchors of a batch, per anchor that learns an object.
+
+        On ground that does not count, none learns background.
+
+        Args:
+            targets: Per tile, see `forward`.
+            head_outputs: `cls_logits` (B, A, classes) and `bbox_regression` (B, A, 4).
+            anchors: (A, 4), the same for every tile.
+            grids: See `assign_anchors`.
+
+        References:
+            Lin et al. 2017, Focal loss, which averages per image; we do so over the batch, so that
+            an object weighs the same in a full tile and in an empty one.
+        """
+        matches = []
+        for target in targets:
+            match = assign_anchors(target["boxes"], anchors, grids)
+            if "counted" in target:
+                stray = ~metrics.counted_at_centers(target["counted"], anchors)
+                match[(match == BACKGROUND) & stray] = NEITHER
+            matches.append(match)
+        match = torch.stack(matches)
+        logits, deltas = head_outputs["cls_logits"], head_outputs["bbox_regression"]
+        tile, anchor = (match >= 0).nonzero(as_tuple=True)
+        firsts = torch.tensor([0, *(len(t["boxes"]) for t in targets)], device=match.device)
+        learnt = match[tile, anchor] + firsts.cumsum(0)[tile]
+        truth, labels = (torch.cat([t[name] for t in targets]) for name in ("boxes", "labels"))
+
+        wanted = torch.zeros_like(logits)
+        wanted[tile, anchor, labels[learnt]] = 1.0
+        focal = ops.sigmoid_focal_loss(
+            logits, wanted, alpha=self.conf.focal_alpha, gamma=self.conf.focal_gamma
+        ).sum(dim=-1)
+        boxes = self.box_coder.decode_single(deltas[tile, anchor], anchors[anchor])
+        overlap = BOX_LOSSES[self.conf.box_loss](boxes, truth[learnt])
+        objects = max(1, len(learnt))
+        return {
+            "classification": focal[match != NEITHER].sum() / objects,
+            "bbox_regression": self.conf.box_loss_weight * overlap.sum() / objects,
+        }
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(channels // math.gcd(channels, 16), channels)
+
+
+NORMS = {"group": _group_norm, "batch": nn.BatchNorm2d, "frozen": ops.FrozenBatchNorm2d}
+
+
+def make_backbone(conf: ModelConfig, bands: int, *, load: bool = False) -> BackboneWithFPN:
+    """Build the feature pyramid (P2-P6) on a torchvision backbone for any number of bands.
+
+    Args:
+        conf: Names backbone, width and weights.
+        bands: Number of input bands.
+        load: Whether to load the weights that are named; a checkpoint brings its own.
+
+    Raises:
+        InputError: The weights are neither a file nor known, or cannot be downloaded.
+    """
+    norm_layer = NORMS[conf.architecture()["norm"]]
+    body = getattr(models, conf.backbone)(weights=None, norm_layer=norm_layer)
+    first = "features.0.0" if hasattr(body, "features") else "conv1"
+    _set_bands(body, first, bands)
+    if conf.weights and load:
+        state = load_weights(conf.backbone, conf.weights)
+        if f"{first}.weight" in state:
+            state[f"{first}.weight"] = fit_bands(state[f"{first}.weight"], bands)
+        wanted = {name: value.shape for name, value in body.state_dict().items()}
+        given = {name: value.shape for name, value in state.items()}
+        if wrong := [name for name, shape in wanted.items() if given.get(name) != shape]:
+            raise InputError(
+                f"weights {conf.weights} do not fit {conf.backbone}: {len(wrong)} tensors are "
+                f"missing or of another shape, such as {wrong[:3]}; give weights of that "
+                "very architecture"
+            )
+        body.load_state_dict(state, strict=False)
+    if conf.backbone.startswith("mobilenet"):
+        halving = [i for i, m in enumerate(body.features) if getattr(m, "_is_cn", False)]
+        levels = [*(i - 1 for i in halving[1:]), len(body.features) - 1]  # last of each stride
+        channels = [body.features[i].out_channels for i in levels]
+        return BackboneWithFPN(
+            body.features, {str(i): str(n) for n, i in enumerate(levels)}, channels,
+            conf.fpn_channels,
+        )  # fmt: skip
+    channels = [body.inplanes // 8 * 2**i for i in range(4)]
+    layers = {f"layer{i + 1}": str(i) for i in range(4)}
+    return BackboneWithFPN(body, layers, channels, conf.fpn_channels)
+
+
+def freeze_stages(backbone: BackboneWithFPN, stages: int) -> None:
+    """Keep the first stages of a backbone as they are.
+
+    Args:
+        backbone: What `make_backbone` returned.
+        stages: 0 for none; 1 for all up to the features of the first level of the pyramid (the stem
+            with it), 2 up to the second, 4 for all of them.
+    """
+    done = 0
+    for name, module in backbone.body.named_children():
+        if done == stages:
+            break
+        module.requires_grad_(requires_grad=False)
+        done += name in backbone.body.return_layers
+
+
+def load_weights(backbone: str, weights: str) -> dict[str, Tensor]:
+    """Load pretrained weights from a file, or by torchvision's name ("DEFAULT", "IMAGENET1K_V2").
+
+    A name is downloaded once, by torch's hub. A file holds a state dictionary; it is loaded
+    without running any code in it.
+
+    Raises:
+        InputError: With what to do instead.
+    """
+    if Path(weights).is_file():
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise InputError(f"{weights} is not a file of weights: {error}") from error
+        return state.get("state_dict", state)
+    known = models.get_model_weights(backbone)
+    if weights != "DEFAULT" and weights not in known.__members__:
+        raise InputError(
+            f"WEIGHTS must be a file, or one of {['DEFAULT', *known.__members__]} for {backbone}, "
+            f"got {weights!r}, which is neither"
+        )
+    entry = known[weights]
+    try:
+        return entry.get_state_dict(progress=False, check_hash=True)
+    except OSError as error:
+        raise InputError(
+            f"the weights {entry} could not be downloaded from {entry.url} ({error}); fetch that "
+            "file on a machine with internet access and set WEIGHTS to its path, or to None"
+        ) from error
+
+
+def fit_bands(weight: Tensor, bands: int) -> Tensor:
+    """Fit the filters (out, in, h, w) of a first convolution to another number of bands.
+
+    Further bands start at zero, so that the response to the first ones stays what it was. One band
+    takes the sum of all filters, and one filter is shared out among all bands, so that a grey image
+    answers as its copy in all bands does.
+    """
+    known = weight.shape[1]
+    if bands == known:
+        return weight
+    log.info("first convolution adapted from %d to %d bands", known, bands)
+    if bands == 1:
+        return weight.sum(dim=1, keepdim=True)
+    if known == 1:
+        return weight.expand(-1, bands, -1, -1) / bands
+    fitted = weight.new_zeros(weight.shape[0], bands, *weight.shape[2:])
+    fitted[:, :known] = weight[:, :bands]
+    return fitted
+
+
+def _set_bands(body: nn.Module, path: str, bands: int) -> None:
+    old = body.get_submodule(path)
+    if bands == old.in_channels:
+        return
+    new = nn.Conv2d(
+        bands, old.out_channels, old.kernel_size, old.stride, old.padding,
+        bias=old.bias is not None,
+    )  # fmt: skip
+    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
+    body.set_submodule(path, new)
+
+
+def fit_weights(
+    network: TileRetinaNet,
+    state: Mapping[str, Tensor],
+    labels: Sequence[str],
+    known_labels: Sequence[str],
+) -> None:
+    """Start a network from the weights of another one, of the same architecture.
+
+    The first convolution is fitted to the bands, see `fit_bands`. What the head knows of a class it
+    keeps by the class's name; of new classes it knows nothing yet.
+
+    Args:
+        network: Changed in place.
+        state: The other one's `state_dict`.
+        labels: Names of the classes, by class id.
+        known_labels: Those of the other one.
+
+    Raises:
+        InputError: Names the tensors that do not fit.
+    """
+    own, state = network.state_dict(), dict(state)
+    first = next(name for name in own if name.endswith(("conv1.weight", "body.0.0.weight")))
+    if first in state:
+        state[first] = fit_bands(state[first], own[first].shape[1])
+    shared = [name for name in labels if name in known_labels]
+    ids = [list(names).index(name) for names in (labels, known_labels) for name in shared]
+    to, of = ids[: len(shared)], ids[len(shared) :]
+    for kind in ("weight", "bias"):
+        name = f"head.classification_head.cls_logits.{kind}"
+        if list(labels) == list(known_labels) or name not in state:
+            continue
+        mine, theirs = (
+            values.unflatten(0, (-1, len(names)))
+            for values, names in ((own[name].clone(), labels), (state[name], known_labels))
+        )
+        if mine.shape[0] == theirs.shape[0] and mine.shape[2:] == theirs.shape[2:]:
+            mine[:, to] = theirs[:, of]
+            state[name] = mine.flatten(0, 1)
+    wrong = [name for name, value in own.items() if name not in state
+             or state[name].shape != value.shape]  # fmt: skip
+    if wrong or state.keys() - own.keys():
+        wrong += sorted(state.keys() - own.keys())
+        raise InputError(
+            f"{len(wrong)} tensors of the checkpoint to start from are missing, of another shape, "
+            f"or not known, such as {wrong[:3]}; its architecture is another"
+        )
+    if fresh := [name for name in labels if name not in known_labels]:
+        log.info("the head is re-made: it keeps %s, and starts anew with %s", shared, fresh)
+    network.load_state_dict(state)
