@@ -41,7 +41,7 @@ import splits
 import tiling
 from datasets import TileDataModule, class_ids
 from ImageData import BOX_COLUMNS, CENTER_COLUMNS, ImageData, InputError
-from LargeRasterOR import LargeRasterORModel
+from LargeRasterOR import BEST_BY, LargeRasterORModel
 from logger import LoggerProtocol, get_logging_key, make_model_logger
 from ModelConfig import ModelConfig
 from networks import DataContract, detections_limit, fit_anchors
