@@ -210,7 +210,7 @@ def assign_anchors(
 
     obj, place = fits.nonzero(as_tuple=True)
     chosen, value = index[obj, place], iou[obj, place]
-    best = torch.full((len(anchors),), -1.0, device=anchors.device)
+    best = anchors.new_full((len(anchors),), -1.0)
     best.scatter_reduce_(0, chosen, value, "amax")
     wins = value == best[chosen]
     match[chosen[wins]] = obj[wins]

@@ -19,10 +19,6 @@ from ModelConfig import ModelConfig
 from networks import (
     Anchors,
     DataContract,
-    best_anchor_iou,
-    fit_anchors,
-    load_weights,
-    make_backbone,
 )
 
 
@@ -41,57 +37,6 @@ def contract_of(bands=1, **changes):
 
 def small_conf(**options):
     return ModelConfig(fpn_channels=32, accelerator="cpu", precision="32-true", **options)
-
-
-def test_anchors_meet_the_objects():
-    rng = np.random.default_rng(0)
-    side = np.exp(rng.uniform(np.log(10), np.log(70), 500))
-    boxes = np.stack([np.zeros(500), np.zeros(500), side, side], 1)
-    anchors = fit_anchors(boxes)
-    sizes = np.array(anchors.sizes).ravel()
-    ratio = np.abs(np.log2(side[:, None] / sizes[None])).min(axis=1)
-    assert (ratio <= 1 / 6 + 0.05).mean() > 0.95  # half a step of a third of an octave
-    assert anchors.aspect_ratios == (1.0,)
-    assert sizes.min() == pytest.approx(np.quantile(side, 0.02), rel=0.01)
-
-
-def test_elongated_objects_get_elongated_anchors():
-    boxes = np.array([[0, 0, 30, 10]] * 3 + [[0, 0, 10, 10]] * 7, float)
-    assert fit_anchors(boxes).aspect_ratios == (0.5, 1.0, 2.0)
-
-
-def test_anchors_need_objects():
-    with pytest.raises(InputError, match="at least one training box"):
-        fit_anchors(np.zeros((0, 4)))
-
-
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "mobilenet_v3_large"])
-@pytest.mark.parametrize("bands", [1, 5])
-def test_backbones_take_any_bands_and_give_five_levels(backbone, bands):
-    body = make_backbone(small_conf(backbone=backbone), bands)
-    features = body(torch.rand(2, bands, 64, 64))
-    assert [f.shape[-1] for f in features.values()] == [16, 8, 4, 2, 1]
-    assert {f.shape[1] for f in features.values()} == {32}
-
-
-@pytest.mark.parametrize("size", [64, 50])
-def test_one_pass_gives_losses_and_boxes_on_the_tile(size):
-    torch.manual_seed(0)
-    model = LargeRasterORModel(["a", "b"], small_conf(), contract_of(tile_size=size))
-    targets = [
-        {"boxes": torch.tensor([[5.0, 5, 25, 25]]), "labels": torch.tensor([1])},
-        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)},
-    ]
-    model.network.score_thresh = 0.0
-    losses, detections = model.network(torch.rand(2, 1, size, size), targets)
-    assert set(losses) == {"classification", "bbox_regression"}
-    assert all(torch.isfinite(loss) for loss in losses.values())
-    for found in detections:
-        assert len(found["boxes"]) > 0
-        assert found["boxes"].min() >= 0
-        assert found["boxes"].max() <= size
-        assert (found["scores"].diff() <= 0).all()
-    assert model.network(torch.rand(1, 1, size, size))[0] == {}
 
 
 @pytest.fixture(scope="module")
@@ -166,20 +111,6 @@ def test_testing_before_validating_is_refused(prepared, tmp_path):
         trainer.test(model, module.test_dataloader(), verbose=False)
 
 
-def test_weights_come_from_a_file_and_fit_other_bands(tmp_path):
-    torch.manual_seed(0)
-    donor = resnet18(weights=None)
-    path = tmp_path / "resnet18.pth"
-    torch.save(donor.state_dict(), path)
-    conf = small_conf(weights=str(path))
-    five = make_backbone(conf, 5, load=True).body["conv1"].weight
-    torch.testing.assert_close(five[:, :3], donor.conv1.weight)
-    one = make_backbone(conf, 1, load=True).body["conv1"].weight
-    torch.testing.assert_close(one, donor.conv1.weight.sum(dim=1, keepdim=True))
-    three = make_backbone(conf, 3, load=True)
-    torch.testing.assert_close(three.body["layer1"][0].conv1.weight, donor.layer1[0].conv1.weight)
-
-
 def test_a_checkpoint_does_not_need_the_weights_it_began_with(tmp_path):
     path = tmp_path / "resnet18.pth"
     torch.save(resnet18(weights=None).state_dict(), path)
@@ -199,25 +130,6 @@ def test_several_devices_are_refused_until_they_measure_exactly():
     model = LargeRasterORModel(["a"], small_conf(devices=2), contract_of())
     with pytest.raises(InputError, match="set DEVICES = 1"):
         model.create_trainer()
-
-
-def test_unusable_weights_are_refused_with_the_cure(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="WEIGHTS must be a file, or one of"):
-        load_weights("resnet18", "IMAGENET")
-    bad = tmp_path / "bad.pth"
-    bad.write_bytes(b"nothing")
-    with pytest.raises(InputError, match="is not a file of weights"):
-        load_weights("resnet18", str(bad))
-    torch.save({"fc.bias": torch.zeros(3)}, bad)
-    with pytest.raises(InputError, match=r"do not fit resnet18: .* tensors are"):
-        make_backbone(small_conf(weights=str(bad)), 3, load=True)
-
-    def no_network(*args, **kwargs):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
-    with pytest.raises(InputError, match=r"could not be downloaded from http.*set WEIGHTS to its"):
-        load_weights("resnet18", "DEFAULT")
 
 
 def test_precision_is_decided_by_the_hardware(monkeypatch):
@@ -250,34 +162,3 @@ def test_the_rate_rises_then_falls(prepared, tmp_path):
     assert (np.diff(rates[peak:]) <= 0).all()
     assert rates[-1] < 0.1 * max(rates)
     assert isinstance(model.trainer.optimizers[0], torch.optim.SGD)
-
-
-def test_the_best_anchor_iou_is_that_of_shapes():
-    anchors = Anchors(((8.0,), (16.0,)), (1.0, 4.0))
-    # the square of 8; 32 x 8 px high, the tall anchor of 16; a wide box; one far too large
-    boxes = np.array([[0.0, 0, 8, 8], [5, 5, 13, 37], [0, 0, 16, 4], [0, 0, 64, 64]])
-    expected = [1.0, 1.0, 32 / (64 + 64 - 32), 256 / 4096]
-    np.testing.assert_allclose(best_anchor_iou(anchors, boxes), expected, rtol=1e-6)
-
-
-def test_ground_that_does_not_count_teaches_no_background():
-    model = LargeRasterORModel(["a"], small_conf(), contract_of())
-    torch.manual_seed(0)
-    image = torch.rand(1, 1, 64, 64)
-    target = {"boxes": torch.tensor([[4.0, 4, 20, 20]]), "labels": torch.tensor([0])}
-    none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-    counted = torch.zeros(64, 64, dtype=torch.bool)
-
-    def gradient_of_background(target):
-        model.zero_grad()
-        losses, _ = model.network(image, [target], detect=False)
-        sum(losses.values()).backward()
-        return model.network.head.classification_head.cls_logits.bias.grad.abs().sum().item()
-
-    assert gradient_of_background(none) > 0
-    assert gradient_of_background(none | {"counted": counted}) == 0
-    # an object still teaches what it is, and where
-    assert gradient_of_background(target | {"counted": counted}) > 0
-    half = counted.clone()
-    half[:, :32] = True
-    assert 0 < gradient_of_background(none | {"counted": half}) < gradient_of_background(none)
