@@ -55,10 +55,10 @@ def class_ids(labels: Sequence[str]) -> dict[str, int]:
 class RandomViews:
     """Windows about a tile, moved and zoomed at random, with all objects of the tile's block.
 
-    The centre of a window is drawn from the tile's core. The cores partition the block, so that an
-    epoch sees all its ground about equally; only the edges, over which no window may reach, are
-    seen less. The window is then moved into its block, that is off the ground of other splits.
-    Objects are known as far as they lie in the block.
+    The centre of a window is drawn from the tile's core, half a step of the grid to each side. The
+    cores partition the block, so that an epoch sees all its ground about equally; only the edges,
+    over which no window may reach, are seen less. The window is then moved into its block, that is
+    off the ground of other splits. Objects are known as far as they lie in the block.
 
     Args:
         tiles: All training tiles of an index, also those that are not kept: together they tell
@@ -116,6 +116,18 @@ class RandomViews:
         x, y = (core_xyxy[:2] + place * (core_xyxy[2:] - core_xyxy[:2]) - side / 2).tolist()
         x, y = min(max(round(x), left), right - side), min(max(round(y), top), bottom - side)
         return Window(x, y, side, side)
+
+    def reach(self, tiles: pd.DataFrame) -> pd.DataFrame:
+        """Return tiles with all the ground that windows about them may see as `x` to `height`."""
+        cores, own = tiles[tiling.CORE_COLUMNS].to_numpy(), tiles[tiling.WINDOW_COLUMNS].to_numpy()
+        extents = self.extents[np.searchsorted(self.blocks, tiles["block"])]
+        side = np.ceil(own[:, 2:] * self.zoom) + 2  # for the rounding of size and place
+        low = np.minimum(cores[:, :2] - side / 2, extents[:, 2:] - side)
+        high = np.maximum(cores[:, 2:] + side / 2, extents[:, :2] + side)
+        low = np.maximum(np.floor(low), extents[:, :2])
+        high = np.maximum(np.minimum(np.ceil(high), extents[:, 2:]), own[:, :2] + own[:, 2:])
+        ground = np.hstack([low, high - low]).astype(np.int64)
+        return tiles.assign(**dict(zip(tiling.WINDOW_COLUMNS, ground.T, strict=True)))
 
     def boxes_in(self, block: int, window: Window) -> tuple[np.ndarray, np.ndarray]:
         """Return the boxes that a window of a block shows.
@@ -385,7 +397,7 @@ class TileSampler(Sampler[tuple[int, int]]):
         order = rng.permutation(count)
         due = np.cumsum(self.expected_visits()[order])
         due[-1:] = count  # whatever rounding made of it
-        # a hair below 1: an offset that nearly reaches a whole is moved over it by rounding
+        # off 0 and 1, where the rounding of the sums would move a tile over its bound
         visits = np.diff(np.floor(due + rng.uniform(1e-6, 1 - 1e-6)), prepend=0).astype(int)
         rows = rng.permutation(np.repeat(order, visits))
         seeds = rng.integers(2**63, size=count)
@@ -594,19 +606,19 @@ class TileDataModule(pl.LightningDataModule):
         self.conf = conf
         train, validation, test = splits.split_dataset_train_test(tiles, sample_size, conf.seed)
         _, full_validation, _ = splits.split_dataset_train_test(tiles, 1.0, conf.seed)
-        splits.audit_splits(pd.concat([train, full_validation, test]), rasters)
         common = (boxes, rasters, ids, radiometry)
-        augment = conf.train.augment
-        self.train = BboxDataset(
-            train, *common,
-            transform=training_transform(augment, radiometry),
-            views=RandomViews(
+        augment, views, seen = conf.train.augment, None, train
+        if conf.train.random_windows:
+            views = RandomViews(
                 tiles[tiles["split"] == "train"], boxes, ids,
                 zoom=augment.zoom if augment.enabled else 1.0,
                 mosaic=augment.mosaic if augment.enabled else 0.0,
                 min_visible=conf.train.min_visible,
-            ) if conf.train.random_windows else None,
-        )  # fmt: skip
+            )  # fmt: skip
+            seen = views.reach(train)
+        splits.audit_splits(pd.concat([seen, full_validation, test]), rasters)
+        transform = training_transform(augment, radiometry)
+        self.train = BboxDataset(train, *common, transform=transform, views=views)
         self.sampler = TileSampler(
             self.train.repeat_factors(conf.train.repeat_threshold),
             seed=conf.seed, hard_negatives=conf.train.hard_negatives,
