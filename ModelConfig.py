@@ -29,6 +29,7 @@ Views = Literal["none", "flips", "turns", "all"]
 CatalogueFormat = Literal["gpkg", "geojson", "parquet", "csv", "json", "txt"]
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]  # of a whole
 SampleShare = Annotated[float, Field(gt=0, le=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
@@ -49,6 +50,28 @@ _STRICT = ConfigDict(validate_assignment=True, extra="forbid", allow_inf_nan=Fal
 
 
 @dataclass(config=_STRICT)
+class AugmentConfig:
+    """How training tiles are varied, anew at each visit; amplitudes are the largest drawn.
+
+    One standard deviation (std) is that of the stretched training ground, band by band.
+    """
+
+    enabled: bool = True  # False: pixels and boxes as they are read
+    flips: bool = True  # half of the tiles mirrored
+    turns: bool = True  # by 0, 90, 180 or 270 degrees, whatever the tile's own angle
+    zoom: Annotated[float, Field(ge=1, le=4)] = 1.4  # of random windows, 1/zoom to zoom; 1: none
+    contrast: Share = 0.3  # relative change of the distance to the tile's mean; 0: none
+    brightness: NotNegative = 0.75  # shift, std; 0: none
+    gamma: Annotated[float, Field(ge=1, le=4)] = 1.25  # exponent, 1/gamma to gamma; 1: none
+    noise: NotNegative = 0.1  # Gaussian, in its own std per std of the input; 0: none
+    noise_share: Share = 0.25  # of the tiles with noise
+    blur: Annotated[float, Field(ge=0, le=8)] = 0.7  # Gaussian, sigma in px of the tile; 0: none
+    blur_share: Share = 0.1  # of the tiles that are blurred
+    band_dropout: Share = 0.02  # of the bands, set to their mean, never all of a tile; 0: none
+    mosaic: Share = 0.0  # of the tiles, put together of four random windows at half scale; 0: none
+
+
+@dataclass(config=_STRICT)
 class TrainConfig:
     """How the weights are learned."""
 
@@ -63,7 +86,11 @@ class TrainConfig:
     patience: Positive | None = None  # measurements without a better one after which it ends
     averaging: Literal["none", "ema", "swa"] = "ema"  # of the weights that are measured and kept
     averaging_share: Proportion = 0.03  # of all steps, over which ema reaches
-    augment: bool = True  # random mirror, gain and offset of training tiles
+    random_windows: bool = True  # each visit of a tile moves and zooms it within its block
+    min_visible: SampleShare = 0.25  # of an object's area, for a random window to show it
+    repeat_threshold: Share = 0.1  # labels in a smaller share of the tiles come more often; 0: none
+    hard_negatives: Share = 0.0  # of an epoch, drawn by how wrong the model is there; 0: none
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
 @dataclass(config=_STRICT)
@@ -497,6 +524,7 @@ class RunParameters:
             fpn_channels=self.FPN_CHANNELS,
         )
         conf.train.optimizer = self.OPTIMIZER
+        conf.train.min_visible = self.MIN_VISIBLE
         conf.validation.pr_compute_interval = self.PR_COMPUTE_INTERVAL
         for stage in (conf.validation, conf.test):
             stage.iou_threshold = self.IOU_THRESHOLD

@@ -2,8 +2,9 @@
 
 An item is `(image, target)`. The image is float32 (bands, size, size), stretched. The target holds
 tensors only: `boxes` float32 (N, 4), xyxy px of the tile, `labels` int64 (N,), class ids, and, of a
-tile with ground that does not count, `counted` bool (size, size); for evaluation also where the
-tile lies and which objects it knows:
+tile with ground that does not count, `counted` bool (size, size). For training it also holds `tile`
+int64 (), the row of the tile in its dataset; for evaluation where the tile lies and which objects
+it knows:
 
     ground   int64 ()       block of ground, the unit of evaluation
     window   float32 (4,)   the tile, xyxy px of the raster
@@ -12,17 +13,23 @@ tile lies and which objects it knows:
     truth_labels  int64 (M,)
     truth_ids     int64 (M,)       row of the object in its raster's table
     truth_owned   bool (M,)        the tile owns the object, or merely shows it
+
+Training draws its items with `TileSampler`, which gives each a seed. All that is random in an item
+follows from that seed, so that it is the same whichever process reads it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -30,11 +37,14 @@ import fileio
 import imutils
 import splits
 import tiling
-from ImageData import Window
-from ModelConfig import ModelConfig
+from ImageData import InputError, Window
+from ModelConfig import AugmentConfig, ModelConfig
 
-Target = dict[str, torch.Tensor]
-Batch = tuple[torch.Tensor, list[Target]]
+Target = dict[str, Tensor]
+Batch = tuple[Tensor, list[Target]]
+
+LEAST_SIDE = 0.01  # px; a thinner box has no area left in float32
+MEMORY = 0.7  # share of a tile's earlier difficulty that a new measurement leaves
 
 
 def class_ids(labels: Sequence[str]) -> dict[str, int]:
@@ -42,8 +52,107 @@ def class_ids(labels: Sequence[str]) -> dict[str, int]:
     return {label: i for i, label in enumerate(sorted(set(map(str, labels))))}
 
 
+class RandomViews:
+    """Windows about a tile, moved and zoomed at random, with all objects of the tile's block.
+
+    The centre of a window is drawn from the tile's core, half a step of the grid to each side. The
+    cores partition the block, so that an epoch sees all its ground about equally; only the edges,
+    over which no window may reach, are seen less. The window is then moved into its block, that is
+    off the ground of other splits. Objects are known as far as they lie in the block.
+
+    Args:
+        tiles: All training tiles of an index, also those that are not kept: together they tell
+            the blocks.
+        boxes: The boxes of the index.
+        ids: Label -> class id.
+        zoom: Largest magnification, >= 1; its logarithm is drawn from -log(zoom) to log(zoom). A
+            tile shrinks no further than its block reaches.
+        mosaic: Share of the items that are put together of four windows, at half their scale.
+        min_visible: Share of an object's area that a window must hold to show it, unless it holds
+            its centre; see `tiling.assign_boxes`.
+    """
+
+    def __init__(
+        self,
+        tiles: pd.DataFrame,
+        boxes: pd.DataFrame,
+        ids: Mapping[str, int],
+        *,
+        zoom: float = 1.0,
+        mosaic: float = 0.0,
+        min_visible: float = 0.25,
+    ) -> None:
+        """Sort the objects of the blocks by their upper edge, so that a window looks at few."""
+        self.zoom, self.mosaic, self.min_visible = zoom, mosaic, min_visible
+        by_block = tiles.groupby("block")[tiling.CORE_COLUMNS]
+        low, high = by_block.min(), by_block.max()
+        self.blocks = low.index.to_numpy()
+        self.extents = np.hstack([low.iloc[:, :2], high.iloc[:, 2:]]).astype(np.int64)
+        block_of = tiles.drop_duplicates("window").set_index("window")["block"]
+        objects = boxes[boxes["window"].isin(block_of.index)]
+        objects = objects.assign(block=objects["window"].map(block_of))
+        objects = objects.drop_duplicates(["block", "object"]).sort_values(
+            ["block", "ground_ymin", "object"]
+        )
+        self.boxes = objects[tiling.GROUND_BOX_COLUMNS].to_numpy(dtype=np.float64)
+        self.labels = objects["label"].astype(str).map(ids).to_numpy(dtype=np.int64, copy=True)
+        self.first = np.searchsorted(objects["block"], self.blocks, side="left")
+        self.last = np.searchsorted(objects["block"], self.blocks, side="right")
+        height = pd.Series(self.boxes[:, 3] - self.boxes[:, 1])
+        tallest = height.groupby(objects["block"].to_numpy()).max()
+        self.tallest = tallest.reindex(self.blocks, fill_value=0.0).to_numpy()
+
+    def draw(self, block: int, core_xyxy: np.ndarray, window: Window) -> Window:
+        """Draw a window about a tile, from torch's generator.
+
+        A tile that is larger than its block stays as it is.
+        """
+        left, top, right, bottom = self.extents[np.searchsorted(self.blocks, block)].tolist()
+        room = min(right - left, bottom - top)
+        if room < window.width:
+            return window
+        zoom, *place = torch.rand(3).tolist()
+        side = min(round(window.width * self.zoom ** (1 - 2 * zoom)), room)
+        x, y = (core_xyxy[:2] + place * (core_xyxy[2:] - core_xyxy[:2]) - side / 2).tolist()
+        x, y = min(max(round(x), left), right - side), min(max(round(y), top), bottom - side)
+        return Window(x, y, side, side)
+
+    def reach(self, tiles: pd.DataFrame) -> pd.DataFrame:
+        """Return tiles with all the ground that windows about them may see as `x` to `height`."""
+        cores, own = tiles[tiling.CORE_COLUMNS].to_numpy(), tiles[tiling.WINDOW_COLUMNS].to_numpy()
+        extents = self.extents[np.searchsorted(self.blocks, tiles["block"])]
+        side = np.ceil(own[:, 2:] * self.zoom) + 2  # for the rounding of size and place
+        low = np.minimum(cores[:, :2] - side / 2, extents[:, 2:] - side)
+        high = np.maximum(cores[:, 2:] + side / 2, extents[:, :2] + side)
+        low = np.maximum(np.floor(low), extents[:, :2])
+        high = np.maximum(np.minimum(np.ceil(high), extents[:, 2:]), own[:, :2] + own[:, 2:])
+        ground = np.hstack([low, high - low]).astype(np.int64)
+        return tiles.assign(**dict(zip(tiling.WINDOW_COLUMNS, ground.T, strict=True)))
+
+    def boxes_in(self, block: int, window: Window) -> tuple[np.ndarray, np.ndarray]:
+        """Return the boxes that a window of a block shows.
+
+        Returns:
+            float64 (N, 4), xyxy px of the window, cut at its edges; and their class ids (N,).
+        """
+        at = np.searchsorted(self.blocks, block)
+        mine = slice(self.first[at], self.last[at])
+        tops = self.boxes[mine, 1]
+        near = slice(
+            self.first[at] + np.searchsorted(tops, window.y - self.tallest[at], side="left"),
+            self.first[at] + np.searchsorted(tops, window.y + window.height, side="left"),
+        )
+        corner = np.array([window.x, window.y] * 2)
+        ground = corner + np.array([0, 0, window.width, window.height])
+        clamped, _, shown = tiling.show_boxes(self.boxes[near], ground, ground, self.min_visible)
+        return clamped[shown] - corner, self.labels[near][shown]
+
+
 class BboxDataset(Dataset):
     """The tiles of one split, read window by window.
+
+    An index gives the tile as it lies. An index with a seed, as `TileSampler` draws it, gives a
+    random view of it: moved, zoomed and transformed.
 
     Args:
         tiles: Rows of a tile index, see `tiling.read_tiles`.
@@ -51,7 +160,9 @@ class BboxDataset(Dataset):
         rasters: Identifier -> raster.
         ids: Label -> class id.
         radiometry: How raw values become model input.
-        transform: `torchvision.transforms.v2` transform of (image, {"boxes", "labels"}), or None.
+        transform: `torchvision.transforms.v2` transform of (image, target), or None; it draws from
+            torch's generator.
+        views: Draws windows about the tiles, or None for the tiles themselves.
         evaluation: Whether targets say where the tile lies and what it owns.
     """
 
@@ -64,11 +175,16 @@ class BboxDataset(Dataset):
         radiometry: imutils.Radiometry,
         *,
         transform: Callable | None = None,
+        views: RandomViews | None = None,
         evaluation: bool = False,
     ) -> None:
         """Keep the tables as arrays, boxes sorted by window, so that items are slices."""
         boxes = boxes[boxes["window"].isin(tiles["window"])].sort_values("window", kind="stable")
         self.tiles = tiles.reset_index(drop=True)
+        self.windows = self.tiles[tiling.WINDOW_COLUMNS].to_numpy(dtype=np.int64)
+        self.cores = self.tiles[tiling.CORE_COLUMNS].to_numpy(dtype=np.float64)
+        self.blocks, self.angles = self.tiles["block"].tolist(), self.tiles["angle"].tolist()
+        self.raster_names = self.tiles["raster"].tolist()
         self.first = np.searchsorted(boxes["window"], self.tiles["window"], side="left")
         self.last = np.searchsorted(boxes["window"], self.tiles["window"], side="right")
         self.boxes = boxes[tiling.BOX_COLUMNS].to_numpy(dtype=np.float64)
@@ -77,81 +193,382 @@ class BboxDataset(Dataset):
         self.objects = boxes["object"].to_numpy(dtype=np.int64, copy=True)
         self.owned = boxes["owned"].to_numpy(dtype=bool, copy=True)
         self.rasters, self.radiometry = dict(rasters), radiometry
-        self.transform, self.evaluation = transform, evaluation
+        self.transform, self.views, self.evaluation = transform, views, evaluation
 
     def __len__(self) -> int:
         """Return the number of tiles."""
         return len(self.tiles)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, Target]:
-        """Read one tile; see the module for what it holds."""
-        tile = self.tiles.iloc[index]
-        window = Window(*(int(tile[name]) for name in tiling.WINDOW_COLUMNS))
-        angle = int(tile["angle"])
-        image, valid, counted = tiling.read_tile(self.rasters[tile["raster"]], window, angle)
-        stretched = torch.from_numpy(np.ascontiguousarray(self.radiometry.stretch(image, valid)))
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Target]:
+        """Read one tile, or with (index, seed) a random view of it; see the module for both."""
+        if isinstance(index, tuple):
+            index, seed = index
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
+                image, target = self._view(index)
+        else:
+            image, target = self._item(*self._tile(index))
+        target |= self._place(index) if self.evaluation else {"tile": torch.tensor(index)}
+        return image, target
+
+    def repeat_factors(self, threshold: float) -> np.ndarray:
+        """Return how often each tile is to be visited relative to others, float64 (N,), >= 1.
+
+        A label that is in a share f of the tiles, f below the threshold t, has the factor
+        sqrt(t / f), any other 1. A tile has the largest factor of the labels it shows.
+
+        References: Gupta et al. 2019, LVIS, section 4.2; their t is 0.001 for a thousand labels.
+        """
+        factors = np.ones(len(self))
+        for label in np.unique(self.labels):
+            before = np.concatenate([[0], np.cumsum(self.labels == label)])
+            shows = before[self.last] > before[self.first]
+            factors[shows] = np.maximum(factors[shows], math.sqrt(threshold / shows.mean()))
+        return factors
+
+    def _tile(self, index: int) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
+        """Read a tile: image, `counted`, boxes (px of the tile) and labels."""
+        window, angle = Window(*self.windows[index].tolist()), self.angles[index]
         rows = slice(self.first[index], self.last[index])
         boxes = tiling.boxes_of_tile(self.boxes[rows], angle, window.width, window.height)
-        target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(self.labels[rows])}
-        if not counted.all():
-            target["counted"] = tv_tensors.Mask(np.ascontiguousarray(counted))
-        if self.transform is not None:
-            target["boxes"] = tv_tensors.BoundingBoxes(
-                target["boxes"], format="XYXY", canvas_size=(window.height, window.width)
-            )
-            stretched, target = self.transform(tv_tensors.Image(stretched), target)
-            stretched = stretched.as_subclass(torch.Tensor)
-            target["boxes"] = target["boxes"].as_subclass(torch.Tensor)
+        return *self._read(index, window, window.width), boxes, self.labels[rows]
+
+    def _read(self, index: int, window: Window, size: int) -> tuple[Tensor, np.ndarray]:
+        """Read a square window at the angle of a tile, as an image of `size` px, and `counted`."""
+        raster = self.rasters[self.raster_names[index]]
+        pixels, valid, counted = tiling.read_tile(raster, window, self.angles[index])
+        image = torch.from_numpy(np.ascontiguousarray(self.radiometry.stretch(pixels, valid)))
+        if window.width != size:
+            image = functional.interpolate(
+                image[None], size=(size, size), mode="bilinear", antialias=True
+            )[0]
+            nearest = ((np.arange(size) + 0.5) * window.width / size).astype(int)
+            counted = counted[np.ix_(nearest, nearest)]
+        return image, counted
+
+    def _view(self, index: int) -> tuple[Tensor, Target]:
+        """Read a random view of a tile, drawn from torch's generator."""
+        views, size = self.views, int(self.windows[index, 2])
+        if views is None:
+            parts = self._tile(index)
+        elif views.mosaic and torch.rand(()) < views.mosaic:
+            parts = self._mosaic(index, size)
+        else:
+            parts = self._window(index, size)
+        image, target = self._item(*parts)
+        if self.transform is None:
+            return image, target
+        target["boxes"] = tv_tensors.BoundingBoxes(
+            target["boxes"], format="XYXY", canvas_size=(size, size)
+        )
         if "counted" in target:
-            target["counted"] = target["counted"].as_subclass(torch.Tensor)
-        if self.evaluation:
-            core = tile[tiling.CORE_COLUMNS].to_numpy(dtype=np.float32, copy=True)
-            target |= {
-                "ground": torch.tensor(int(tile["block"])),
-                "window": torch.tensor(
-                    [window.x, window.y, window.x + window.width, window.y + window.height]
-                ).float(),
-                "core": torch.from_numpy(core),
-                "truth_boxes": torch.from_numpy(self.ground_boxes[rows]),
-                "truth_labels": torch.from_numpy(self.labels[rows]),
-                "truth_ids": torch.from_numpy(self.objects[rows]),
-                "truth_owned": torch.from_numpy(self.owned[rows]),
-            }
-        return stretched, target
+            target["counted"] = tv_tensors.Mask(target["counted"])
+        image, target = self.transform(tv_tensors.Image(image), target)
+        plain = {name: value.as_subclass(Tensor) for name, value in target.items()}
+        return image.as_subclass(Tensor).contiguous(), plain
+
+    def _window(self, index: int, size: int) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
+        """Read a random window about a tile, as an image of `size` px; see `_tile`."""
+        block, angle = self.blocks[index], self.angles[index]
+        tile = Window(*self.windows[index].tolist())
+        window = self.views.draw(block, self.cores[index], tile)
+        boxes, labels = self.views.boxes_in(block, window)
+        boxes = tiling.boxes_of_tile(boxes * (size / window.width), angle, size, size)
+        return *self._read(index, window, size), boxes, labels
+
+    def _mosaic(self, index: int, size: int) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
+        """Put random windows about a tile and three others together; see `_tile`.
+
+        References: Bochkovskiy et al. 2020, YOLOv4, section 3.3; our four parts are of equal size.
+        """
+        half = math.ceil(size / 2)
+        others = torch.randint(len(self), (3,)).tolist()
+        parts = [self._window(row, half) for row in (index, *others)]
+        image = torch.empty(len(parts[0][0]), size, size)
+        counted = np.empty((size, size), dtype=bool)
+        boxes = []
+        for place, (part, part_counted, part_boxes, _) in enumerate(parts):
+            y, x = (size - half) * (place // 2), (size - half) * (place % 2)
+            image[:, y : y + half, x : x + half] = part
+            counted[y : y + half, x : x + half] = part_counted
+            boxes.append(part_boxes + np.array([x, y, x, y], dtype=np.float32))
+        return image, counted, np.concatenate(boxes), np.concatenate([part[3] for part in parts])
+
+    @staticmethod
+    def _item(
+        image: Tensor, counted: np.ndarray, boxes: np.ndarray, labels: np.ndarray
+    ) -> tuple[Tensor, Target]:
+        thick = (boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all(axis=1)
+        target = {
+            "boxes": torch.from_numpy(boxes[thick]),
+            "labels": torch.from_numpy(labels[thick]),
+        }
+        if not counted.all():
+            target["counted"] = torch.from_numpy(np.ascontiguousarray(counted))
+        return image, target
+
+    def _place(self, index: int) -> Target:
+        x, y, width, height = self.windows[index].tolist()
+        rows = slice(self.first[index], self.last[index])
+        return {
+            "ground": torch.tensor(self.blocks[index]),
+            "window": torch.tensor([x, y, x + width, y + height]).float(),
+            "core": torch.from_numpy(self.cores[index]).float(),
+            "truth_boxes": torch.from_numpy(self.ground_boxes[rows]),
+            "truth_labels": torch.from_numpy(self.labels[rows]),
+            "truth_ids": torch.from_numpy(self.objects[rows]),
+            "truth_owned": torch.from_numpy(self.owned[rows]),
+        }
 
 
-class RandomGain(v2.Transform):
-    """Change contrast and brightness of an image, the same for all bands and any number of them.
+class TileSampler(Sampler[tuple[int, int]]):
+    """Draws the tiles of an epoch, by weight and by difficulty, as many as there are.
+
+    Yields (row of the tile, seed of its view). An epoch depends on the seed, its number and the
+    difficulties known when it begins, and on nothing else. A tile that is due 2.3 times comes two
+    or three times (systematic sampling), so that with equal weights each comes exactly once.
+
+    Args:
+        weights: Of the tiles (N,), > 0.
+        seed: Of all epochs.
+        hard_negatives: Share (0-1) of an epoch's items that is drawn by difficulty instead of
+            weight, once a difficulty is known.
+        rank: Which share of each epoch to yield, of `world_size`.
+        world_size: Processes that share an epoch. They yield different items, equally many.
+    """
+
+    def __init__(
+        self,
+        weights: np.ndarray,
+        *,
+        seed: int = 0,
+        hard_negatives: float = 0.0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Start at epoch 0, with all difficulties unknown."""
+        self.weights = np.asarray(weights, dtype=np.float64)
+        self.difficulty = np.full(len(self.weights), np.nan)
+        self.seed, self.hard_negatives = seed, hard_negatives
+        self.rank, self.world_size, self.epoch = rank, world_size, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the number of the next epoch to draw; Lightning does so."""
+        self.epoch = epoch
+
+    def update(self, tiles: Sequence[int] | Tensor, difficulty: Sequence[float] | Tensor) -> None:
+        """Take note of how wrong the model was on tiles, from the next epoch on.
+
+        A tile keeps an exponential moving mean. Processes that share epochs must all be told the
+        same, or they no longer draw from the same epoch.
+
+        Args:
+            tiles: Rows (B,), `tile` of the targets.
+            difficulty: Evidence against the model (B,), >= 0, of any scale.
+
+        Raises:
+            InputError: A difficulty is negative or not finite.
+        """
+        rows = torch.as_tensor(tiles).cpu().numpy()
+        new = torch.as_tensor(difficulty).detach().double().cpu().numpy()
+        if not (np.isfinite(new) & (new >= 0)).all():
+            raise InputError(
+                f"difficulty of tiles must be finite and >= 0, got {new.tolist()}; a loss that is "
+                "not a number must stop the training before"
+            )
+        before = self.difficulty[rows]
+        self.difficulty[rows] = np.where(
+            np.isnan(before), new, MEMORY * before + (1 - MEMORY) * new
+        )
+
+    def expected_visits(self) -> np.ndarray:
+        """Return how often each tile is due in an epoch, float64 (N,); the sum is N."""
+        shares = self.weights / self.weights.sum()
+        known = ~np.isnan(self.difficulty)
+        if self.hard_negatives and self.difficulty[known].sum() > 0:
+            hard = np.where(known, self.difficulty, self.difficulty[known].mean())
+            shares = (1 - self.hard_negatives) * shares + self.hard_negatives * hard / hard.sum()
+        return len(shares) * shares
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Draw the epoch, or this process's share of it."""
+        rng = np.random.default_rng([self.seed, self.epoch])
+        count = len(self.weights)
+        order = rng.permutation(count)
+        due = np.cumsum(self.expected_visits()[order])
+        due[-1:] = count  # whatever rounding made of it
+        # off 0 and 1, where the rounding of the sums would move a tile over its bound
+        visits = np.diff(np.floor(due + rng.uniform(1e-6, 1 - 1e-6)), prepend=0).astype(int)
+        rows = rng.permutation(np.repeat(order, visits))
+        seeds = rng.integers(2**63, size=count)
+        mine = slice(self.rank, len(self) * self.world_size, self.world_size)
+        yield from zip(rows[mine].tolist(), seeds[mine].tolist(), strict=True)
+
+    def __len__(self) -> int:
+        """Return how many items this process gets of an epoch."""
+        return len(self.weights) // self.world_size
+
+
+class RandomQuarterTurn(v2.Transform):
+    """Turn images, masks and boxes of square tiles by 0, 90, 180 or 270 degrees."""
+
+    def make_params(self, flat_inputs: list) -> dict[str, int]:
+        """Draw the angle, the same for all inputs."""
+        return {"turns": int(torch.randint(4, ()))}
+
+    def transform(self, inpt: object, params: dict[str, int]) -> object:
+        """Turn what lies on the tile; labels pass."""
+        turns = params["turns"]
+        if isinstance(inpt, tv_tensors.BoundingBoxes):
+            height, width = inpt.canvas_size
+            turned = imutils.rotate_boxes(inpt.numpy(), 90 * turns, width, height)
+            return tv_tensors.wrap(torch.from_numpy(turned), like=inpt)
+        if isinstance(inpt, tv_tensors.Image | tv_tensors.Mask):
+            return tv_tensors.wrap(torch.rot90(inpt, turns, (-2, -1)), like=inpt)
+        return inpt
+
+
+class PixelTransform(v2.Transform):
+    """Base of transforms that change the pixels of images (bands, H, W); all else passes."""
+
+    def transform(self, inpt: object, params: dict[str, object]) -> object:
+        """Change images only."""
+        if not isinstance(inpt, tv_tensors.Image):
+            return inpt
+        return tv_tensors.wrap(self.change(inpt.as_subclass(Tensor), **params), like=inpt)
+
+    def change(self, image: Tensor, **params: object) -> Tensor:
+        """Return the changed image, given what `make_params` drew."""
+        raise NotImplementedError
+
+
+class RandomGain(PixelTransform):
+    """Change contrast and brightness, the same for all bands and any number of them.
 
     Args:
         contrast: Largest relative change of the distance to the image's mean.
-        brightness: Largest shift, in units of the stretched range.
+        brightness: Largest shift, in units of `std`.
+        std: Standard deviation of the input, per band.
     """
 
-    def __init__(self, contrast: float = 0.3, brightness: float = 0.15) -> None:
+    def __init__(self, contrast: float, brightness: float, std: Sequence[float]) -> None:
         """Keep the ranges."""
         super().__init__()
-        self.contrast, self.brightness = contrast, brightness
+        self.contrast = contrast
+        self.brightness = brightness * torch.tensor(std)[:, None, None]
+
+    def make_params(self, flat_inputs: list) -> dict[str, object]:
+        """Draw one gain and one shift for all inputs."""
+        gain, shift = torch.rand(2).mul(2).sub(1)
+        return {"gain": 1 + self.contrast * float(gain), "shift": self.brightness * shift}
+
+    def change(self, image: Tensor, gain: float, shift: Tensor) -> Tensor:
+        """Apply them about the image's mean."""
+        mean = float(image.numpy().mean())  # torch's depends on the number of threads
+        return image * gain + (shift + mean * (1 - gain))
+
+
+class RandomGamma(PixelTransform):
+    """Raise what lies between 0 and 1 to a power; what lies beyond keeps its distance to it.
+
+    Args:
+        gamma: Largest exponent, >= 1; its logarithm is drawn from -log(gamma) to log(gamma).
+    """
+
+    def __init__(self, gamma: float) -> None:
+        """Keep the range."""
+        super().__init__()
+        self.gamma = gamma
 
     def make_params(self, flat_inputs: list) -> dict[str, float]:
-        """Draw one gain and one shift for all inputs."""
-        draw = torch.rand(2).mul(2).sub(1).tolist()
-        return {"gain": 1 + self.contrast * draw[0], "shift": self.brightness * draw[1]}
+        """Draw the exponent."""
+        return {"exponent": self.gamma ** (1 - 2 * float(torch.rand(())))}
 
-    def transform(self, inpt: object, params: dict[str, float]) -> object:
-        """Apply them to images; boxes and labels pass."""
-        if not isinstance(inpt, tv_tensors.Image):
-            return inpt
-        mean = inpt.mean()
-        return tv_tensors.wrap((inpt - mean) * params["gain"] + mean + params["shift"], like=inpt)
+    def change(self, image: Tensor, exponent: float) -> Tensor:
+        """Apply it."""
+        inside = image.clamp(0, 1)
+        return image - inside + inside**exponent
 
 
-def training_transform() -> v2.Transform:
-    """Return the augmentation of training tiles, which come in all quarter turns already."""
-    return v2.Compose([v2.RandomHorizontalFlip(0.5), RandomGain()])
+class RandomNoise(PixelTransform):
+    """Add Gaussian noise, independent for all pixels and bands.
+
+    Args:
+        noise: Largest standard deviation of the noise, in units of `std`.
+        std: Standard deviation of the input, per band.
+    """
+
+    def __init__(self, noise: float, std: Sequence[float]) -> None:
+        """Keep the range."""
+        super().__init__()
+        self.noise = noise * torch.tensor(std)[:, None, None]
+
+    def make_params(self, flat_inputs: list) -> dict[str, Tensor]:
+        """Draw how strong it is."""
+        return {"noise": self.noise * torch.rand(())}
+
+    def change(self, image: Tensor, noise: Tensor) -> Tensor:
+        """Draw and add it."""
+        return image + noise * torch.randn(image.shape)
 
 
-def collate(items: list[tuple[torch.Tensor, Target]]) -> Batch:
+class BandDropout(PixelTransform):
+    """Set bands to their mean, each with the same probability, but never all bands.
+
+    Args:
+        probability: Of each band, 0-1.
+        mean: Mean of the input, per band; the network sees it as 0.
+    """
+
+    def __init__(self, probability: float, mean: Sequence[float]) -> None:
+        """Keep the values that bands are set to."""
+        super().__init__()
+        self.probability, self.mean = probability, torch.tensor(mean)[:, None, None]
+
+    def make_params(self, flat_inputs: list) -> dict[str, Tensor]:
+        """Draw the bands that go; one that stays is drawn first."""
+        dropped = torch.rand(len(self.mean)) < self.probability
+        dropped[torch.randint(len(self.mean), ())] = False
+        return {"dropped": dropped}
+
+    def change(self, image: Tensor, dropped: Tensor) -> Tensor:
+        """Set them to their mean."""
+        return torch.where(dropped[:, None, None], self.mean, image) if dropped.any() else image
+
+
+def training_transform(
+    augment: AugmentConfig, radiometry: imutils.Radiometry
+) -> v2.Transform | None:
+    """Return what happens to the tensors of training tiles, or None if nothing does.
+
+    Args:
+        augment: What to draw from which range; windows are zoomed when they are read.
+        radiometry: Mean and standard deviation of the input, per band.
+    """
+    if not augment.enabled:
+        return None
+    steps: list[v2.Transform] = []
+    if augment.flips:
+        steps.append(v2.RandomHorizontalFlip(0.5))
+    if augment.turns:
+        steps.append(RandomQuarterTurn())
+    if augment.gamma > 1:
+        steps.append(RandomGamma(augment.gamma))
+    if augment.contrast or augment.brightness:
+        steps.append(RandomGain(augment.contrast, augment.brightness, radiometry.std))
+    if augment.blur and augment.blur_share:
+        kernel = 2 * math.ceil(3 * augment.blur) + 1
+        blur = v2.GaussianBlur(kernel, (augment.blur / 10, augment.blur))
+        steps.append(v2.RandomApply([blur], augment.blur_share))
+    if augment.noise and augment.noise_share:
+        noise = RandomNoise(augment.noise, radiometry.std)
+        steps.append(v2.RandomApply([noise], augment.noise_share))
+    if augment.band_dropout and len(radiometry.mean) > 1:
+        steps.append(BandDropout(augment.band_dropout, radiometry.mean))
+    return v2.Compose(steps) if steps else None
+
+
+def collate(items: list[tuple[Tensor, Target]]) -> Batch:
     """Stack images to (B, bands, size, size); targets stay a list, one dictionary per tile."""
     images, targets = zip(*items, strict=True)
     return torch.stack(images), list(targets)
@@ -166,8 +583,11 @@ class TileDataModule(pl.LightningDataModule):
         rasters: Identifier -> raster.
         ids: Label -> class id.
         radiometry: How raw values become model input.
-        conf: Batch size, worker processes, seed, augmentation.
+        conf: Batch size, worker processes, seed, sampling, augmentation.
         sample_size: Share of the training and validation windows to use.
+
+    Attributes:
+        sampler: Draws the training tiles; a training loop tells it how difficult they were.
     """
 
     def __init__(
@@ -186,18 +606,30 @@ class TileDataModule(pl.LightningDataModule):
         self.conf = conf
         train, validation, test = splits.split_dataset_train_test(tiles, sample_size, conf.seed)
         _, full_validation, _ = splits.split_dataset_train_test(tiles, 1.0, conf.seed)
-        splits.audit_splits(pd.concat([train, full_validation, test]), rasters)
         common = (boxes, rasters, ids, radiometry)
-        augment = training_transform() if conf.train.augment else None
-        self.train = BboxDataset(train, *common, transform=augment)
+        augment, views, seen = conf.train.augment, None, train
+        if conf.train.random_windows:
+            views = RandomViews(
+                tiles[tiles["split"] == "train"], boxes, ids,
+                zoom=augment.zoom if augment.enabled else 1.0,
+                mosaic=augment.mosaic if augment.enabled else 0.0,
+                min_visible=conf.train.min_visible,
+            )  # fmt: skip
+            seen = views.reach(train)
+        splits.audit_splits(pd.concat([seen, full_validation, test]), rasters)
+        transform = training_transform(augment, radiometry)
+        self.train = BboxDataset(train, *common, transform=transform, views=views)
+        self.sampler = TileSampler(
+            self.train.repeat_factors(conf.train.repeat_threshold),
+            seed=conf.seed, hard_negatives=conf.train.hard_negatives,
+        )  # fmt: skip
         self.validation = BboxDataset(validation, *common, evaluation=True)
         self.full_validation = BboxDataset(full_validation, *common, evaluation=True)
         self.test = BboxDataset(test, *common, evaluation=True)
 
     def train_dataloader(self) -> DataLoader:
-        """Return shuffled training batches; the order depends on the seed only."""
-        generator = torch.Generator().manual_seed(self.conf.seed)
-        return self._loader(self.train, shuffle=True, generator=generator)
+        """Return the training batches, in the order and of the tiles that `sampler` draws."""
+        return self._loader(self.train, sampler=self.sampler)
 
     def val_dataloader(self) -> DataLoader:
         """Return the validation tiles of the sample, for looking while training."""

@@ -137,12 +137,8 @@ def assign_boxes(
     core = windows[CORE_COLUMNS].to_numpy()[of_window]
     block = windows[BLOCK_COLUMNS].to_numpy()[of_window]
 
-    center = (boxes[:, :2] + boxes[:, 2:]) / 2
-    owned = ((center >= core[:, :2]) & (center < core[:, 2:])).all(axis=1)
-    clamped = imutils.clip_boxes(boxes, ground)
     least = np.broadcast_to(min_visible, len(windows))[of_window]
-    visible = imutils.box_area(clamped) >= least * imutils.box_area(boxes)
-    shown = (owned | visible) & (imutils.box_area(clamped) > 0)
+    clamped, owned, shown = show_boxes(boxes, ground, core, least)
     in_window = clamped - ground[:, [0, 1, 0, 1]]
     return pd.DataFrame(
         {
@@ -154,6 +150,29 @@ def assign_boxes(
             **dict(zip(GROUND_BOX_COLUMNS, imutils.clip_boxes(boxes, block).T, strict=True)),
         }
     )[shown].sort_values(["window", "object"], ignore_index=True)
+
+
+def show_boxes(
+    boxes: np.ndarray, windows: np.ndarray, cores: np.ndarray, min_visible: float | np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Apply the rule of `assign_boxes` to boxes (N, 4), row by row or against one window (4,).
+
+    Args:
+        boxes: The objects, xyxy px of the raster.
+        windows: The windows, likewise.
+        cores: Their cores, likewise.
+        min_visible: See `assign_boxes`.
+
+    Returns:
+        The boxes clamped to the windows (N, 4), px of the raster; whether the window owns each; and
+        whether it shows it, which those it owns it does wherever an area is left of them.
+    """
+    center = (boxes[:, :2] + boxes[:, 2:]) / 2
+    owned = ((center >= cores[..., :2]) & (center < cores[..., 2:])).all(axis=1)
+    clamped = imutils.clip_boxes(boxes, windows)
+    area = imutils.box_area(clamped)
+    visible = area >= min_visible * imutils.box_area(boxes)
+    return clamped, owned, (owned | visible) & (area > 0)
 
 
 # ---------------------------------------------------------------------------------------------

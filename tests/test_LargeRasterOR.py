@@ -44,7 +44,7 @@ def overfitted(prepared, tmp_path_factory):
     """A model trained for 80 steps on the fullest training window, without augmentation."""
     data = prepared.data
     conf = small_conf(batch_size=1)
-    conf.train.epochs, conf.train.augment, conf.train.lr = 1, False, 2e-3
+    conf.train.epochs, conf.train.augment.enabled, conf.train.lr = 1, False, 2e-3
     tiles = prepared.tiles
     train = tiles[(tiles["split"] == "train") & (tiles["angle"] == 0)]
 

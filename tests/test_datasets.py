@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 import datasets
+import fileio
 import tiling
-from datasets import BboxDataset, TileDataModule
-from ImageData import Window
-from ModelConfig import ModelConfig
+from datasets import BboxDataset, RandomViews, TileDataModule, TileSampler
+from ImageData import BOX_COLUMNS, ImageData, InputError, Window
+from imutils import Radiometry
+from ModelConfig import AugmentConfig, ModelConfig
 
 
 def module_of(prepared, **options):
@@ -45,23 +53,6 @@ def test_an_item_is_the_stretched_window_with_its_boxes(prepared):
         names = sorted(prepared.data.ids)
         assert [names[i] for i in target["labels"]] == shown["label"].tolist()
         assert target["boxes"].dtype == torch.float32
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_augmentation_keeps_boxes_on_their_objects(seed):
-    torch.manual_seed(seed)
-    image = torch.zeros(5, 40, 40)
-    image[:, 8:12, 4:10] = 1.0
-    boxes = tv_tensors.BoundingBoxes(
-        torch.tensor([[4.0, 8, 10, 12]]), format="XYXY", canvas_size=(40, 40)
-    )
-    target = {"boxes": boxes, "labels": torch.tensor([3])}
-    out, target = datasets.training_transform()(tv_tensors.Image(image), target)
-    x0, y0, x1, y1 = target["boxes"][0].int().tolist()
-    bright = out > out.mean()
-    assert bright[:, y0:y1, x0:x1].all()
-    assert bright.sum() == 5 * 24
-    assert target["labels"].tolist() == [3]
 
 
 def test_targets_of_evaluation_own_every_object_once(prepared):
@@ -104,3 +95,427 @@ def test_a_sample_thins_training_and_validation_but_not_the_final_measures(prepa
     assert len(half.validation) < len(whole.validation)
     assert len(half.full_validation) == len(whole.full_validation) == len(whole.validation)
     assert len(half.test) == len(whole.test)
+
+
+# ---------------------------------------------------------------------------------------------
+# Augmentation
+# ---------------------------------------------------------------------------------------------
+
+OFF = {
+    "flips": False, "turns": False, "zoom": 1, "contrast": 0, "brightness": 0, "gamma": 1,
+    "noise": 0, "blur": 0, "band_dropout": 0, "mosaic": 0,
+}  # fmt: skip
+STRONG = {
+    "flips": {"flips": True},
+    "turns": {"turns": True},
+    "gain": {"contrast": 0.3, "brightness": 1.0},
+    "gamma": {"gamma": 2.0},
+    "noise": {"noise": 0.3, "noise_share": 1.0},
+    "blur": {"blur": 1.0, "blur_share": 1.0},
+    "dropout": {"band_dropout": 0.5},
+    "all": {
+        "flips": True, "turns": True, "contrast": 0.3, "brightness": 1.0, "gamma": 1.5,
+        "noise": 0.2, "noise_share": 1.0, "blur": 0.8, "blur_share": 1.0, "band_dropout": 0.3,
+    },
+}  # fmt: skip
+
+
+def radiometry_of(bands):
+    return Radiometry(
+        "none", *(tuple([v] * bands) for v in (0.0, 1.0, 0.1, 0.2))
+    )  # low, high, mean, std
+
+
+def transform_of(bands=1, **options):
+    return datasets.training_transform(AugmentConfig(**(OFF | options)), radiometry_of(bands))
+
+
+def bounds_of(bright):
+    ys, xs = torch.nonzero(bright, as_tuple=True)
+    return torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float()
+
+
+@pytest.mark.parametrize("bands", [1, 3, 5])
+@pytest.mark.parametrize("name", STRONG)
+def test_each_transform_keeps_boxes_and_masks_on_their_objects(name, bands):
+    transform = transform_of(bands, **STRONG[name]) or v2.Identity()  # one band never drops out
+    places = set()
+    for seed in range(24):
+        torch.manual_seed(seed)
+        image = torch.zeros(bands, 40, 40)
+        image[:, 8:14, 4:13] = 1.0
+        counted = torch.ones(40, 40, dtype=torch.bool)
+        counted[8:14, 4:13] = False
+        target = {
+            "boxes": tv_tensors.BoundingBoxes(
+                torch.tensor([[4.0, 8, 13, 14]]), format="XYXY", canvas_size=(40, 40)
+            ),
+            "labels": torch.tensor([3]),
+            "counted": tv_tensors.Mask(counted),
+        }
+        out, target = transform(tv_tensors.Image(image), target)
+        total = out.as_subclass(torch.Tensor).mean(0)
+        found = bounds_of(total > (total.min() + total.max()) / 2)
+        assert out.shape == image.shape
+        assert (found - target["boxes"][0]).abs().max() <= 1, "pixels blurred and noisy by one px"
+        assert bounds_of(~target["counted"]).tolist() == target["boxes"][0].tolist()
+        assert target["labels"].tolist() == [3]
+        places.add(tuple(target["boxes"][0].int().tolist()))
+    assert len(places) == {"flips": 2, "turns": 4, "all": len(places)}.get(name, 1)
+
+
+def test_amplitudes_are_in_units_of_the_input():
+    torch.manual_seed(0)
+    image = tv_tensors.Image(torch.full((2, 64, 64), 0.5))
+    noisy = [transform_of(2, noise=0.5, noise_share=1)(image) for _ in range(50)]
+    spread = torch.stack([n.std() for n in noisy])
+    assert 0.08 < spread.max() < 0.105, "half of the input's 0.2, drawn from 0 on"
+    shifts = torch.stack([transform_of(2, brightness=2)(image).mean() for _ in range(200)]) - 0.5
+    assert 0.38 < shifts.max() <= 0.4
+    assert -0.4 <= shifts.min() < -0.38
+    bent = torch.stack([transform_of(2, gamma=2)(image).mean() for _ in range(200)])
+    assert 0.25 <= bent.min() < 0.27
+    assert 0.69 < bent.max() <= 0.5**0.5 + 1e-6
+
+
+def test_gamma_leaves_values_beyond_the_stretch_in_their_order():
+    values = torch.linspace(-2, 3, 4096).reshape(1, 64, 64)
+    out = datasets.RandomGamma(2.0)(tv_tensors.Image(values)).flatten()
+    assert (out.diff() > -1e-6).all()
+    assert torch.equal(out[[0, -1]], torch.tensor([-2.0, 3]))
+
+
+@pytest.mark.parametrize("bands", [1, 2, 5])
+@pytest.mark.parametrize("probability", [0.5, 1.0])
+def test_a_band_always_stays(bands, probability):
+    torch.manual_seed(0)
+    drop = datasets.BandDropout(probability, [0.1] * bands)
+    dropped = torch.zeros(bands)
+    for _ in range(200):
+        gone = drop(tv_tensors.Image(torch.ones(bands, 4, 4))).mean((1, 2)) < 0.5
+        assert not gone.all()
+        dropped += gone
+    expected = 200 * probability * (bands - 1) / bands
+    np.testing.assert_allclose(dropped, expected, atol=30)
+
+
+def test_every_part_can_be_switched_off():
+    assert transform_of() is None
+    assert datasets.training_transform(AugmentConfig(enabled=False), radiometry_of(1)) is None
+    for name, options in STRONG.items():
+        assert len(transform_of(3, **options).transforms) == (7 if name == "all" else 1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Random windows
+# ---------------------------------------------------------------------------------------------
+
+
+def index_of(df, blocks, size, overlap=0):
+    """The tile index of one raster "r" with objects and training blocks (x, y, width, height)."""
+    blocks = pd.DataFrame(blocks, columns=["x", "y", "width", "height"]).assign(
+        block=range(len(blocks)), raster="r", split="train"
+    )
+    image = ImageData(None, "r", df)
+    tiles, boxes = tiling.generate_split_raster_annotation(
+        size, image, blocks, tiling.TilingOptions(overlap=overlap, min_visible=0.01)
+    )
+    return tiles.assign(kept=True, angle=0, tile=tiles["window"]), boxes
+
+
+def objects_of(rng, count, width, height):
+    center = rng.uniform(0, [width, height], (count, 2))
+    half = rng.uniform(0.5, 20, (count, 2))
+    boxes = np.concatenate([center - half, center + half], axis=1)
+    boxes = boxes.clip(0, [width, height, width, height])
+    return pd.DataFrame(boxes, columns=BOX_COLUMNS).assign(label=rng.choice(["a", "b"], count))
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.integers(24, 60), st.integers(0, 20), st.floats(1, 3), st.floats(0.01, 1),
+    st.integers(0, 2**32 - 1),
+)  # fmt: skip
+def test_random_windows_stay_in_their_block_and_show_what_tiles_would(
+    size, overlap, zoom, min_visible, seed
+):
+    rng = np.random.default_rng(seed)
+    widths = rng.integers(size, 4 * size, 2).tolist()
+    height = int(rng.integers(size, 4 * size))
+    grounds = [(0, 0, widths[0], height), (widths[0], 0, widths[1], height)]
+    df = objects_of(rng, 60, sum(widths), height)
+    tiles, boxes = index_of(df, grounds, size, overlap)
+    views = RandomViews(tiles, boxes, {"a": 0, "b": 1}, zoom=zoom, min_visible=min_visible)
+    block_of = tiles.set_index("window")["block"]
+    reach = views.reach(tiles)[tiling.WINDOW_COLUMNS]
+    for row in rng.integers(len(tiles), size=8):
+        tile = tiles.iloc[row]
+        x, y, width, height = grounds[tile["block"]]
+        core = tile[tiling.CORE_COLUMNS].to_numpy(dtype=float)
+        own = Window(*tile[tiling.WINDOW_COLUMNS])
+        window = views.draw(tile["block"], core, own)
+        assert x <= window.x <= window.x + window.width <= x + width
+        assert y <= window.y <= window.y + window.height <= y + height
+        reached = Window(*reach.iloc[row])
+        assert reached.x <= window.x <= window.x + window.width <= reached.x + reached.width
+        assert reached.y <= window.y <= window.y + window.height <= reached.y + reached.height
+        assert size / zoom - 1 <= window.width == window.height <= size * zoom + 1
+
+        # the oracle knows the objects of the index, cut at their block
+        known = boxes.loc[boxes["window"].map(block_of) == tile["block"], "object"].unique()
+        cut = df.loc[np.sort(known)].copy()
+        cut[["xmin", "xmax"]] = cut[["xmin", "xmax"]].clip(x, x + width)
+        sides = {"x": window.x, "y": window.y, "width": window.width, "height": window.height}
+        ends = dict(zip(tiling.CORE_COLUMNS, [window.x, window.y, window.x + window.width,
+                        window.y + window.height], strict=True))  # fmt: skip
+        block = dict(zip(tiling.BLOCK_COLUMNS, [x, y, x + width, y + height], strict=True))
+        one = pd.DataFrame([{"window": 0, **sides, **ends, **block}])
+        expected = tiling.assign_boxes(one, cut, min_visible)
+        expected = expected.sort_values(BOX_COLUMNS)
+        found, labels = views.boxes_in(tile["block"], window)
+        order = np.lexsort(found.T[::-1])
+        np.testing.assert_allclose(found[order], expected[BOX_COLUMNS])
+        assert labels[order].tolist() == expected["label"].map({"a": 0, "b": 1}).tolist()
+
+
+@pytest.mark.parametrize(("overlap", "height", "slack"), [(0, 96, 0.1), (8, 104, 0.35)])
+def test_random_windows_see_all_ground_about_equally(overlap, height, slack):
+    df = objects_of(np.random.default_rng(0), 5, 135, 99)
+    tiles, boxes = index_of(df, [(7, 3, 128, height)], 32, overlap)
+    views = RandomViews(tiles, boxes, {"a": 0, "b": 1}, zoom=1.4)
+    torch.manual_seed(0)
+    seen, sides = np.zeros((3 + height, 7 + 128)), []
+    cores = tiles[tiling.CORE_COLUMNS].to_numpy(dtype=float)
+    windows = [Window(*row) for row in tiles[tiling.WINDOW_COLUMNS].to_numpy().tolist()]
+    for _ in range(24000 // len(tiles)):
+        for core, own in zip(cores, windows, strict=True):
+            x, y, side, _ = views.draw(0, core, own)
+            seen[y : y + side, x : x + side] += 1
+            sides.append(side)
+    edge = 23  # half of the largest window
+    inner = seen[3 + edge : -edge, 7 + edge : -edge]
+    assert 1 - slack < inner.min() / inner.mean()
+    assert inner.max() / inner.mean() < 1 + slack
+    assert seen[3:, 7:].min() > 0.15 * inner.mean(), "a corner is seen about a quarter as often"
+    assert np.mean(np.log(np.array(sides) / 32)) == pytest.approx(0, abs=0.02)
+    assert (min(sides), max(sides)) == (23, 45)
+
+
+def test_a_block_smaller_than_the_tile_is_padded_not_moved():
+    df = objects_of(np.random.default_rng(0), 5, 40, 20)
+    tiles, boxes = index_of(df, [(0, 0, 40, 20)], 32)
+    views = RandomViews(tiles, boxes, {"a": 0, "b": 1}, zoom=2.0)
+    own = Window(*tiles.iloc[1][tiling.WINDOW_COLUMNS])
+    core = tiles.iloc[1][tiling.CORE_COLUMNS].to_numpy(dtype=float)
+    assert views.draw(0, core, own) == own == Window(8, 0, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory):
+    """A raster of black float ground with a bright marker in each of its 20 px cells.
+
+    A corner of it has no data, and one marker in five bears the rare label.
+    """
+    path = tmp_path_factory.mktemp("marked") / "r.tif"
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[0:240:20, 0:300:20].reshape(2, -1)
+    low = np.stack([x, y], 1) + rng.integers(2, 8, (len(x), 2))
+    df = pd.DataFrame(np.hstack([low, low + rng.integers(5, 10, low.shape)]), columns=BOX_COLUMNS)
+    df = df.astype(float)[~((x >= 260) & (y >= 200))]
+    df["label"] = np.where(np.arange(len(df)) % 5, "a", "b")
+    pixels = np.zeros((2, 240, 300), np.float32)
+    for box in df[BOX_COLUMNS].astype(int).to_numpy():
+        pixels[:, box[1] : box[3], box[0] : box[2]] = 1.0
+    pixels[:, 200:, 260:] = -9.0
+    options = {"width": 300, "height": 240, "count": 2, "dtype": "float32", "nodata": -9.0}
+    with fileio.create_raster(path, **options) as dst:
+        dst.write(pixels)
+    tiles, boxes = index_of(df, [(0, 0, 140, 240), (140, 0, 160, 240)], 64)
+    tiles = pd.concat([tiles.assign(angle=angle) for angle in (0, 90)], ignore_index=True)
+    return SimpleNamespace(
+        tiles=tiles, boxes=boxes, rasters={"r": fileio.read_raster(path)}, ids={"a": 0, "b": 1},
+        radiometry=Radiometry("none", (0.0,) * 2, (1.0,) * 2, (0.25,) * 2, (0.4,) * 2),
+    )  # fmt: skip
+
+
+def views_of(marked, *, mosaic=0.0, **options):
+    views = RandomViews(
+        marked.tiles, marked.boxes, marked.ids, zoom=1.5, mosaic=mosaic, min_visible=1e-6
+    )
+    return BboxDataset(
+        marked.tiles, marked.boxes, marked.rasters, marked.ids, marked.radiometry,
+        transform=transform_of(2, **options), views=views,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("mosaic", [0.0, 1.0])
+@pytest.mark.parametrize("turned", [False, True])
+def test_boxes_of_random_views_lie_on_the_markers(marked, mosaic, turned):
+    dataset = views_of(marked, mosaic=mosaic, flips=turned, turns=turned)
+    sides, gone = [], []
+    for index in range(len(dataset)):
+        image, target = dataset[index, 1000 + index]
+        assert image.shape == (2, 64, 64)
+        assert target["tile"] == index
+        counted = target.get("counted", torch.ones(64, 64, dtype=torch.bool))
+        boxes = target["boxes"]
+        assert len(boxes) == len(target["labels"]) > 0
+        assert boxes.min() >= 0
+        assert boxes.max() <= 64
+        inner, outer = (torch.zeros(64, 64, dtype=torch.bool) for _ in range(2))
+        for x0, y0, x1, y1 in boxes.tolist():
+            inner[round(y0 + 1) : round(y1 - 1), round(x0 + 1) : round(x1 - 1)] = True
+            low, high = (max(int(v - 1), 0) for v in (x0, y0)), (int(v + 2) for v in (x1, y1))
+            (left, top), (right, bottom) = low, high
+            outer[top:bottom, left:right] = True
+        assert (image[:, inner] > 0.5).all()
+        assert (image[:, counted & ~outer] < 0.45).all(), "no marker is without a box"
+        gone.append(image[:, ~counted].flatten())
+        whole = ((boxes > 0) & (boxes < 64)).all(1)
+        if whole.any():
+            sides.append((boxes[:, 2:] - boxes[:, :2])[whole].mean())
+    gone = torch.cat(gone)
+    assert len(gone) > 500
+    assert ((gone - 0.25).abs() < 0.13).float().mean() > 0.9, "no data is the mean"
+    scale = torch.stack(sides) / 7.0  # markers of 5 to 9 px
+    assert scale.max() / scale.min() > 1.6
+    assert scale.mean() == pytest.approx(0.5 if mosaic else 1.0, rel=0.15)
+
+
+def test_an_index_without_seed_is_the_tile_as_it_lies(marked):
+    dataset = views_of(marked, flips=True, turns=True, gamma=2.0)
+    plain = BboxDataset(marked.tiles, marked.boxes, marked.rasters, marked.ids, marked.radiometry)
+    for index in (0, 5, len(plain) - 1):
+        assert torch.equal(dataset[index][0], plain[index][0])
+        assert torch.equal(dataset[index][1]["boxes"], plain[index][1]["boxes"])
+        assert torch.equal(plain[index, 7][0], plain[index][0]), "nothing to draw"
+
+
+def test_an_item_follows_from_its_seed_and_leaves_the_generator_alone(marked):
+    dataset = views_of(marked, **STRONG["all"])
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, _ = dataset[3, 11]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(100)
+    assert torch.equal(first, dataset[3, 11][0])
+    assert not torch.equal(first, dataset[3, 12][0])
+
+
+def test_boxes_too_thin_for_float32_are_left_out(marked):
+    boxes = np.array([[0, 0, 5, 5], [100, 3, 100.000001, 9]], dtype=np.float32)
+    counted = np.ones((64, 64), dtype=bool)
+    _, target = BboxDataset._item(torch.zeros(1, 64, 64), counted, boxes, np.array([4, 5]))
+    assert target["boxes"].tolist() == [[0, 0, 5, 5]]
+    assert target["labels"].tolist() == [4]
+
+
+def test_worker_processes_do_not_change_random_views(prepared):
+    def epoch(workers):
+        conf = ModelConfig(batch_size=8, workers=workers, seed=3)
+        conf.train.augment = AugmentConfig(**STRONG["all"], mosaic=0.3)
+        module = module_of(prepared, conf=conf)
+        module.sampler.set_epoch(2)
+        torch.manual_seed(workers)
+        return list(module.train_dataloader())
+
+    for (images, targets), (again, others) in zip(epoch(0), epoch(2), strict=True):
+        assert torch.equal(images, again)
+        for target, other in zip(targets, others, strict=True):
+            assert target.keys() == other.keys()
+            assert all(torch.equal(target[name], other[name]) for name in target)
+
+
+def test_training_without_random_windows_keeps_the_grid(prepared):
+    conf = ModelConfig(batch_size=4)
+    conf.train.random_windows, conf.train.augment.enabled = False, False
+    module = module_of(prepared, conf=conf)
+    for row, seed in list(module.sampler)[:5]:
+        assert torch.equal(module.train[row, seed][0], module.train[row][0])
+
+
+# ---------------------------------------------------------------------------------------------
+# Sampling
+# ---------------------------------------------------------------------------------------------
+
+
+def visits_of(sampler):
+    return np.bincount([row for row, _ in sampler], minlength=len(sampler.weights))
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.3, 1e-3])
+@pytest.mark.parametrize("count", [1, 2, 1000, 4099])
+def test_with_equal_weights_an_epoch_visits_each_tile_once(count, weight):
+    sampler = TileSampler(np.full(count, weight), seed=1)
+    orders = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        assert (visits_of(sampler) == 1).all()
+        orders.append(list(sampler))
+        assert orders[-1] == list(sampler), "an epoch can be drawn again"
+    assert count < 3 or orders[0] != orders[1] != orders[2]
+    assert list(TileSampler(np.full(count, weight), seed=2)) != orders[0]
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(1, 50), min_size=1, max_size=200), st.integers(0, 2**32 - 1))
+def test_visits_are_what_is_due_rounded_up_or_down(weights, seed):
+    sampler = TileSampler(np.array(weights), seed=seed)
+    visits, due = visits_of(sampler), sampler.expected_visits()
+    assert visits.sum() == len(weights) == len(sampler)
+    assert due.sum() == pytest.approx(len(weights))
+    assert (np.abs(visits - due) < 1 + 1e-6).all()
+
+
+def test_ranks_share_an_epoch_without_repeating_an_item():
+    whole = list(TileSampler(np.ones(103), seed=4))
+    parts = [list(TileSampler(np.ones(103), seed=4, rank=r, world_size=4)) for r in range(4)]
+    assert [len(part) for part in parts] == [25] * 4
+    rows = [row for part in parts for row, _ in part]
+    assert len(set(rows)) == 100
+    assert {item for part in parts for item in part} == set(whole[:100])
+
+
+def test_repeat_factors_balance_the_classes_of_an_epoch(marked):
+    boxes = marked.boxes[(marked.boxes["label"] == "a") | (marked.boxes["window"] == 4)]
+    dataset = BboxDataset(marked.tiles, boxes, marked.rasters, marked.ids, marked.radiometry)
+    shows = [1 in dataset[i][1]["labels"] for i in range(len(dataset))]
+    share = np.mean(shows)
+    assert 0 < share < 0.1
+    assert (dataset.repeat_factors(0.0) == 1).all()
+    factors = dataset.repeat_factors(0.5)
+    np.testing.assert_allclose(factors, np.where(shows, np.sqrt(0.5 / share), 1))
+
+    sampler = TileSampler(factors, seed=0)
+    visits = np.zeros(len(dataset))
+    for epoch in range(200):
+        sampler.set_epoch(epoch)
+        visits += visits_of(sampler)
+    seen = visits[shows].sum() / visits.sum()
+    expected = share * np.sqrt(0.5 / share) / (1 - share + share * np.sqrt(0.5 / share))
+    assert seen == pytest.approx(expected, rel=0.03)
+    assert seen > 1.9 * share
+
+
+def test_difficult_tiles_take_their_share_of_an_epoch():
+    sampler = TileSampler(np.ones(100), seed=0, hard_negatives=0.4)
+    assert (visits_of(sampler) == 1).all(), "no difficulty is known yet"
+    sampler.update(torch.arange(100), torch.cat([torch.full((10,), 3.0), torch.zeros(90)]))
+    due = sampler.expected_visits()
+    np.testing.assert_allclose(due, np.where(np.arange(100) < 10, 0.6 + 4.0, 0.6))
+    visits = visits_of(sampler)
+    assert visits.sum() == 100
+    assert visits[:10].sum() == pytest.approx(46, abs=5)
+    off = TileSampler(np.ones(100), seed=0)
+    off.update([0], [9.0])
+    assert (visits_of(off) == 1).all()
+
+
+def test_difficulty_is_a_moving_mean_and_unknown_tiles_get_the_mean():
+    sampler = TileSampler(np.ones(4), hard_negatives=1.0)
+    sampler.update([0, 1], [1.0, 3.0])
+    np.testing.assert_allclose(sampler.expected_visits(), [0.5, 1.5, 1, 1])
+    sampler.update(torch.tensor([1]), torch.tensor([0.0], requires_grad=True))
+    assert sampler.difficulty[1] == pytest.approx(0.7 * 3)
+    with pytest.raises(InputError, match="must be finite and >= 0"):
+        sampler.update([2], [float("nan")])
