@@ -433,6 +433,11 @@ class RunningAverage(WeightAveraging):
         super().setup(trainer, pl_module, stage)
         self.module = pl_module
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the module the average, and forget it: what is saved later is the module."""
+        super().on_train_end(trainer, pl_module)
+        self._average_model = None
+
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Take part after a step: of `swa`, in the last quarter."""
         return step_idx is not None and (self.ema or self.module.share_done() >= 1 - SWA_SHARE)

@@ -207,6 +207,7 @@ def assign_anchors(
     fits = (iou >= mean + deviation) & centred  # never where it is NaN
     iou = iou.nan_to_num(-1.0)
     fits.scatter_(1, iou.argmax(dim=1, keepdim=True), value=True)
+    fits &= real  # the centre may lie far off the tile
 
     obj, place = fits.nonzero(as_tuple=True)
     chosen, value = index[obj, place], iou[obj, place]

@@ -157,7 +157,7 @@ def test_the_rate_rises_then_falls(prepared, tmp_path):
     model.training_step = spy
     model.create_trainer(root_dir=tmp_path).fit(model, train_dataloaders=module.train_dataloader())
     peak = int(np.argmax(rates))
-    assert max(rates) == pytest.approx(conf.train.lr)
+    assert 0.95 * conf.train.lr < max(rates) <= conf.train.lr
     assert peak <= len(rates) * 0.2
     assert (np.diff(rates[peak:]) <= 0).all()
     assert rates[-1] < 0.1 * max(rates)

@@ -164,12 +164,15 @@ def assign_one_by_one(boxes, anchors, grids):
                 if 0 <= r < rows and 0 <= c < columns
             ]  # fmt: skip
             first += rows * columns
+        if not candidates:
+            continue
         iou = np.array([iou_of(box, anchors[i]) for i in candidates])
         least = iou.mean() + iou.std()
+        best = candidates[iou.argmax()]
         for i, value in zip(candidates, iou, strict=True):
             centre = (anchors[i][:2] + anchors[i][2:]) / 2
             inside = (centre > box[:2]).all() and (centre < box[2:]).all()
-            fits = (value >= least and inside) or value == iou.max()
+            fits = (value >= least and inside) or i == best
             if fits and (value > held[i] or match[i] == BACKGROUND):
                 match[i], held[i] = obj, value
     return match
@@ -218,14 +221,15 @@ def test_anchors_do_not_lose_digits_to_the_precision_of_the_features():
     model = LargeRasterORModel(["a"], small_conf(), contract_of(tile_size=1024))
     image = torch.rand(1, 1, 1024, 1024)
     model.network.score_thresh = 0.0
+    torch.nn.init.zeros_(model.network.head.regression_head.bbox_reg.weight)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         (found,) = model(image)
     assert found["boxes"].dtype == torch.float32
-    # a new head moves no box: each lies on its anchor, at a multiple of four pixels
+    # this head moves no box: each lies on its anchor, at a multiple of four pixels
     centre = (found["boxes"][:, :2] + found["boxes"][:, 2:]) / 2
     inner = ((found["boxes"] > 0) & (found["boxes"] < 1024)).all(dim=1)
     assert inner.sum() > 20
-    assert (centre[inner] / 4 - (centre[inner] / 4).round()).abs().max() < 0.1
+    assert (centre[inner] / 4 - (centre[inner] / 4).round()).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("scale", [1.5, 2.0])
@@ -250,7 +254,7 @@ def test_boxes_are_learnt_by_their_overlap(box_loss):
     image = torch.rand(1, 1, 64, 64)
     target = {"boxes": torch.tensor([[21.0, 13, 37, 24]]), "labels": torch.tensor([0])}
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    for _ in range(30):
+    for _ in range(60):
         losses, _ = model.network(image, [target], detect=False)
         optimizer.zero_grad()
         sum(losses.values()).backward()
@@ -268,7 +272,11 @@ def test_anchors_cover_the_objects_of_the_sample(prepared):
 @pytest.mark.parametrize("folder", ["lunar_craters", "trees", "ships", "stars"])
 def test_anchors_cover_real_objects(folder):
     tables = [fileio.read_table(path) for path in sorted((REAL_DATA / folder).glob("*.csv"))]
-    boxes = np.concatenate([df[BOX_COLUMNS].to_numpy(float) for df in tables if "xmin" in df])
+    sides = np.concatenate(
+        [np.ptp(df[BOX_COLUMNS].to_numpy(float).reshape(-1, 2, 2), axis=1)
+         if "xmin" in df else df[["diameter"] * 2].to_numpy(float) for df in tables]
+    )  # fmt: skip
+    boxes = np.hstack([np.zeros_like(sides), sides])
     assert (best_anchor_iou(fit_anchors(boxes), boxes) > 0.5).mean() > 0.95
 
 
