@@ -231,7 +231,7 @@ def objects_of(rng, count, width, height):
     return pd.DataFrame(boxes, columns=BOX_COLUMNS).assign(label=rng.choice(["a", "b"], count))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 @given(
     st.integers(24, 60), st.integers(0, 20), st.floats(1, 3), st.floats(0.01, 1),
     st.integers(0, 2**32 - 1),
@@ -239,6 +239,7 @@ def objects_of(rng, count, width, height):
 def test_random_windows_stay_in_their_block_and_show_what_tiles_would(
     size, overlap, zoom, min_visible, seed
 ):
+    torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     widths = rng.integers(size, 4 * size, 2).tolist()
     height = int(rng.integers(size, 4 * size))
@@ -248,7 +249,7 @@ def test_random_windows_stay_in_their_block_and_show_what_tiles_would(
     views = RandomViews(tiles, boxes, {"a": 0, "b": 1}, zoom=zoom, min_visible=min_visible)
     block_of = tiles.set_index("window")["block"]
     reach = views.reach(tiles)[tiling.WINDOW_COLUMNS]
-    for row in rng.integers(len(tiles), size=8):
+    for row in rng.integers(len(tiles), size=4):
         tile = tiles.iloc[row]
         x, y, width, height = grounds[tile["block"]]
         core = tile[tiling.CORE_COLUMNS].to_numpy(dtype=float)
@@ -270,12 +271,13 @@ def test_random_windows_stay_in_their_block_and_show_what_tiles_would(
                         window.y + window.height], strict=True))  # fmt: skip
         block = dict(zip(tiling.BLOCK_COLUMNS, [x, y, x + width, y + height], strict=True))
         one = pd.DataFrame([{"window": 0, **sides, **ends, **block}])
-        expected = tiling.assign_boxes(one, cut, min_visible)
-        expected = expected.sort_values(BOX_COLUMNS)
+        expected = tiling.assign_boxes(one, cut, min_visible).replace({"label": {"a": 0, "b": 1}})
+        expected = expected[[*BOX_COLUMNS, "label"]].to_numpy(dtype=float)
         found, labels = views.boxes_in(tile["block"], window)
-        order = np.lexsort(found.T[::-1])
-        np.testing.assert_allclose(found[order], expected[BOX_COLUMNS])
-        assert labels[order].tolist() == expected["label"].map({"a": 0, "b": 1}).tolist()
+        found = np.hstack([found, labels[:, None]])
+        np.testing.assert_allclose(
+            found[np.lexsort(found.T)], expected[np.lexsort(expected.T)], atol=1e-9
+        )
 
 
 @pytest.mark.parametrize(("overlap", "height", "slack"), [(0, 160, 0.15), (8, 152, 0.2)])
