@@ -56,9 +56,10 @@ class RandomViews:
     """Windows about a tile, moved and zoomed at random, with all objects of the tile's block.
 
     The centre of a window is drawn from the tile's core, half a step of the grid to each side. The
-    cores partition the block, so that an epoch sees all its ground about equally; only the edges,
-    over which no window may reach, are seen less. The window is then moved into its block, that is
-    off the ground of other splits. Objects are known as far as they lie in the block.
+    cores partition the block, so that an epoch sees its ground about equally. The window is then
+    moved into its block, off the ground of other splits, so that along the block's edge pixels are
+    seen half as often, and a window away from it up to 1.5 times. Objects are known as far as they
+    lie in the block.
 
     Args:
         tiles: All training tiles of an index, also those that are not kept: together they tell

@@ -231,7 +231,7 @@ def objects_of(rng, count, width, height):
     return pd.DataFrame(boxes, columns=BOX_COLUMNS).assign(label=rng.choice(["a", "b"], count))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 @given(
     st.integers(24, 60), st.integers(0, 20), st.floats(1, 3), st.floats(0.01, 1),
     st.integers(0, 2**32 - 1),
@@ -239,6 +239,7 @@ def objects_of(rng, count, width, height):
 def test_random_windows_stay_in_their_block_and_show_what_tiles_would(
     size, overlap, zoom, min_visible, seed
 ):
+    torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     widths = rng.integers(size, 4 * size, 2).tolist()
     height = int(rng.integers(size, 4 * size))
@@ -248,7 +249,7 @@ def test_random_windows_stay_in_their_block_and_show_what_tiles_would(
     views = RandomViews(tiles, boxes, {"a": 0, "b": 1}, zoom=zoom, min_visible=min_visible)
     block_of = tiles.set_index("window")["block"]
     reach = views.reach(tiles)[tiling.WINDOW_COLUMNS]
-    for row in rng.integers(len(tiles), size=8):
+    for row in rng.integers(len(tiles), size=4):
         tile = tiles.iloc[row]
         x, y, width, height = grounds[tile["block"]]
         core = tile[tiling.CORE_COLUMNS].to_numpy(dtype=float)
@@ -270,33 +271,37 @@ def test_random_windows_stay_in_their_block_and_show_what_tiles_would(
                         window.y + window.height], strict=True))  # fmt: skip
         block = dict(zip(tiling.BLOCK_COLUMNS, [x, y, x + width, y + height], strict=True))
         one = pd.DataFrame([{"window": 0, **sides, **ends, **block}])
-        expected = tiling.assign_boxes(one, cut, min_visible)
-        expected = expected.sort_values(BOX_COLUMNS)
+        expected = tiling.assign_boxes(one, cut, min_visible).replace({"label": {"a": 0, "b": 1}})
+        expected = expected[[*BOX_COLUMNS, "label"]].to_numpy(dtype=float)
         found, labels = views.boxes_in(tile["block"], window)
-        order = np.lexsort(found.T[::-1])
-        np.testing.assert_allclose(found[order], expected[BOX_COLUMNS])
-        assert labels[order].tolist() == expected["label"].map({"a": 0, "b": 1}).tolist()
+        found = np.hstack([found, labels[:, None]])
+        np.testing.assert_allclose(
+            found[np.lexsort(found.T)], expected[np.lexsort(expected.T)], atol=1e-9
+        )
 
 
-@pytest.mark.parametrize(("overlap", "height", "slack"), [(0, 96, 0.1), (8, 104, 0.35)])
+@pytest.mark.parametrize(("overlap", "height", "slack"), [(0, 160, 0.15), (8, 152, 0.2)])
 def test_random_windows_see_all_ground_about_equally(overlap, height, slack):
-    df = objects_of(np.random.default_rng(0), 5, 135, 99)
-    tiles, boxes = index_of(df, [(7, 3, 128, height)], 32, overlap)
+    width = 192 if overlap == 0 else 200  # the grid fits without a remainder
+    df = objects_of(np.random.default_rng(0), 5, width, height)
+    tiles, boxes = index_of(df, [(7, 3, width, height)], 32, overlap)
     views = RandomViews(tiles, boxes, {"a": 0, "b": 1}, zoom=1.4)
     torch.manual_seed(0)
-    seen, sides = np.zeros((3 + height, 7 + 128)), []
+    seen, sides = np.zeros((3 + height, 7 + width)), []
     cores = tiles[tiling.CORE_COLUMNS].to_numpy(dtype=float)
     windows = [Window(*row) for row in tiles[tiling.WINDOW_COLUMNS].to_numpy().tolist()]
-    for _ in range(24000 // len(tiles)):
+    for _ in range(30000 // len(tiles)):
         for core, own in zip(cores, windows, strict=True):
             x, y, side, _ = views.draw(0, core, own)
             seen[y : y + side, x : x + side] += 1
             sides.append(side)
-    edge = 23  # half of the largest window
+    edge = 45  # the largest window; one moved off the edge is seen twice up to there
     inner = seen[3 + edge : -edge, 7 + edge : -edge]
     assert 1 - slack < inner.min() / inner.mean()
     assert inner.max() / inner.mean() < 1 + slack
     assert seen[3:, 7:].min() > 0.15 * inner.mean(), "a corner is seen about a quarter as often"
+    assert seen.max() < 2.5 * inner.mean(), "1.5 per axis, a window away from the edges"
+    assert seen[3:, 7:].mean() == pytest.approx(inner.mean(), rel=0.2)
     assert np.mean(np.log(np.array(sides) / 32)) == pytest.approx(0, abs=0.02)
     assert (min(sides), max(sides)) == (23, 45)
 
@@ -364,7 +369,8 @@ def test_boxes_of_random_views_lie_on_the_markers(marked, mosaic, turned):
         assert boxes.max() <= 64
         inner, outer = (torch.zeros(64, 64, dtype=torch.bool) for _ in range(2))
         for x0, y0, x1, y1 in boxes.tolist():
-            inner[round(y0 + 1) : round(y1 - 1), round(x0 + 1) : round(x1 - 1)] = True
+            right, bottom = max(round(x1 - 1), 0), max(round(y1 - 1), 0)
+            inner[round(y0 + 1) : bottom, round(x0 + 1) : right] = True
             low, high = (max(int(v - 1), 0) for v in (x0, y0)), (int(v + 2) for v in (x1, y1))
             (left, top), (right, bottom) = low, high
             outer[top:bottom, left:right] = True
