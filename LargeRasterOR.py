@@ -223,6 +223,9 @@ class LargeRasterORModel(pl.LightningModule):
         loss = self._common_step(batch, "train")
         if not float(loss.detach()) < DIVERGED:
             raise self._diverged(batch, float(loss.detach()))
+        if self.conf.train.hard_negatives:
+            rows = [int(target["tile"]) for target in batch[1]]
+            self.trainer.datamodule.sampler.update(rows, self.network.background_loss)
         return loss
 
     @torch.no_grad()

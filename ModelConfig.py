@@ -149,10 +149,43 @@ class ModelConfig:
         """Return the configuration as plain nested dictionaries, fit for JSON."""
         return asdict(self)
 
+    def with_options(self, options: Mapping[str, Any]) -> ModelConfig:
+        """Return a copy with other values of fields, by dotted names such as "train.patience".
+
+        Raises:
+            InputError: A field is unknown, or its value out of range.
+        """
+        values = self.to_dict()
+        for name, value in options.items():
+            *groups, last = name.split(".")
+            place = values
+            for group in groups:
+                place = place.get(group) if isinstance(place, dict) else None
+            if not isinstance(place, dict) or last not in place:
+                known = _dotted(values)
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+                raise InputError(f"MODEL_OPTIONS names {name!r}, which is no option; {hint}")
+            place[last] = value
+        try:
+            return self.from_dict(values)
+        except ValidationError as error:
+            lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}"
+                     for e in error.errors()]  # fmt: skip
+            raise InputError("MODEL_OPTIONS: " + "\n".join(lines)) from None
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:
         """Rebuild what `to_dict` returned."""
         return TypeAdapter(cls).validate_python(dict(values))
+
+
+def _dotted(values: Mapping[str, Any], before: str = "") -> list[str]:
+    names = []
+    for name, value in values.items():
+        inner = _dotted(value, f"{before}{name}.") if isinstance(value, dict) else None
+        names += inner or [before + name]
+    return names
 
 
 @dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True))
@@ -213,8 +246,10 @@ class RunParameters:
     STRETCH_PERCENTILES: Annotated[list[Percent], Field(min_length=2, max_length=2)]
     BACKBONE: Backbone
     WEIGHTS: str | None
+    INIT_FROM: str | None
     FPN_CHANNELS: Annotated[int, Field(ge=8, multiple_of=8)]
     OPTIMIZER: Literal["adamw", "sgd"]
+    MODEL_OPTIONS: dict[str, Any]
     PR_COMPUTE_INTERVAL: Positive
     IOU_THRESHOLD: SampleShare
     SCORE_THRESHOLD: Share
@@ -521,6 +556,7 @@ class RunParameters:
             seed=self.SEED,
             backbone=self.BACKBONE,
             weights=self.WEIGHTS,
+            init_from=self.INIT_FROM,
             fpn_channels=self.FPN_CHANNELS,
         )
         conf.train.optimizer = self.OPTIMIZER
@@ -529,4 +565,4 @@ class RunParameters:
         for stage in (conf.validation, conf.test):
             stage.iou_threshold = self.IOU_THRESHOLD
             stage.score_threshold = self.SCORE_THRESHOLD
-        return conf
+        return conf.with_options(self.MODEL_OPTIONS)

@@ -41,7 +41,7 @@ import splits
 import tiling
 from datasets import TileDataModule, class_ids
 from ImageData import BOX_COLUMNS, CENTER_COLUMNS, ImageData, InputError
-from LargeRasterOR import BEST_BY, LargeRasterORModel
+from LargeRasterOR import BEST_BY, DivergedError, LargeRasterORModel
 from logger import LoggerProtocol, get_logging_key, make_model_logger
 from ModelConfig import ModelConfig
 from networks import DataContract, detections_limit, fit_anchors
@@ -314,7 +314,15 @@ def train_iteration(
         len(module.train), len(module.validation), len(module.test), contract.anchors.sizes[0][0],
     )  # fmt: skip
     start = time.monotonic()
-    trainer.fit(model, datamodule=module)
+    try:
+        trainer.fit(model, datamodule=module)
+    except DivergedError as error:
+        named = module.train.tiles.iloc[error.tiles][["raster", *tiling.WINDOW_COLUMNS]]
+        places = "; ".join(f"{t.raster} at x {t.x}, y {t.y}" for t in named.itertuples())
+        raise InputError(
+            f"{error}. Tiles of {size} px: {places}. Look at them, or lower LEARNING_RATES; what "
+            f"was learnt until the last full epoch is in {trial_dir / 'checkpoints'}"
+        ) from error
     training_time = time.monotonic() - start
     logger.log({"training_time": training_time})
 

@@ -224,6 +224,9 @@ class TileRetinaNet(RetinaNet):
     Unlike its parent it takes a batch (B, bands, H, W), enlarges it by a factor of its own, chooses
     anchors by `assign_anchors`, learns boxes by their overlap, and returns losses and detections
     from one pass. All boxes are in px of the tile.
+
+    Attributes:
+        background_loss: Of the last batch with targets, (B,): how wrong it is where nothing lies.
     """
 
     def __init__(self, classes: int, conf: ModelConfig, contract: DataContract) -> None:
@@ -342,6 +345,7 @@ class TileRetinaNet(RetinaNet):
         focal = ops.sigmoid_focal_loss(
             logits, wanted, alpha=self.conf.focal_alpha, gamma=self.conf.focal_gamma
         ).sum(dim=-1)
+        self.background_loss = (focal.detach() * (match == BACKGROUND)).sum(dim=1)
         boxes = self.box_coder.decode_single(deltas[tile, anchor], anchors[anchor])
         overlap = BOX_LOSSES[self.conf.box_loss](boxes, truth[learnt])
         objects = max(1, len(learnt))
