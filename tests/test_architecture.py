@@ -27,7 +27,7 @@ LAYERS = [
     ["geometries"],
     ["sampledata", "annotations", "tiling", "splits", "catalogue"],
     ["datasets", "metrics", "logger", "implot"],
-    ["LargeRasterOR"],
+    ["LargeRasterOR", "atlas"],
     ["strips"],
     ["gridsearch", "predict", "preflight"],
 ]
