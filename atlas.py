@@ -171,6 +171,13 @@ def _side_by_side(found: pd.DataFrame, truth: pd.DataFrame) -> tuple[np.ndarray,
     return boxes[: len(found)], boxes[len(found) :]
 
 
+def count_errors(errors: pd.DataFrame) -> pd.DataFrame:
+    """Count errors: a row for each kind, a column for each label, and last `(all)` labels."""
+    counts = pd.crosstab(errors["kind"].astype(str), errors["label"])
+    counts = counts.reindex(pd.Index(KINDS, name="kind"), fill_value=0)
+    return counts.assign(**{"(all)": counts.sum(axis=1)})
+
+
 def write_atlas(
     errors: pd.DataFrame, rasters: Mapping[str, fileio.Raster], folder: Path
 ) -> list[Path]:
