@@ -6,11 +6,14 @@ import time
 
 import numpy as np
 import pandas as pd
+import pyogrio
 import pytest
+import rasterio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import atlas
+import fileio
 import metrics
 from ImageData import BOX_COLUMNS, InputError
 
@@ -178,3 +181,76 @@ def test_tables_that_do_not_belong_together_are_refused():
     for threshold in (0.2, 0.99):
         with pytest.raises(InputError, match=f"at an IoU of {threshold}"):
             atlas.classify_errors(detections.assign(xmin=[0.2, 55]), objects, THRESHOLD, threshold)
+
+
+def raster_at(path, crs=None, width=64, height=48, **profile):
+    transform = rasterio.Affine(2, 0, 500_000, 0, -2, 4_000_000)
+    place = {"crs": crs, "transform": transform} if crs else {}
+    profile = {"width": width, "height": height, "count": 1, "dtype": "uint8"} | profile
+    with fileio.create_raster(path, **profile, **place) as dst:
+        dst.write(np.zeros((profile["count"], height, width), profile["dtype"]))
+    return fileio.read_raster(path)
+
+
+def errors_of_two_rasters():
+    parts = [
+        tables_of(
+            [at(0), at(1), at(20), at(46)], [0.9, 0.8, 0.7, 0.6], ["b", "a", "a", "a"],
+            [at(0), at(40), at(54)], ["a", "a", "b"], block=block, raster=raster,
+        )
+        for block, raster in enumerate(["mapped", "plain"])
+    ]  # fmt: skip
+    return classify(*(pd.concat(tables, ignore_index=True) for tables in zip(*parts, strict=True)))
+
+
+def test_errors_are_counted_by_kind_and_label():
+    counts = atlas.count_errors(errors_of_two_rasters())
+    assert counts.index.tolist() == list(atlas.KINDS)
+    assert counts["(all)"].tolist() == [2, 2, 2, 2, 2]
+    assert counts.loc["missed", ["a", "b"]].tolist() == [0, 2]
+    assert atlas.count_errors(classify(*tables_of([], [], [], [], [])))["(all)"].tolist() == [0] * 5
+
+
+def test_an_atlas_has_a_layer_of_each_kind_on_the_map(tmp_path):
+    errors = errors_of_two_rasters()
+    rasters = {
+        "mapped": raster_at(tmp_path / "mapped.tif", "EPSG:32633"),
+        "plain": raster_at(tmp_path / "plain.tif"),
+        "flawless": raster_at(tmp_path / "flawless.tif"),
+    }
+    paths = atlas.write_atlas(errors, rasters, tmp_path / "errors")
+    assert [path.name for path in paths] == ["mapped.gpkg", "plain.csv"]
+    layers = dict(pyogrio.list_layers(paths[0]))
+    assert layers == dict.fromkeys(atlas.KINDS, "Polygon") | {"layer_styles": None}
+    missed = pyogrio.read_dataframe(paths[0], layer="missed")
+    assert missed.crs.to_epsg() == 32633
+    assert missed["score"].isna().all()
+    assert missed[["kind", "label", "object"]].to_numpy().tolist() == [["missed", "b", 2]]
+    x, y = 500_000, 4_000_000
+    assert missed.total_bounds.tolist() == [x + 108, y - 20, x + 128, y]
+    nearly = pyogrio.read_dataframe(paths[0], layer="mislocalised")
+    assert nearly[["true_label", "score", "iou"]].to_numpy().tolist() == [["a", 0.6, 0.25]]
+    assert not {*BOX_COLUMNS, *atlas.TRUE_BOX_COLUMNS} & set(nearly.columns)
+    table = pd.read_csv(paths[1])
+    assert set(table.columns) == set(atlas.COLUMNS)
+    expected = errors[errors["raster"] == "plain"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(
+        table[atlas.COLUMNS], expected.astype({"kind": str}), check_dtype=False
+    )
+
+
+def test_notes_in_an_atlas_stay_until_the_errors_change(tmp_path):
+    errors = errors_of_two_rasters()
+    rasters = {name: raster_at(tmp_path / f"{name}.tif") for name in ("mapped", "plain")}
+    folder = tmp_path / "errors"
+    first, second = atlas.write_atlas(errors, rasters, folder)
+    first.write_text(noted := first.read_text() + "a note")
+    assert atlas.write_atlas(errors, rasters, folder) == [first, second]
+    assert first.read_text() == noted
+    fewer = errors[errors["raster"] == "mapped"]
+    assert atlas.write_atlas(fewer, rasters, folder) == [first]
+    assert "a note" not in first.read_text()
+    assert not second.exists()
+    with pytest.raises(InputError, match=r"errors lie on \['mapped'\]"):
+        atlas.write_atlas(errors, {"plain": rasters["plain"]}, folder)
+    assert atlas.write_atlas(errors[:0], rasters, folder) == []
