@@ -33,7 +33,7 @@ WIDTH = 9.0  # inches, a notebook's cell
 TRUTH_COLOR, DETECTION_COLOR = COLORS[1], COLORS[0]  # of the boxes of an error
 CONTEXT = 3.0  # side of an error's cut-out, in sides of what it shows
 LEAST_CUTOUT = 32  # px
-CAPTION = 24  # letters of a caption's line
+CAPTION = 28  # letters of a caption's line
 
 
 def use_backend(*, interactive: bool) -> bool:
@@ -67,10 +67,10 @@ def _axes(ax: Axes | None, size: tuple[float, float] = (WIDTH, 4.0)) -> Axes:
     return plt.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
 
 
-def _grid(count: int, columns: int, side: float) -> tuple[Figure, list[Axes]]:
+def _grid(count: int, columns: int, side: float, caption: float = 0.0) -> tuple[Figure, list[Axes]]:
     rows = -(-count // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(side * columns, side * rows + 0.3), squeeze=False,
+        rows, columns, figsize=(side * columns, (side + caption) * rows + 0.3), squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for ax in axes.flat[count:]:
@@ -466,21 +466,21 @@ def plot_errors(
     count = count or columns * (1 if kind is None else 5)
     shown = {k: errors[errors["kind"] == k].head(count) for k in kinds}
     rows = {k: -(-len(mine) // columns) for k, mine in shown.items()}
-    figure, axes = _grid(columns * max(sum(rows.values()), 1), columns, WIDTH / columns)
+    slots = columns * max(sum(rows.values()), 1)
+    figure, axes = _grid(slots, columns, WIDTH / columns, caption=0.4)
     for ax in axes:
         ax.axis("off")
     for k, mine in shown.items():
-        total = (errors["kind"] == k).sum()
         place, axes = axes[: columns * rows[k]], axes[columns * rows[k] :]
         for ax, error in zip(place, mine.itertuples(), strict=False):
             _draw_error(ax, error, rasters[error.raster], objects)
-        place[0].set_ylabel(f"{k}: {len(mine)} of {total}", fontsize="small")
     handles = [
         Line2D([], [], color=TRUTH_COLOR, label="truth"),
         Line2D([], [], color=DETECTION_COLOR, linestyle="--", label="detection"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
-    figure.suptitle(f"{len(errors)} errors" if kinds else "No errors", fontsize="medium")
+    counts = [f"{len(mine)} of {(errors['kind'] == k).sum()} {k}" for k, mine in shown.items()]
+    figure.suptitle(", ".join(counts) or "no errors", fontsize="medium")
     return figure
 
 
@@ -503,12 +503,9 @@ def _draw_error(
     if error.kind != "missed":
         _draw_boxes(ax, box, DETECTION_COLOR, linestyles="--", linewidths=1.5)
     known = error.kind == "spurious" or error.label == error.true_label
-    lines = [
-        error.kind,
-        str(error.label) if known else f"{error.label}, is {error.true_label}",
-        "never seen" if np.isnan(error.score) else f"{error.score:.2f}, IoU {error.iou:.2f}",
-    ]
-    ax.set_title("\n".join(map(_shorten, lines)), fontsize="x-small")
+    seen = "never seen" if np.isnan(error.score) else f"{error.score:.2f}, IoU {error.iou:.2f}"
+    label = str(error.label) if known else f"{error.label}, is {error.true_label}"
+    ax.set_title("\n".join(map(_shorten, [f"{error.kind} {seen}", label])), fontsize="x-small")
     ax.axis("on")
     ax.set(xticks=[], yticks=[], ylabel="")
     ax.set_xlabel(
