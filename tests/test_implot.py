@@ -164,13 +164,10 @@ def test_a_contact_sheet_has_a_row_of_cut_outs_for_each_kind(prepared):
     errors = error_table(image.image_identifier)
     figure = implot.plot_errors(errors, {image.image_identifier: image.raster})
     shown = [ax for ax in figure.axes if ax.images]
-    assert [ax.get_title().split("\n")[0] for ax in shown] == ["missed"] * 3 + ["spurious"] * 6
-    assert [ax.get_ylabel() for ax in (shown[0], shown[3])] == [
-        "missed: 3 of 3",
-        "spurious: 6 of 8",
-    ]
-    assert shown[0].get_title().split("\n")[1:] == ["crater", "0.30, IoU 0.25"]
-    assert shown[1].get_title().endswith("never seen")
+    assert [ax.get_title().split()[0] for ax in shown] == ["missed"] * 3 + ["spurious"] * 6
+    assert figure.get_suptitle() == "3 of 3 missed, 6 of 8 spurious"
+    assert shown[0].get_title() == "missed 0.30, IoU 0.25\ncrater"
+    assert shown[1].get_title() == "missed never seen\ncrater"
     assert {boxes_drawn(ax) for ax in shown} == {1}
     (y1, y0), (x0, x1) = shown[0].get_ylim(), shown[0].get_xlim()
     assert (x0, x1, y0, y1) == (-11, 21, -12, 20)  # 32 px around its centre, beyond the raster
@@ -178,7 +175,7 @@ def test_a_contact_sheet_has_a_row_of_cut_outs_for_each_kind(prepared):
     x0, x1 = shown[2].get_xlim()
     assert x1 - x0 == 60  # three sides of the object
     one = implot.plot_errors(errors, {image.image_identifier: image.raster}, "spurious", count=7)
-    assert one.axes[0].get_ylabel() == "spurious: 7 of 8"
+    assert one.get_suptitle() == "7 of 8 spurious"
     assert sum(bool(ax.images) for ax in one.axes) == 7
     assert not any(ax.images for ax in implot.plot_errors(errors[:0], {}).axes)
 
