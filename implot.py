@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 SPLIT_COLORS = {"train": "#0072B2", "validation": "#E69F00", "test": "#009E73"}
 MAX_SIDE = 1024  # px; larger views are read decimated
 WIDTH = 9.0  # inches, a notebook's cell
-TRUTH_COLOR, DETECTION_COLOR = COLORS[1], COLORS[0]  # of the boxes of an error
+TRUTH_COLOR, DETECTION_COLOR = COLORS[1], COLORS[4]  # of the boxes of an error
 CONTEXT = 3.0  # side of an error's cut-out, in sides of what it shows
 LEAST_CUTOUT = 32  # px
 CAPTION = 28  # letters of a caption's line
@@ -467,7 +467,8 @@ def plot_errors(
     shown = {k: errors[errors["kind"] == k].head(count) for k in kinds}
     rows = {k: -(-len(mine) // columns) for k, mine in shown.items()}
     slots = columns * max(sum(rows.values()), 1)
-    figure, axes = _grid(slots, columns, WIDTH / columns, caption=0.4)
+    figure, axes = _grid(slots, columns, WIDTH / columns, caption=0.45)
+    figure.get_layout_engine().set(h_pad=0.08)  # inches, between the captions of two rows
     for ax in axes:
         ax.axis("off")
     for k, mine in shown.items():

@@ -168,7 +168,7 @@ def test_a_hundred_thousand_objects_take_seconds():
     detections, truth = scattered(1, 25_000, 30_000, blocks=4, extent=4000.0)
     start = time.process_time()
     errors = classify(detections, truth)
-    assert time.process_time() - start < 30
+    assert time.process_time() - start < 10
     assert len(errors) > 10_000
 
 
