@@ -86,7 +86,7 @@ def classify_errors(
     truth = objects[objects["counted"].astype(bool)].reset_index(drop=True)
     target = _targets(found, truth)
     matched, scores = target >= 0, found["score"].to_numpy(dtype=float)
-    finder = np.full(len(truth), -1)
+    finder = np.full(len(truth), -1)  # of each object, under the threshold or not
     finder[target[matched]] = np.flatnonzero(matched)
     shown = scores >= score_threshold
     explained = np.zeros(len(truth), dtype=bool)
@@ -94,7 +94,7 @@ def classify_errors(
 
     kind = np.where(matched, "mislabelled", "spurious").astype(object)
     boxes, true_boxes = _side_by_side(found, truth)
-    free = np.flatnonzero(shown & ~matched)
+    free = np.flatnonzero(shown & ~matched)  # what found nothing is to be explained
     of_box, of_truth = shapely.STRtree(shapely.box(*true_boxes.T)).query(
         shapely.box(*boxes[free].T)
     )
@@ -105,6 +105,7 @@ def classify_errors(
     twins = twins[np.argsort(pairs_iou[twins], kind="stable")]  # what is written last stays
     target[of_box[twins]], kind[of_box[twins]] = of_truth[twins], "duplicate"
 
+    # one to one, so that no object is told of twice
     free, open_ = free[kind[free] == "spurious"], np.flatnonzero(~explained)
     near = metrics.match_boxes(boxes[free], scores[free], true_boxes[open_], LEAST_IOU)
     free, near = free[near >= 0], open_[near[near >= 0]]
