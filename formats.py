@@ -559,6 +559,7 @@ def annotation_writer(
     *,
     shape: str = "own",
     layer: str | None = None,
+    layer_column: str | None = None,
 ) -> Iterator[Callable[[pd.DataFrame], None]]:
     """Open an annotation file that is written chunk by chunk, in memory for one chunk.
 
@@ -574,6 +575,9 @@ def annotation_writer(
             box for its bounds, and the box otherwise), "box", or "circle" (of `CIRCLE_SIDES` sides,
             around the centre `pixel_x, pixel_y` with `diameter`, which by default are the box's).
         layer: Name of the layer in GeoPackage and GeoJSON; None takes the file's.
+        layer_column: Column of the chunks whose values name the layers of a GeoPackage, each drawn
+            in a colour of its own; a categorical one makes a layer of every category. Other formats
+            have one layer.
 
     Yields:
         A function that writes a chunk: a frame like that of `write_annotations`.
@@ -593,7 +597,9 @@ def annotation_writer(
     columns: list[str] = []
     with (
         atomic_path(path) as temporary,
-        opened(_Output(path, temporary, raster, labels, shape, layer or path.stem)) as write,
+        opened(
+            _Output(path, temporary, raster, labels, shape, layer or path.stem, layer_column)
+        ) as write,
     ):
 
         def append(df: pd.DataFrame) -> None:
@@ -636,6 +642,7 @@ class _Output:
     labels: list[str]
     shape: str
     layer: str
+    layer_column: str | None
 
 
 @contextmanager
@@ -660,50 +667,71 @@ def _gpkg_writer(out: _Output) -> Iterator[Callable[[pd.DataFrame], None]]:
     code = crs and crs.to_epsg()
     described = f"EPSG:{code}" if code else crs and crs.to_wkt("WKT1_GDAL")
     as_table = _tables(out)
-    unlabelled = False
+    unlabelled, layers = False, set()
 
     def append(df: pd.DataFrame) -> None:
         nonlocal unlabelled
         unlabelled |= bool(df["label"].isna().any())
         single = out.shape != "own" or "geometry" not in df.columns
+        parts = _layers(df, out)
+        layers.update(parts)
         with _writing(out.path), warnings.catch_warnings(action="ignore", category=UserWarning):
-            pyogrio.write_arrow(  # warns that a raster without CRS makes a file without CRS
-                as_table(df), out.temporary, layer=out.layer, driver="GPKG", crs=described,
-                geometry_name="geometry", append=out.temporary.exists(),
-                geometry_type="Polygon" if single else "Unknown",
-            )  # fmt: skip
+            table = as_table(df)
+            for layer, rows in parts.items():
+                pyogrio.write_arrow(  # warns that a raster without CRS makes a file without CRS
+                    table.filter(pyarrow.array(rows)), out.temporary, layer=layer, driver="GPKG",
+                    crs=described, geometry_name="geometry", append=out.temporary.exists(),
+                    geometry_type="Polygon" if single else "Unknown",
+                )  # fmt: skip
 
     try:
         yield append
-        _write_style(out, imutils.label_colors(out.labels) | ({"": REST} if unlabelled else {}))
+        if layers == {out.layer}:
+            colors = imutils.label_colors(out.labels) | ({"": REST} if unlabelled else {})
+            styles = [_style(out, out.layer, "label", colors)] if colors else []
+        else:
+            colors = imutils.label_colors(layers)
+            styles = [_style(out, name, out.layer_column, {name: colors[name]}) for name in colors]
+        _write_styles(out, styles)
     finally:
         for suffix in ("-journal", "-wal", "-shm"):  # of SQLite, where a transaction broke
             out.temporary.with_name(out.temporary.name + suffix).unlink(missing_ok=True)
 
 
-def _write_style(out: _Output, colors: Mapping[str, str]) -> None:
-    """Add the table in which QGIS keeps the styles of a GeoPackage's layers, and one as default."""
-    if not colors:
-        return
-    style = {
-        "f_table_catalog": "", "f_table_schema": "", "f_table_name": out.layer,
-        "f_geometry_column": pyogrio.read_info(out.temporary, layer=out.layer)["geometry_name"],
-        "styleName": "labels", "styleQML": _qml(colors), "styleSLD": "", "useAsDefault": True,
-        "description": "one colour per label", "owner": "", "ui": "",
+def _layers(df: pd.DataFrame, out: _Output) -> dict[str, np.ndarray]:
+    """Return the layers of a chunk, and the rows (bool) of each."""
+    if out.layer_column not in df.columns:
+        return {out.layer: np.ones(len(df), dtype=bool)}
+    names = pd.Categorical(df[out.layer_column])
+    return {str(name): names == name for name in names.categories}
+
+
+def _style(out: _Output, layer: str, column: str, colors: Mapping[str, str]) -> dict[str, object]:
+    return {
+        "f_table_catalog": "", "f_table_schema": "", "f_table_name": layer,
+        "f_geometry_column": pyogrio.read_info(out.temporary, layer=layer)["geometry_name"],
+        "styleName": f"{column}s", "styleQML": _qml(column, colors), "styleSLD": "",
+        "useAsDefault": True, "description": f"one colour per {column}", "owner": "", "ui": "",
         "update_time": pd.Timestamp.now("UTC"),
     }  # fmt: skip
+
+
+def _write_styles(out: _Output, styles: Sequence[Mapping[str, object]]) -> None:
+    """Add the table in which QGIS keeps the styles of a GeoPackage's layers, all as defaults."""
+    if not styles:
+        return
     with _writing(out.path):
         pyogrio.write_dataframe(
-            pd.DataFrame([style]), out.temporary, layer=STYLES, driver="GPKG",
+            pd.DataFrame(styles), out.temporary, layer=STYLES, driver="GPKG",
             layer_options={"FID": "id"},
         )  # fmt: skip
 
 
-def _qml(colors: Mapping[str, str]) -> str:
-    """Describe outlines in the colour of their label as QGIS does; "" is every other label."""
+def _qml(column: str, colors: Mapping[str, str]) -> str:
+    """Describe outlines in the colour of a column's value as QGIS does; "" is every other one."""
     root = ElementTree.Element("qgis", version="3.22", styleCategories="Symbology")
     add = ElementTree.SubElement
-    renderer = add(root, "renderer-v2", type="categorizedSymbol", attr="label")
+    renderer = add(root, "renderer-v2", type="categorizedSymbol", attr=column)
     categories, symbols = add(renderer, "categories"), add(renderer, "symbols")
     for number, (label, color) in enumerate(colors.items()):
         names = {"value": label, "label": label, "type": "string"}

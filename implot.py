@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -29,6 +30,10 @@ log = logging.getLogger(__name__)
 SPLIT_COLORS = {"train": "#0072B2", "validation": "#E69F00", "test": "#009E73"}
 MAX_SIDE = 1024  # px; larger views are read decimated
 WIDTH = 9.0  # inches, a notebook's cell
+TRUTH_COLOR, DETECTION_COLOR = COLORS[1], COLORS[4]  # of the boxes of an error
+CONTEXT = 3.0  # side of an error's cut-out, in sides of what it shows
+LEAST_CUTOUT = 32  # px
+CAPTION = 28  # letters of a caption's line
 
 
 def use_backend(*, interactive: bool) -> bool:
@@ -62,10 +67,10 @@ def _axes(ax: Axes | None, size: tuple[float, float] = (WIDTH, 4.0)) -> Axes:
     return plt.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
 
 
-def _grid(count: int, columns: int, side: float) -> tuple[Figure, list[Axes]]:
+def _grid(count: int, columns: int, side: float, caption: float = 0.0) -> tuple[Figure, list[Axes]]:
     rows = -(-count // columns)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(side * columns, side * rows + 0.3), squeeze=False,
+        rows, columns, figsize=(side * columns, (side + caption) * rows + 0.3), squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for ax in axes.flat[count:]:
@@ -435,6 +440,82 @@ def plot_detections(
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     figure.suptitle(f"{image.image_identifier}, test block {block['block']}", fontsize="medium")
     return figure
+
+
+def plot_errors(
+    errors: pd.DataFrame,
+    rasters: Mapping[str, fileio.Raster],
+    kind: str | None = None,
+    count: int | None = None,
+    columns: int = 6,
+    objects: pd.DataFrame | None = None,
+) -> Figure:
+    """Draw the first errors of each kind as cut-outs of their rasters, a contact sheet.
+
+    Only the cut-outs are read. Each is stretched on its own; ground beyond the raster is black.
+
+    Args:
+        errors: See `atlas.classify_errors`; shown in this order, there by falling confidence.
+        rasters: Identifier -> raster.
+        kind: The kind to show; None shows all.
+        count: Cut-outs of a kind; None shows one row of each kind, or five of the one.
+        columns: Cut-outs in a row.
+        objects: `objects.csv` of the trial; those around an error are then drawn dotted.
+    """
+    kinds = [k for k in errors["kind"].unique() if kind in (None, k)]
+    count = count or columns * (1 if kind is None else 5)
+    shown = {k: errors[errors["kind"] == k].head(count) for k in kinds}
+    rows = {k: -(-len(mine) // columns) for k, mine in shown.items()}
+    slots = columns * max(sum(rows.values()), 1)
+    figure, axes = _grid(slots, columns, WIDTH / columns, caption=0.45)
+    figure.get_layout_engine().set(h_pad=0.08)  # inches, between the captions of two rows
+    for ax in axes:
+        ax.axis("off")
+    for k, mine in shown.items():
+        place, axes = axes[: columns * rows[k]], axes[columns * rows[k] :]
+        for ax, error in zip(place, mine.itertuples(), strict=False):
+            _draw_error(ax, error, rasters[error.raster], objects)
+    handles = [
+        Line2D([], [], color=TRUTH_COLOR, label="truth"),
+        Line2D([], [], color=DETECTION_COLOR, linestyle="--", label="detection"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    counts = [f"{len(mine)} of {(errors['kind'] == k).sum()} {k}" for k, mine in shown.items()]
+    figure.suptitle(", ".join(counts) or "no errors", fontsize="medium")
+    return figure
+
+
+def _draw_error(
+    ax: Axes, error: NamedTuple, raster: fileio.Raster, objects: pd.DataFrame | None
+) -> None:
+    box = np.array([getattr(error, name) for name in BOX_COLUMNS])
+    truth = np.array([getattr(error, f"true_{name}") for name in BOX_COLUMNS])
+    low, high = np.fmin(box, truth)[:2], np.fmax(box, truth)[2:]
+    side = int(np.ceil(max(LEAST_CUTOUT, CONTEXT * (high - low).max())))
+    x, y = np.floor((low + high - side) / 2).astype(int).tolist()
+    show_window(ax, raster, Window(x, y, side, side))
+    if objects is not None:
+        near = objects[(objects["raster"] == error.raster) & objects["counted"]]
+        near = near[near["xmin"].lt(x + side) & near["xmax"].gt(x)
+                    & near["ymin"].lt(y + side) & near["ymax"].gt(y)]  # fmt: skip
+        _draw_boxes(ax, near[BOX_COLUMNS], TRUTH_COLOR, linestyles=":")
+    if np.isfinite(truth).all():
+        _draw_boxes(ax, truth, TRUTH_COLOR, linewidths=1.5)
+    if error.kind != "missed":
+        _draw_boxes(ax, box, DETECTION_COLOR, linestyles="--", linewidths=1.5)
+    known = error.kind == "spurious" or error.label == error.true_label
+    seen = "never seen" if np.isnan(error.score) else f"{error.score:.2f}, IoU {error.iou:.2f}"
+    label = str(error.label) if known else f"{error.label}, is {error.true_label}"
+    ax.set_title("\n".join(map(_shorten, [f"{error.kind} {seen}", label])), fontsize="x-small")
+    ax.axis("on")
+    ax.set(xticks=[], yticks=[], ylabel="")
+    ax.set_xlabel(
+        _shorten(f"{error.pixel_x:.0f}, {error.pixel_y:.0f} {error.raster}"), fontsize="xx-small"
+    )
+
+
+def _shorten(line: str) -> str:
+    return line if len(line) <= CAPTION else f"{line[: CAPTION - 1]}…"
 
 
 def plot_catalogue(raster: fileio.Raster, catalogue: pd.DataFrame, max_side: int = 512) -> Figure:

@@ -27,7 +27,7 @@ LAYERS = [
     ["geometries"],
     ["sampledata", "annotations", "tiling", "splits", "catalogue"],
     ["datasets", "metrics", "logger", "implot"],
-    ["networks"],
+    ["networks", "atlas"],
     ["LargeRasterOR"],
     ["strips"],
     ["gridsearch", "predict", "preflight"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import tempfile
 from contextlib import closing
@@ -393,6 +394,33 @@ def test_a_geopackage_has_a_style_with_a_colour_per_label(tmp_path, place):
     assert out.df["label"].tolist() == labels[:2]
     with pytest.raises(InputError, match="has no layer 'layer_styles'"):
         formats.read_annotation_file(path, canvas(place), layer="layer_styles")
+
+
+@pytest.mark.parametrize("place", ["none", "moon, turned"])
+def test_a_column_names_the_layers_of_a_geopackage(tmp_path, place):
+    kinds = pd.CategoricalDtype(["wet", "dry", "never"])
+    first, second = (
+        table_of([(1, 1, 2, 2), (3, 3, 5, 6)], ["a", "b"], n=n, kind=pd.Series(kind, dtype=kinds))
+        for n, kind in (([1.5, np.nan], ["wet", "wet"]), ([2.5, 3.5], ["dry", "wet"]))
+    )
+    path = write_chunks(
+        tmp_path / "x.gpkg", [first, second], canvas(place), ["a", "b"], layer_column="kind"
+    )
+    layers = dict(pyogrio.list_layers(path))
+    assert layers == dict.fromkeys(kinds.categories, "Polygon") | {"layer_styles": None}
+    read = {
+        layer: formats.read_annotation_file(path, canvas(place), layer=layer)
+        for layer in ("wet", "dry")
+    }
+    np.testing.assert_array_equal(read["wet"].df["n"], [1.5, np.nan, 3.5])
+    assert read["dry"].df[["label", "n"]].to_numpy().tolist() == [["a", 2.5]]
+    assert {len(layer.df.columns) for layer in read.values()} == {5}
+    assert len(pyogrio.read_dataframe(path, layer="never")) == 0
+    with closing(sqlite3.connect(path)) as database:
+        styles = dict(database.execute("SELECT f_table_name, styleQML FROM layer_styles"))
+    assert set(styles) == set(kinds.categories)
+    colors = {re.search(r'line_color" value="([^"]+)', qml)[1] for qml in styles.values()}
+    assert len(colors) == 3
 
 
 def test_objects_without_a_label_are_drawn_too(tmp_path):

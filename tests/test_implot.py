@@ -9,8 +9,9 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
+import fileio
 import implot
-from ImageData import Window
+from ImageData import BOX_COLUMNS, Window
 
 
 @pytest.fixture(autouse=True)
@@ -143,3 +144,61 @@ def test_a_catalogue_is_drawn_in_detail_and_as_a_whole(prepared):
 
 def test_a_session_without_a_notebook_keeps_its_backend():
     assert implot.use_backend(interactive=True) is False
+
+
+def error_table(raster):
+    kinds = ["missed"] * 3 + ["spurious"] * 8
+    boxes = np.array(
+        [[0, 0, 10, 8], [60, 60, 70, 70], [620, 500, 640, 512]] + [[30, 30, 38, 42]] * 8
+    )
+    table = pd.DataFrame(boxes, columns=BOX_COLUMNS)
+    truth = table.head(3).reindex(table.index).add_prefix("true_")
+    return pd.concat([table, truth], axis=1).assign(
+        kind=kinds, raster=raster, label="crater", true_label="crater", pixel_x=1, pixel_y=2,
+        score=[0.3, np.nan, np.nan, *np.linspace(0.9, 0.6, 8)], iou=0.25,
+    )  # fmt: skip
+
+
+def test_a_contact_sheet_has_a_row_of_cut_outs_for_each_kind(prepared):
+    image = prepared.images[0]
+    errors = error_table(image.image_identifier)
+    figure = implot.plot_errors(errors, {image.image_identifier: image.raster})
+    shown = [ax for ax in figure.axes if ax.images]
+    assert [ax.get_title().split()[0] for ax in shown] == ["missed"] * 3 + ["spurious"] * 6
+    assert figure.get_suptitle() == "3 of 3 missed, 6 of 8 spurious"
+    assert shown[0].get_title() == "missed 0.30, IoU 0.25\ncrater"
+    assert shown[1].get_title() == "missed never seen\ncrater"
+    assert {boxes_drawn(ax) for ax in shown} == {1}
+    (y1, y0), (x0, x1) = shown[0].get_ylim(), shown[0].get_xlim()
+    assert (x0, x1, y0, y1) == (-11, 21, -12, 20)  # 32 px around its centre, beyond the raster
+    np.testing.assert_array_equal(shown[0].images[0].get_array()[:12], 0)
+    x0, x1 = shown[2].get_xlim()
+    assert x1 - x0 == 60  # three sides of the object
+    one = implot.plot_errors(errors, {image.image_identifier: image.raster}, "spurious", count=7)
+    assert one.get_suptitle() == "7 of 8 spurious"
+    assert sum(bool(ax.images) for ax in one.axes) == 7
+    assert not any(ax.images for ax in implot.plot_errors(errors[:0], {}).axes)
+
+
+def test_a_contact_sheet_reads_cut_outs_of_rasters_of_any_type(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).normal(1e-9, 1e-10, (5, 200, 300)).astype(np.float32)
+    pixels[:, :20] = np.nan
+    profile = {"width": 300, "height": 200, "count": 5, "dtype": "float32", "nodata": np.nan}
+    with fileio.create_raster(tmp_path / "x.tif", **profile) as dst:
+        dst.write(pixels)
+    raster, sizes = fileio.read_raster(tmp_path / "x.tif"), []
+    read = type(raster).read
+    monkeypatch.setattr(
+        type(raster), "read",
+        lambda self, window: sizes.append(window[2:]) or read(self, window),
+    )  # fmt: skip
+    monkeypatch.setattr(type(raster), "preview", lambda *_: pytest.fail("it was read whole"))
+    objects = pd.DataFrame([[20, 30, 45, 40], [100, 100, 110, 110]], columns=BOX_COLUMNS)
+    objects = objects.assign(raster="x", counted=[True, True])
+    figure = implot.plot_errors(error_table("x")[3:5], {"x": raster}, objects=objects)
+    assert sizes == [(36, 36)] * 2
+    assert [boxes_drawn(ax) for ax in figure.axes if ax.images] == [2, 2]
+    shown = figure.axes[0].images[0].get_array()
+    assert shown.shape == (36, 36, 3)
+    assert (shown[:2] == 0).all()
+    assert shown[2:].std() > 30

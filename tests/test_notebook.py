@@ -13,6 +13,7 @@ import pytest
 import yaml
 from conftest import PROJECT, make_samples
 
+import atlas
 import fileio
 from ImageData import BOX_COLUMNS
 
@@ -130,6 +131,20 @@ def test_objects_and_detections_tell_the_same_story(tiny_run):
     found = (objects["found_score"] >= values["score_threshold"]).sum()
     assert found == (kept["found"] >= 0).sum()
     assert values["box_recall"] == pytest.approx(found / values["objects"], abs=1e-5)
+
+
+def test_the_error_atlas_adds_up_to_the_confusion(tiny_run):
+    run = tiny_run.folder / "runs" / "tiny"
+    values = json.loads((run / "metrics.json").read_text())["values"]
+    detections, objects = (pd.read_csv(run / f"{n}.csv") for n in ("detections", "objects"))
+    errors = atlas.classify_errors(detections, objects, values["score_threshold"], 0.5)
+    counts = atlas.count_errors(errors)["(all)"]
+    confusion = pd.read_csv(run / "confusion.csv", index_col="(truth)")
+    assert counts[["missed", "mislocalised"]].sum() == confusion["(missed)"].sum()
+    background = counts[["spurious", "mislocalised", "duplicate"]].sum()
+    assert background == confusion.loc["(background)"].sum()
+    written = {path.stem for path in (run / "errors").iterdir()} - {"manifest"}
+    assert written == set(errors["raster"])
 
 
 def test_rasters_and_chips_are_written_when_asked(tiny_run):
