@@ -318,6 +318,11 @@ class RunParameters:
                 "TEST_FILENAMES names whole rasters for the test, which needs SPLIT_BY = 'raster', "
                 f"got {self.SPLIT_BY!r}"
             )
+        searched = {"batch_size": "BATCH_SIZES", "train.epochs": "N_EPOCHS",
+                    "train.lr": "LEARNING_RATES"}  # fmt: skip
+        for name in searched.keys() & self.MODEL_OPTIONS.keys():
+            raise InputError(f"MODEL_OPTIONS sets {name}, which is searched; set {searched[name]}")
+        self.model_config()  # raises where an option is wrong
         if strangers := sorted(set(self.TEST_FILENAMES or []) - set(self.IMAGE_FILENAMES)):
             raise InputError(
                 f"TEST_FILENAMES must be among IMAGE_FILENAMES, these are not: {strangers}"
