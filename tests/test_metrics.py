@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 import metrics
 from metrics import IGNORED, UNMATCHED, Ground
@@ -146,25 +151,111 @@ def test_nothing_detected_and_nothing_there_are_no_accidents():
     assert metrics.evaluate({0: empty}, ["a"], 0.5).values["box_f1"] == 0
 
 
-@pytest.mark.parametrize("count", [40, 400])
-def test_ap_is_cocos_even_with_many_detections(count):
-    """AP50 of one class against the precision envelope at COCO's 101 recalls, computed plainly."""
-    rng = np.random.default_rng(count)
-    truth = random_boxes(rng, count, extent=3000)
-    boxes = truth + rng.normal(0, 1.0, truth.shape)
-    boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 1)
-    spurious = random_boxes(rng, count // 2, extent=3000)
-    all_boxes = np.concatenate([boxes, spurious])
-    scores = np.concatenate([rng.uniform(0.3, 1, count), rng.uniform(0, 0.8, count // 2)])
-    g = ground(all_boxes, scores, np.zeros(len(scores)), truth, np.zeros(count))
-    values = metrics.evaluate({0: g}, ["a"], 0.5).values
-    correct = metrics.match_boxes(g.boxes, g.scores, g.truth_boxes, 0.5) != UNMATCHED
-    precision = np.cumsum(correct) / np.arange(1, len(correct) + 1)
-    recall = np.cumsum(correct) / count
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    at = np.searchsorted(recall, np.linspace(0, 1, 101))
-    expected = np.mean([envelope[i] if i < len(envelope) else 0.0 for i in at])
-    assert values["AP50"] == pytest.approx(expected, abs=1e-6)
+def random_grounds(rng):
+    """Draw blocks with classes, ignored objects, duplicates, spurious boxes and equal scores."""
+    grounds, classes = {}, int(rng.integers(1, 4))
+    for block in range(rng.integers(1, 5)):
+        truth = random_boxes(rng, rng.integers(0, 25), extent=rng.choice([40.0, 150.0]))
+        copies = rng.integers(0, len(truth), 2 * len(truth)) if len(truth) else []
+        near = truth[copies] + rng.normal(0, rng.choice([0.3, 3.0]), (len(copies), 4))
+        near[:, 2:] = np.maximum(near[:, 2:], near[:, :2] + 1)
+        found = np.concatenate([near, random_boxes(rng, 5)])
+        truth_labels = rng.integers(0, classes, len(truth))
+        labels = np.concatenate([truth_labels[copies], rng.integers(0, classes, 5)])
+        labels = np.where(rng.random(len(labels)) < 0.1, 0, labels)
+        scores = rng.uniform(0, 1, len(found)).round(rng.choice([1, 6]))
+        ignored = rng.random(len(truth)) < rng.choice([0, 0.3])
+        grounds[block] = ground(found, scores, labels, truth, truth_labels, ignored)
+    return grounds
+
+
+def coco_values(grounds, classes, ranges):
+    """Measure AP, AP50, AP75 and AR per range of sides (px) by COCO's code, NaN if undefined."""
+
+    def entries(boxes, labels, block, more):
+        sides = boxes[:, 2:] - boxes[:, :2]
+        return [
+            {"image_id": block, "category_id": int(label), "bbox": [*low.tolist(), *side.tolist()]}
+            | {"area": float(side.prod())} | extra
+            for low, side, label, extra in zip(boxes[:, :2], sides, labels, more, strict=True)
+        ]  # fmt: skip
+
+    truth, found = [], []
+    for block, g in grounds.items():
+        boxes, known = g.boxes.astype(float), g.truth_boxes.astype(float)
+        crowd = [{"iscrowd": int(flag)} for flag in g.truth_ignored]
+        truth += entries(known, g.truth_labels, block, crowd)
+        scores = [{"score": float(score)} for score in g.scores]
+        found += entries(boxes, g.labels, block, scores)
+    truth = [entry | {"id": i} for i, entry in enumerate(truth, 1)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = {"images": [{"id": block} for block in grounds], "annotations": truth,
+                        "categories": [{"id": c} for c in range(classes)]}  # fmt: skip
+        coco.createIndex()
+        detected = COCO()
+        detected.dataset = coco.dataset | {
+            "annotations": [e | {"id": i, "iscrowd": 0} for i, e in enumerate(found, 1)]
+        }
+        detected.createIndex()
+        run = COCOeval(coco, detected, "bbox")
+        run.params.maxDets = [10**6]
+        # a side on an edge belongs to the upper range, COCO's ranges hold both ends
+        run.params.areaRng = [[low**2, np.nextafter(high**2, 0)] for low, high in ranges]
+        run.params.areaRngLbl = [str(r) for r in ranges]
+        run.evaluate()
+        run.accumulate()
+    precision, recall = run.eval["precision"][..., 0], run.eval["recall"][..., 0]
+    valid = precision[0, 0] > -1  # (K, A)
+    result = []
+    for i in range(len(ranges)):
+        p, r = precision[:, :, valid[:, i], i], recall[:, valid[:, i], i]
+        result.append(
+            [a.mean() if a.size else np.nan for a in (p, p[0], p[5], r)]
+        )  # fmt: skip
+    return np.array(result)
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.integers(0, 2**32 - 1))
+def test_ap_and_ar_equal_cocos_own_code(seed):
+    grounds = random_grounds(np.random.default_rng(seed))
+    values = metrics.evaluate(grounds, ["a", "b", "c"], 0.5, 0.5, resamples=0).values
+    edges = [values.get(name, 1.0) for name in ("medium_from", "large_from")]
+    ranges = list(zip((0, 0, *edges), (1e5, *edges, 1e5), strict=True))
+    expected = coco_values(grounds, 3, ranges)
+    ours = [values[name] for name in ("AP", "AP50", "AP75", "AR")]
+    np.testing.assert_allclose(ours, np.nan_to_num(expected[0]), atol=1e-6)
+    sized = [values.get(f"AP_{name}", np.nan) for name in ("small", "medium", "large")]
+    np.testing.assert_allclose(sized, expected[1:, 0], atol=1e-6)
+
+
+def test_no_limit_truncates_the_detections_of_dense_ground():
+    rng = np.random.default_rng(3)
+    truth = random_boxes(rng, 1500, extent=3000)
+    found = np.concatenate([truth + rng.normal(0, 0.5, truth.shape), random_boxes(rng, 700, 3000)])
+    g = ground(found, rng.uniform(0, 1, 2200), np.zeros(2200), truth, np.zeros(1500))
+    values = metrics.evaluate({0: g}, ["a"], 0.5, 0.5).values
+    expected = coco_values({0: g}, 1, [(0, 1e5)])[0]
+    assert [values[n] for n in ("AP", "AP50", "AP75", "AR")] == pytest.approx(expected, abs=1e-6)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 12), st.integers(1, 12))
+def test_asking_all_at_once_ends_as_taking_turns_does(seed, boxes, objects):
+    rng = np.random.default_rng(seed)
+    wishes = [rng.permutation(objects)[: rng.integers(0, objects + 1)] for _ in range(boxes)]
+    endless = rng.random(objects) < 0.2
+    taken, expected = set(), []
+    for wish in wishes:
+        free = [obj for obj in wish if endless[obj] or obj not in taken]
+        expected.append(free[0] if free else -1)
+        taken |= set(free[:1])
+    of_box = np.repeat(np.arange(boxes), [len(wish) for wish in wishes])
+    of_truth = np.concatenate([np.empty(0, int), *wishes])
+    pair = metrics._take_in_turn(of_box, of_truth, boxes, endless)
+    got = np.append(of_truth, -1)[pair]
+    assert got.tolist() == expected
 
 
 def tile_of(core, offset, boxes, scores, truth, ids, owned, size=64):
