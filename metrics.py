@@ -12,17 +12,25 @@ python metrics.py catalogue.gpkg objects.csv --raster raster.tif
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import shapely
 import torch
 from torchvision.ops import batched_nms
 
+import annotations
+import fileio
 import imutils
 import tiling
+from ImageData import BOX_COLUMNS, CENTER_COLUMNS, InputError
 
 UNMATCHED = -1
 IGNORED = -2  # a detection on an ignored object, or on ground that does not count: neither way
@@ -846,3 +854,228 @@ def _intervals(
         for end, row in zip(("low", "high"), ends, strict=True)
         for name, value in zip(("AP50", *BOX_VALUES), row, strict=True)
     }
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+
+def read_ground(
+    detections: Path | str,
+    truth: Path | str,
+    raster: fileio.Raster,
+    block_size: int | None = None,
+    **options: object,
+) -> tuple[Ground, list[str]]:
+    """Read a file of detections and one of objects as one block of ground, the whole raster.
+
+    Crowds, and objects whose centre lies off the raster or on ground that does not count, are
+    ignored; detections there are stray. Boxes without area are left out.
+
+    Args:
+        detections: Annotation file of any format, with scores.
+        truth: Annotation file of any format.
+        raster: The raster of both, with its regions.
+        block_size: Side of the square parts for resampling, px; None: an eighth of the longer side.
+        options: For the objects' file, see `annotations.ReadingOptions`; a table that holds boxes
+            is read as such unless `box_source` says otherwise.
+
+    Returns:
+        The ground, and the labels of its class ids.
+
+    Raises:
+        InputError: A file cannot be used, a detection has no score, or a box no label.
+    """
+    found = _read_boxes(Path(detections), raster, {})
+    known = _read_boxes(Path(truth), raster, options)
+    if "score" not in found or found["score"].isna().any():
+        missing = int(found["score"].isna().sum()) if "score" in found else len(found)
+        raise InputError(
+            f"{detections}: {missing} of {len(found)} detections have no score; expected a number "
+            "in the column or attribute `score` of each, as predict.py writes it. If the files are "
+            "swapped: the detections come first"
+        )
+    found = found.assign(score=found["score"].astype(float))
+    found = found.sort_values("score", ascending=False, kind="stable")
+    labels = sorted({*found["label"], *known["label"]})
+    side = block_size or -(-max(raster.width, raster.height) // 8)
+    columns, rows = -(-raster.width // side), -(-raster.height // side)
+
+    def describe(df: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        x, y = df[CENTER_COLUMNS].to_numpy(float).T
+        counted = (x >= 0) & (y >= 0) & (x < raster.width) & (y < raster.height)
+        if raster.regions is not None:
+            counted &= raster.regions.contain(x, y)
+        column, row = ((v // side).clip(0, n - 1) for v, n in ((x, columns), (y, rows)))
+        ids = pd.Categorical(df["label"], labels).codes.astype(np.int64)
+        return df[BOX_COLUMNS].to_numpy(float), ids, ~counted, (row * columns + column).astype(int)
+
+    boxes, ids, stray, parts = describe(found)
+    truth_boxes, truth_ids, ignored, truth_parts = describe(known)
+    if "iscrowd" in known:
+        ignored |= (known["iscrowd"] == 1).to_numpy(bool)
+    scores = found["score"].to_numpy()
+    ground = Ground(
+        boxes, scores, ids, truth_boxes, truth_ids, ignored, stray, parts, truth_parts,
+        columns * rows,
+    )  # fmt: skip
+    return ground, labels
+
+
+def _read_boxes(path: Path, raster: fileio.Raster, options: dict[str, object]) -> pd.DataFrame:
+    if "box_source" not in options and path.suffix.lower() in (".csv", ".parquet"):
+        file = fileio.read_annotation_file(path, raster)
+        boxed = set(BOX_COLUMNS) <= set(file.df.columns)
+        options = options | {"box_source": "columns" if boxed else "diameter"}
+    df = annotations.read_annotations(path, raster, **options).df
+    df = annotations.filter_invalid_bboxes(df, raster.width, raster.height, annotations.area_filter)
+    if unnamed := int(df["label"].isna().sum()):
+        raise InputError(
+            f"{path}: {unnamed} of {len(df)} boxes have no label; name them, or give the objects' "
+            "with --default-label"
+        )
+    return df
+
+
+def tabulate(values: Mapping[str, float]) -> pd.DataFrame:
+    """Put values in rows `name, value, low, high`, with NaN where there is no interval."""
+    ends = {f"{name}_{end}" for name in values for end in ("low", "high")}
+    rows = [
+        (name, value, values.get(f"{name}_low", np.nan), values.get(f"{name}_high", np.nan))
+        for name, value in values.items()
+        if name not in ends
+    ]
+    return pd.DataFrame(rows, columns=["name", "value", "low", "high"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure detections as a command; see its `--help` for the exit codes."""
+    args = vars(_parser().parse_args(argv))
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        sys.stdout.write(_report(**args))
+    except (InputError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+def _report(
+    detections: Path,
+    truth: Path,
+    raster: str,
+    output: Path | None,
+    aoi: Path | None,
+    ignore: Path | None,
+    block_size: int | None,
+    iou_threshold: float,
+    score_threshold: float | None,
+    center_distance: float,
+    resamples: int,
+    seed: int,
+    **reading: object,
+) -> str:
+    """Measure, write the output, and return the text to print."""
+    if output is not None and output.suffix not in (".csv", ".json"):
+        raise InputError(f"the output must end in .csv or .json, got {output}; rename it")
+    opened = fileio.read_raster(raster)
+    opened = opened.with_regions(annotations.read_regions(aoi, ignore, opened, "auto"))
+    given = {name: value for name, value in reading.items() if value is not None}
+    ground, labels = read_ground(detections, truth, opened, block_size, **given)
+    evaluation = evaluate(
+        {0: ground}, labels, iou_threshold, score_threshold, center_distance=center_distance,
+        resamples=resamples, rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    values, table = evaluation.values, tabulate(evaluation.values)
+    if output is not None and output.suffix == ".csv":
+        fileio.write_table(output, table)
+    elif output is not None:
+        chosen = "best F1 on this ground" if score_threshold is None else "given"
+        made_from = {"detections": detections, "truth": truth, "raster": raster}
+        fileio.write_json(output, made_from | {"threshold": chosen, "values": values})
+
+    shown = table.set_index("name").map(lambda v: "" if np.isnan(v) else f"{v:.4g}")
+    confusion = pd.DataFrame(
+        evaluation.confusion, index=[*labels, "(background)"], columns=[*labels, "(missed)"]
+    )
+    notes = [
+        f"Numbers but the AP family count detections from score {values['score_threshold']:.4g} on."
+    ]
+    if score_threshold is None:
+        notes.append(
+            "That threshold has the best F1 on this very ground, which flatters the detector; give "
+            "--score-threshold, chosen on other ground, for an honest number."
+        )
+    interval = f"low and high: {CONFIDENCE:.0%} interval over {ground.part_count} blocks of ground."
+    notes.append(interval if "AP50_low" in values else "No intervals: they need several blocks.")
+    heading = "Rows: objects; columns: detections that found them."
+    parts = [shown.rename_axis(None).to_string(), heading, confusion.to_string(), *notes]
+    return "\n".join([parts[0], "", *parts[1:3], "", *parts[3:], ""])
+
+
+def _number(kind: type, low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must lie in {low:g} to {high:g}, got {text}")
+        return value
+
+    return parse
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="metrics.py", allow_abbrev=False,
+        description="Measure detections of a raster against its objects.",
+        epilog="Exit code: 0 measured; 1 a file cannot be used, the message says why; 2 the "
+        "command is not understood.",
+    )  # fmt: skip
+    # fmt: off
+    add = parser.add_argument
+    add("detections", type=Path, metavar="DETECTIONS",
+        help="boxes with scores, as predict.py writes them: .gpkg, .geojson, .parquet, .csv, .json "
+        "(COCO), .txt (YOLO)")
+    add("truth", type=Path, metavar="TRUTH", help="the objects: an annotation file of any format")
+    add("--raster", required=True, help="the raster of both: a file, or an address")
+    add("--output", type=Path, metavar="FILE", help="also write the table, as .csv or .json")
+    add("--iou-threshold", type=_number(float, 0.01, 1), default=0.5, metavar="IOU",
+        help="least IoU at which a detection finds an object (default: %(default)s)")
+    add("--score-threshold", type=_number(float, 0, 1), metavar="SCORE",
+        help="detections from this score on count for all but the AP family (default: the one with "
+        "the best F1 on this very ground)")
+    add("--center-distance", type=_number(float, 1e-9, 1e9), default=CENTER_DISTANCE,
+        metavar="SHARE",
+        help="largest distance of the centres, in diameters of the object (default: %(default)s)")
+    add("--aoi", type=Path, metavar="FILE", help="polygons outside which nothing counts")
+    add("--ignore", type=Path, metavar="FILE", help="polygons inside which nothing counts")
+    add("--block-size", type=_number(int, 1, 1e9), metavar="PX",
+        help="side of the blocks of ground that are resampled for the intervals (default: an "
+        "eighth of the raster's longer side); matching does not see them")
+    add("--resamples", type=_number(int, 0, 1e9), default=RESAMPLES, metavar="N",
+        help="resamples for the intervals; 0: no intervals (default: %(default)s)")
+    add("--seed", type=_number(int, 0, 1e9), default=0,
+        help="of the resamples (default: %(default)s)")
+    reading = parser.add_argument_group("how TRUTH is to be understood").add_argument
+    reading("--layer", help="layer of a vector file with several")
+    reading("--label-column", metavar="NAME", help="column with the labels (default: label)")
+    reading("--default-label", metavar="LABEL", help="label of objects without one")
+    reading("--box-source", choices=("diameter", "columns"),
+        help="of a table: boxes from centre and diameter, or from xmin, ymin, xmax, ymax (default: "
+        "columns where it has them)")
+    reading("--x-column", metavar="NAME", help="x of centres (default: pixel_x)")
+    reading("--y-column", metavar="NAME", help="y of centres (default: pixel_y)")
+    reading("--diameter-column", metavar="NAME", help="diameters (default: diameter)")
+    reading("--diameter-scale", type=_number(float, 1e-9, 1e9), metavar="FACTOR",
+        help="px, or metres on a map, per unit of the diameters (default: 1)")
+    reading("--coordinates", metavar="CRS",
+        help="auto, pixel, map (the raster's), lonlat, or a CRS such as EPSG:4326 (default: auto)")
+    reading("--attribute-filter", metavar="EXPRESSION",
+        help="which rows count, such as \"status == 'checked'\"")
+    reading("--image-column", metavar="NAME", help="column that names the raster of each row")
+    # fmt: on
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
