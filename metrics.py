@@ -987,7 +987,8 @@ def _report(
         {0: ground}, labels, iou_threshold, score_threshold, center_distance=center_distance,
         resamples=resamples, rng=np.random.default_rng(seed),
     )  # fmt: skip
-    values, table = evaluation.values, tabulate(evaluation.values)
+    values = evaluation.values  # noqa: PD011 - no frame
+    table = tabulate(values)
     if output is not None and output.suffix == ".csv":
         fileio.write_table(output, table)
     elif output is not None:
