@@ -240,9 +240,9 @@ def test_ap_and_ar_equal_cocos_own_code(seed):
 
 def test_no_limit_truncates_the_detections_of_dense_ground():
     rng = np.random.default_rng(3)
-    truth = random_boxes(rng, 1500, extent=3000)
-    found = np.concatenate([truth + rng.normal(0, 0.5, truth.shape), random_boxes(rng, 700, 3000)])
-    g = ground(found, rng.uniform(0, 1, 2200), np.zeros(2200), truth, np.zeros(1500))
+    truth = random_boxes(rng, 400, extent=1000)
+    found = np.concatenate([truth + rng.normal(0, 0.5, truth.shape), random_boxes(rng, 200, 1000)])
+    g = ground(found, rng.uniform(0, 1, 600), np.zeros(600), truth, np.zeros(400))
     values = metrics.evaluate({0: g}, ["a"], 0.5, 0.5).values
     expected = coco_values({0: g}, 1, [(0, 1e5)])[0]
     assert [values[n] for n in ("AP", "AP50", "AP75", "AR")] == pytest.approx(expected, abs=1e-6)
@@ -411,7 +411,7 @@ def scene(tmp_path):
         dst.write(np.full((1, 160, 200), 9, np.uint8))
     raster = fileio.read_raster(path)
     # one lies on a border of the blocks; the last but one reaches over the edge; the last is off
-    boxes = [[10, 10, 22, 22], [95, 75, 107, 88], [190, 150, 210, 165], [230, 10, 250, 30]]
+    boxes = [[10, 10, 22, 22], [95, 75, 107, 88], [188, 150, 208, 165], [230, 10, 250, 30]]
     truth = pd.DataFrame(boxes, columns=BOX_COLUMNS).astype(float).pipe(annotations.measure_bboxes)
     truth = truth.assign(label="crater")
     truth.to_csv(tmp_path / "truth.csv", index=False)
@@ -438,7 +438,7 @@ def test_the_command_measures_files_of_any_format(scene, suffix, capsys):
     assert values["box_recall_low"] <= values["box_recall_high"]
     printed = capsys.readouterr().out
     assert "best F1 on this very ground" in printed
-    assert "64 blocks" in printed or "56 blocks" in printed
+    assert "over 56 blocks of ground" in printed
     assert printed.splitlines()[1].split()[:2] == ["AP", f"{values['AP']:.4g}"]
 
 
@@ -479,7 +479,7 @@ def test_ground_outside_the_area_of_interest_counts_neither_way(scene):
     path = fileio.write_annotations(folder / "found.csv", found, raster)
     ground, labels = metrics.read_ground(path, folder / "truth.csv", raster.with_regions(regions))
     values = metrics.evaluate({0: ground}, labels, 0.5, 0.0).values
-    assert (values["objects"], values["detections"]) == (1, 2)  # one found an object beside it
+    assert (values["objects"], values["detections"]) == (1, 1)
 
 
 def tile_of(core, offset, boxes, scores, truth, ids, owned, size=64):
