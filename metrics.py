@@ -1001,7 +1001,8 @@ def _report(
         evaluation.confusion, index=[*labels, "(background)"], columns=[*labels, "(missed)"]
     )
     notes = [
-        f"Numbers but the AP family count detections from score {values['score_threshold']:.4g} on."
+        "Precision, recall, F1, errors and counts are those of the detections from score "
+        f"{values['score_threshold']:.4g} on."
     ]
     if score_threshold is None:
         notes.append(

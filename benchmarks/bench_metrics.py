@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--boxes", type=int, nargs="+", default=[1000, 2000, 100_000])
     parser.add_argument(
         "--peer-up-to", type=int, default=2000, metavar="BOXES",
-        help="pycocotools compares all with all: 100,000 would take it 80 GB (default: %(default)s)",
+        help="pycocotools compares all with all, 80 GB for 100,000 (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--json", type=Path)
