@@ -18,9 +18,9 @@ import pytest
 import rasterio.crs
 import shapely
 from conftest import REAL_DATA
-from faster_coco_eval.core import mask as coco_mask
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
 
 import annotations as an
 import fileio
