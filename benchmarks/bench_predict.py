@@ -137,7 +137,7 @@ def train(folder: Path, epochs: int) -> Path:
         angles=(90, 180, 270), evaluation_overlap=tiling.evaluation_overlap(images)
     )
     tilings = tiling.make_tiles(images, blocks, [TILE_SIZE], folder / "tiles", options, workers=1)
-    conf = ModelConfig(backbone="resnet50", fpn_channels=256, accelerator="cpu")
+    conf = ModelConfig(backbone="resnet50", fpn_channels=256, head_depth=4, accelerator="cpu")
     conf.validation.pr_compute_interval = epochs
     space = {
         "patch_size": [TILE_SIZE], "n_epochs": [epochs], "sample_size": [1.0],
