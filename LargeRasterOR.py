@@ -142,7 +142,9 @@ class LargeRasterORModel(pl.LightningModule):
         if self.conf.init_from:
             self._start_from(Path(self.conf.init_from))
         elif self.conf.weights:
-            backbone = make_backbone(self.conf, len(self.contract.bands), load=True)
+            backbone = make_backbone(
+                self.conf, len(self.contract.bands), self.contract.anchors.finest_level, load=True
+            )
             self.network.backbone.load_state_dict(backbone.state_dict())
         freeze_stages(self.network.backbone, self.conf.freeze_stages)
 

@@ -131,6 +131,9 @@ class ModelConfig:
     # statistics of the weights; auto: frozen with weights, else group
     norm: Literal["auto", "group", "batch", "frozen"] = "auto"
     head_depth: Annotated[int, Field(ge=1, le=4)] = 2  # convolutions before each prediction
+    finest_level: Annotated[int, Field(ge=1, le=3)] | None = None  # of the pyramid; None: by sizes
+    input_scale: Annotated[float, Field(ge=0.5, le=4)] = 1.0  # the network enlarges its input
+    anchors_per_octave: Annotated[int, Field(ge=1, le=4)] = 1  # sizes on each level
     box_loss: Literal["giou", "diou", "ciou"] = "giou"  # of the overlap
     box_loss_weight: PositiveFloat = 1.0  # against the classification's
     focal_alpha: Share = 0.25  # weight of objects against background
@@ -142,7 +145,7 @@ class ModelConfig:
     def architecture(self) -> dict[str, Any]:
         """Return the fields that decide which weights fit."""
         norm = self.norm if self.norm != "auto" else "frozen" if self.weights else "group"
-        names = ("backbone", "fpn_channels", "head_depth")
+        names = ("backbone", "fpn_channels", "head_depth", "anchors_per_octave")
         return {name: getattr(self, name) for name in names} | {"norm": norm}
 
     def to_dict(self) -> dict[str, Any]:

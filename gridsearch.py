@@ -358,7 +358,8 @@ def make_contract(data: SearchData, module: TileDataModule, tile_size: int) -> D
         band_count=raster.band_count,
         dtype=raster.dtype,
         radiometry=data.radiometry,
-        anchors=fit_anchors(module.train.boxes[module.train.owned]),  # neighbours are cut
+        # neighbours are cut
+        anchors=fit_anchors(module.train.boxes[module.train.owned], module.conf),
         detections_per_tile=detections_limit(densest),
         resolution=raster.resolution,
         split_hash=fileio.fingerprint(data.blocks),

@@ -30,8 +30,8 @@ from ModelConfig import ModelConfig
 
 log = logging.getLogger(__name__)
 
-PYRAMID_LEVELS = 5  # P2 to P6
-FINEST_STRIDE = 4  # px of the input from place to place on P2
+LAST_LEVEL = 6  # of the pyramid; the places of level P lie 2**P px of the input apart
+PLACES_PER_ANCHOR = 3  # at least, on the side of the smallest anchor
 SIZE_DIVISOR = 32  # stride of the deepest feature map of a backbone
 BACKGROUND, NEITHER = -1, -2  # what an anchor learns that no object has chosen
 BOX_LOSSES = {
@@ -48,34 +48,46 @@ class Anchors:
     Attributes:
         sizes: Sides of the anchors on each level of the pyramid, px of the tile.
         aspect_ratios: Height over width, of every size.
+        finest_level: 1 (P1, places 2 px apart), 2 or 3; the coarsest is P6.
         input_scale: Factor by which the network enlarges its input.
     """
 
     sizes: tuple[tuple[float, ...], ...]
     aspect_ratios: tuple[float, ...]
+    finest_level: int
     input_scale: float = 1.0
 
 
-def fit_anchors(boxes_xyxy: np.ndarray) -> Anchors:
+def fit_anchors(boxes_xyxy: np.ndarray, conf: ModelConfig | None = None) -> Anchors:
     """Fit anchors to the boxes (N, 4) of the training ground, px.
 
     The smallest anchor meets the smaller objects (second percentile of the square root of the
-    area); from there three sizes an octave over five octaves reach 25 times as far. Elongated
-    anchors join when a tenth of the boxes is longer than 1.5 times its width, either way.
+    area). The finest level of the pyramid is the coarsest whose places lie at most a third of it
+    apart; each level looks for objects twice as large as the one before it. Elongated anchors join
+    when a tenth of the boxes is longer than 1.5 times its width, either way.
 
-    References: Lin et al. 2017, Focal loss, section 4, for the three scales an octave; they fix the
-    smallest at 32 px, we take it from the data.
+    Args:
+        boxes_xyxy: Of the objects.
+        conf: May set the finest level and the enlargement of the input.
+
+    References: Lin et al. 2017, Focal loss, section 4, who fix the smallest at 32 px and the finest
+    level at P3; we take both from the data.
     """
     if not len(boxes_xyxy):
         raise InputError("anchors need at least one training box")
+    conf = conf or ModelConfig()
     width, height = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).clip(1e-6).T
     smallest = float(max(np.quantile(np.sqrt(width * height), 0.02), 4.0))
+    fitting = int(np.clip(np.log2(smallest * conf.input_scale / PLACES_PER_ANCHOR), 1, 3))
+    finest = conf.finest_level or fitting
+    steps = conf.anchors_per_octave
     sizes = tuple(
-        tuple(round(smallest * 2 ** (level + step / 3), 2) for step in range(3))
-        for level in range(PYRAMID_LEVELS)
+        tuple(round(smallest * 2 ** (level + step / steps), 2) for step in range(steps))
+        for level in range(LAST_LEVEL - finest + 1)
     )
     elongated = np.abs(np.log(width / height)) > np.log(1.5)
-    return Anchors(sizes, (0.5, 1.0, 2.0) if elongated.mean() > 0.1 else (1.0,))
+    ratios = (0.5, 1.0, 2.0) if elongated.mean() > 0.1 else (1.0,)
+    return Anchors(sizes, ratios, finest, conf.input_scale)
 
 
 def best_anchor_iou(anchors: Anchors, boxes_xyxy: np.ndarray) -> np.ndarray:
@@ -232,7 +244,7 @@ class TileRetinaNet(RetinaNet):
     def __init__(self, classes: int, conf: ModelConfig, contract: DataContract) -> None:
         """Assemble backbone, pyramid, anchors and head."""
         anchors = ExactAnchors(
-            contract.anchors.sizes, (contract.anchors.aspect_ratios,) * PYRAMID_LEVELS
+            contract.anchors.sizes, (contract.anchors.aspect_ratios,) * len(contract.anchors.sizes)
         )
         head = RetinaNetHead(
             conf.fpn_channels,
@@ -243,7 +255,7 @@ class TileRetinaNet(RetinaNet):
         for branch in (head.classification_head, head.regression_head):
             branch.conv = branch.conv[: conf.head_depth]
         super().__init__(
-            make_backbone(conf, len(contract.bands)),
+            make_backbone(conf, len(contract.bands), contract.anchors.finest_level),
             classes,
             min_size=contract.tile_size,
             max_size=contract.tile_size,
@@ -256,7 +268,7 @@ class TileRetinaNet(RetinaNet):
             detections_per_img=contract.detections_per_tile,
             topk_candidates=max(1000, 2 * contract.detections_per_tile),
         )
-        self.conf, self.scale = conf, contract.anchors.input_scale
+        self.conf, self.fit = conf, contract.anchors
 
     def forward(
         self, images: Tensor, targets: Sequence[Target] | None = None, *, detect: bool = True
@@ -279,16 +291,18 @@ class TileRetinaNet(RetinaNet):
             for values in (self.transform.image_mean, self.transform.image_std)
         )
         batch = (images - mean) / std
-        if self.scale != 1:
-            batch = nn.functional.interpolate(batch, scale_factor=self.scale, mode="bilinear")
+        if self.fit.input_scale != 1:
+            batch = nn.functional.interpolate(
+                batch, scale_factor=self.fit.input_scale, mode="bilinear"
+            )
         bottom, right = (-side % SIZE_DIVISOR for side in batch.shape[-2:])
         batch = nn.functional.pad(batch, (0, right, 0, bottom))
         features = list(self.backbone(batch.contiguous(memory_format=torch.channels_last)).values())
         # losses and boxes want full precision, whatever the convolutions run in
         outputs = {name: value.float() for name, value in self.head(features).items()}
         grids = [
-            (*f.shape[-2:], FINEST_STRIDE * 2**level / self.scale)
-            for level, f in enumerate(features)
+            (*f.shape[-2:], 2**level / self.fit.input_scale)
+            for level, f in enumerate(features, start=self.fit.finest_level)
         ]
         anchors = self.anchor_generator.on_grids(grids, batch.device)
         losses = {}
@@ -362,12 +376,15 @@ def _group_norm(channels: int) -> nn.GroupNorm:
 NORMS = {"group": _group_norm, "batch": nn.BatchNorm2d, "frozen": ops.FrozenBatchNorm2d}
 
 
-def make_backbone(conf: ModelConfig, bands: int, *, load: bool = False) -> BackboneWithFPN:
-    """Build the feature pyramid (P2-P6) on a torchvision backbone for any number of bands.
+def make_backbone(
+    conf: ModelConfig, bands: int, finest_level: int = 2, *, load: bool = False
+) -> BackboneWithFPN:
+    """Build the feature pyramid on a torchvision backbone for any number of bands.
 
     Args:
         conf: Names backbone, width and weights.
         bands: Number of input bands.
+        finest_level: First level of the pyramid, see `Anchors`; the last is P6.
         load: Whether to load the weights that are named; a checkpoint brings its own.
 
     Raises:
@@ -390,17 +407,18 @@ def make_backbone(conf: ModelConfig, bands: int, *, load: bool = False) -> Backb
                 "very architecture"
             )
         body.load_state_dict(state, strict=False)
+    # the last module of each stride from 2 to 32, and its channels
     if conf.backbone.startswith("mobilenet"):
-        halving = [i for i, m in enumerate(body.features) if getattr(m, "_is_cn", False)]
-        levels = [*(i - 1 for i in halving[1:]), len(body.features) - 1]  # last of each stride
-        channels = [body.features[i].out_channels for i in levels]
-        return BackboneWithFPN(
-            body.features, {str(i): str(n) for n, i in enumerate(levels)}, channels,
-            conf.fpn_channels,
-        )  # fmt: skip
-    channels = [body.inplanes // 8 * 2**i for i in range(4)]
-    layers = {f"layer{i + 1}": str(i) for i in range(4)}
-    return BackboneWithFPN(body, layers, channels, conf.fpn_channels)
+        body = body.features
+        halving = [i for i, module in enumerate(body) if getattr(module, "_is_cn", False)]
+        last = [*(i - 1 for i in halving), len(body) - 1]
+        levels = {str(i): body[i].out_channels for i in last}
+    else:
+        levels = {"relu": body.conv1.out_channels}
+        levels |= {f"layer{i + 1}": body.inplanes // 8 * 2**i for i in range(4)}
+    used = dict(list(levels.items())[finest_level - 1 :])
+    names = {name: str(i) for i, name in enumerate(used)}
+    return BackboneWithFPN(body, names, list(used.values()), conf.fpn_channels)
 
 
 def freeze_stages(backbone: BackboneWithFPN, stages: int) -> None:

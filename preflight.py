@@ -28,7 +28,7 @@ import splits
 import tiling
 from ImageData import BOX_COLUMNS, ImageData, InputError
 from LargeRasterOR import LargeRasterORModel, autocast, resolve_precision
-from ModelConfig import RunParameters
+from ModelConfig import ModelConfig, RunParameters
 from networks import DataContract, best_anchor_iou, detections_limit, fit_anchors
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def plan_run(
             )
         train_boxes = owned[BOX_COLUMNS].to_numpy()
         densest = int(shown.max())
-        contract = _contract(images[0].raster, size, train_boxes, densest)
+        contract = _contract(images[0].raster, size, train_boxes, densest, params.model_config())
         tiles = int((filled + empty) * (1 + len(options.angles)))
         row = {
             "train_tiles": tiles,
@@ -168,14 +168,14 @@ def find_misfits(plan: pd.DataFrame) -> list[str]:
 
 
 def _contract(
-    raster: fileio.Raster, size: int, train_boxes: np.ndarray, densest: int
+    raster: fileio.Raster, size: int, train_boxes: np.ndarray, densest: int, conf: ModelConfig
 ) -> DataContract:
     ones = (1.0,) * len(raster.bands)
     zeros = (0.0,) * len(raster.bands)
     return DataContract(
         tile_size=size, bands=raster.bands, band_count=raster.band_count, dtype=raster.dtype,
         radiometry=imutils.Radiometry("none", zeros, ones, zeros, ones),
-        anchors=fit_anchors(train_boxes), detections_per_tile=detections_limit(densest),
+        anchors=fit_anchors(train_boxes, conf), detections_per_tile=detections_limit(densest),
         resolution=raster.resolution, split_hash="", evaluation_overlap=0,
     )  # fmt: skip
 

@@ -52,7 +52,7 @@ def make_raster(path: Path, side: int) -> None:
 def make_model() -> LargeRasterORModel:
     """Return a small model with random weights."""
     torch.manual_seed(0)
-    anchors = Anchors(tuple((8.0 * 2**i, 12.0 * 2**i) for i in range(5)), (1.0,))
+    anchors = Anchors(tuple((8.0 * 2**i, 12.0 * 2**i) for i in range(5)), (1.0,), 2)
     radiometry = Radiometry("none", (0.0,), (255.0,), (0.5,), (0.3,))
     contract = DataContract(
         tile_size=TILE_SIZE, bands=(1,), band_count=1, dtype="uint8", radiometry=radiometry,

@@ -23,7 +23,7 @@ from networks import (
 
 
 def contract_of(bands=1, **changes):
-    anchors = Anchors(tuple((8.0 * 2**i, 10.0 * 2**i, 13.0 * 2**i) for i in range(5)), (1.0,))
+    anchors = Anchors(tuple((8.0 * 2**i, 10.0 * 2**i, 13.0 * 2**i) for i in range(5)), (1.0,), 2)
     radiometry = Radiometry(
         "none", (0.0,) * bands, (255.0,) * bands, (0.4,) * bands, (0.2,) * bands
     )

@@ -14,6 +14,7 @@ from torchvision.models import resnet18
 import fileio
 from ImageData import BOX_COLUMNS, InputError
 from LargeRasterOR import LargeRasterORModel
+from ModelConfig import ModelConfig
 from networks import (
     BACKGROUND,
     Anchors,
@@ -38,9 +39,20 @@ def test_anchors_meet_the_objects():
     anchors = fit_anchors(boxes)
     sizes = np.array(anchors.sizes).ravel()
     ratio = np.abs(np.log2(side[:, None] / sizes[None])).min(axis=1)
-    assert (ratio <= 1 / 6 + 0.05).mean() > 0.95  # half a step of a third of an octave
+    assert (ratio <= 1 / 2 + 0.05).mean() > 0.95  # half a step of an octave
     assert anchors.aspect_ratios == (1.0,)
     assert sizes.min() == pytest.approx(np.quantile(side, 0.02), rel=0.01)
+
+
+@pytest.mark.parametrize(("side", "finest"), [(5, 1), (11, 1), (13, 2), (25, 3), (200, 3)])
+def test_small_objects_get_a_finer_level(side, finest):
+    anchors = fit_anchors(np.array([[0.0, 0, side, side]]))
+    assert anchors.finest_level == finest
+    assert len(anchors.sizes) == 7 - finest
+    assert fit_anchors(np.array([[0.0, 0, 9, 9]]), ModelConfig(finest_level=2)).finest_level == 2
+    doubled = fit_anchors(np.array([[0.0, 0, 9, 9]]), ModelConfig(input_scale=2))
+    assert (doubled.finest_level, doubled.input_scale) == (2, 2)
+    assert doubled.sizes[0] == (9,)  # px of the tile
 
 
 def test_elongated_objects_get_elongated_anchors():
@@ -54,11 +66,11 @@ def test_anchors_need_objects():
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "mobilenet_v3_large"])
-@pytest.mark.parametrize("bands", [1, 5])
-def test_backbones_take_any_bands_and_give_five_levels(backbone, bands):
-    body = make_backbone(small_conf(backbone=backbone), bands)
+@pytest.mark.parametrize(("bands", "finest"), [(1, 1), (5, 2), (3, 3)])
+def test_backbones_take_any_bands_and_give_levels_down_to_the_finest(backbone, bands, finest):
+    body = make_backbone(small_conf(backbone=backbone), bands, finest)
     features = body(torch.rand(2, bands, 64, 64))
-    assert [f.shape[-1] for f in features.values()] == [16, 8, 4, 2, 1]
+    assert [f.shape[-1] for f in features.values()] == [32, 16, 8, 4, 2, 1][finest - 1 :]
     assert {f.shape[1] for f in features.values()} == {32}
 
 
@@ -116,7 +128,7 @@ def test_unusable_weights_are_refused_with_the_cure(tmp_path, monkeypatch):
 
 
 def test_the_best_anchor_iou_is_that_of_shapes():
-    anchors = Anchors(((8.0,), (16.0,)), (1.0, 4.0))
+    anchors = Anchors(((8.0,), (16.0,)), (1.0, 4.0), 2)
     # the square of 8; 32 x 8 px high, the tall anchor of 16; a wide box; one far too large
     boxes = np.array([[0.0, 0, 8, 8], [5, 5, 13, 37], [0, 0, 16, 4], [0, 0, 64, 64]])
     expected = [1.0, 1.0, 32 / (64 + 64 - 32), 256 / 4096]
@@ -235,7 +247,7 @@ def test_anchors_do_not_lose_digits_to_the_precision_of_the_features():
 @pytest.mark.parametrize("scale", [1.5, 2.0])
 def test_an_enlarged_input_gives_boxes_of_the_tile(scale):
     contract = contract_of(tile_size=64)
-    contract.anchors = Anchors(contract.anchors.sizes, (1.0,), input_scale=scale)
+    contract.anchors = Anchors(contract.anchors.sizes, (1.0,), 2, scale)
     torch.manual_seed(0)
     model = LargeRasterORModel(["a"], small_conf(), contract)
     model.network.score_thresh = 0.0
