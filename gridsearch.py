@@ -44,7 +44,14 @@ from ImageData import BOX_COLUMNS, CENTER_COLUMNS, ImageData, InputError
 from LargeRasterOR import BEST_BY, DivergedError, LargeRasterORModel
 from logger import LoggerProtocol, get_logging_key, make_model_logger
 from ModelConfig import ModelConfig
-from networks import DataContract, detections_limit, fit_anchors
+from networks import (
+    GOOD_ANCHOR,
+    LAST_LEVEL,
+    DataContract,
+    best_anchor_iou,
+    detections_limit,
+    fit_anchors,
+)
 
 log = logging.getLogger(__name__)
 
@@ -309,9 +316,14 @@ def train_iteration(
     trainer = model.create_trainer(
         logger, [checkpoint, *callbacks], progress=progress, root_dir=trial_dir
     )
+    fit = contract.anchors
+    covered = best_anchor_iou(fit, module.train.boxes[module.train.owned]) > GOOD_ANCHOR
     log.info(
-        "%d training tiles, %d of validation, %d of test; anchors from %.1f px",
-        len(module.train), len(module.validation), len(module.test), contract.anchors.sizes[0][0],
+        "%d training tiles, %d of validation, %d of test; %s, P%d-P%d of %d channels, anchors of "
+        "%s px (%.0f %% of the objects have one of IoU above %g), up to %d detections per tile",
+        len(module.train), len(module.validation), len(module.test), conf.backbone,
+        fit.finest_level, LAST_LEVEL, conf.fpn_channels, [sizes[0] for sizes in fit.sizes],
+        100 * covered.mean(), GOOD_ANCHOR, contract.detections_per_tile,
     )  # fmt: skip
     start = time.monotonic()
     try:

@@ -31,6 +31,7 @@ from ModelConfig import ModelConfig
 log = logging.getLogger(__name__)
 
 LAST_LEVEL = 6  # of the pyramid; the places of level P lie 2**P px of the input apart
+GOOD_ANCHOR = 0.5  # IoU of an object with its best anchor from which the fit is a good one
 PLACES_PER_ANCHOR = 3  # at least, on the side of the smallest anchor
 SIZE_DIVISOR = 32  # stride of the deepest feature map of a backbone
 BACKGROUND, NEITHER = -1, -2  # what an anchor learns that no object has chosen
@@ -301,7 +302,7 @@ class TileRetinaNet(RetinaNet):
         # losses and boxes want full precision, whatever the convolutions run in
         outputs = {name: value.float() for name, value in self.head(features).items()}
         grids = [
-            (*f.shape[-2:], 2**level / self.fit.input_scale)
+            (*f.shape[-2:], 2**level / scale)
             for level, f in enumerate(features, start=self.fit.finest_level)
         ]
         anchors = self.anchor_generator.on_grids(grids, batch.device)

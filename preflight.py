@@ -29,13 +29,12 @@ import tiling
 from ImageData import BOX_COLUMNS, ImageData, InputError
 from LargeRasterOR import LargeRasterORModel, autocast, resolve_precision
 from ModelConfig import ModelConfig, RunParameters
-from networks import DataContract, best_anchor_iou, detections_limit, fit_anchors
+from networks import GOOD_ANCHOR, DataContract, best_anchor_iou, detections_limit, fit_anchors
 
 log = logging.getLogger(__name__)
 
 SMALL = 4  # px; objects below it are hardly more than noise to a convolution
 NOTABLE = 0.05  # share of the objects from which a misfit is worth a warning
-GOOD_ANCHOR = 0.5  # IoU of an object with its best anchor from which the fit is a good one
 FULL_STEP_LIMIT = 3.0  # s; a step that would take longer is measured on one tile and scaled
 
 
