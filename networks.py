@@ -292,10 +292,9 @@ class TileRetinaNet(RetinaNet):
             for values in (self.transform.image_mean, self.transform.image_std)
         )
         batch = (images - mean) / std
-        if self.fit.input_scale != 1:
-            batch = nn.functional.interpolate(
-                batch, scale_factor=self.fit.input_scale, mode="bilinear"
-            )
+        scale = self.fit.input_scale
+        if scale != 1:
+            batch = nn.functional.interpolate(batch, scale_factor=scale, mode="bilinear")
         bottom, right = (-side % SIZE_DIVISOR for side in batch.shape[-2:])
         batch = nn.functional.pad(batch, (0, right, 0, bottom))
         features = list(self.backbone(batch.contiguous(memory_format=torch.channels_last)).values())
