@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.models import resnet18
 
 import gridsearch
-from datasets import TileDataModule, collate
+from datasets import BboxDataset, TileDataModule, collate
 from ImageData import InputError
 from imutils import Radiometry
-from LargeRasterOR import LargeRasterORModel, resolve_precision
+from LargeRasterOR import DivergedError, LargeRasterORModel, resolve_precision
 from ModelConfig import ModelConfig
 from networks import (
     Anchors,
@@ -162,3 +164,134 @@ def test_the_rate_rises_then_falls(prepared, tmp_path):
     assert (np.diff(rates[peak:]) <= 0).all()
     assert rates[-1] < 0.1 * max(rates)
     assert isinstance(model.trainer.optimizers[0], torch.optim.SGD)
+
+
+def fit(prepared, folder, conf, callbacks=()):
+    data = prepared.data
+    module = TileDataModule(
+        prepared.tiles, prepared.boxes, data.rasters, data.ids, data.radiometry, conf
+    )
+    torch.manual_seed(0)
+    model = LargeRasterORModel(data.ids, conf, gridsearch.make_contract(data, module, 128))
+    model.load_pretrained()
+    trainer = model.create_trainer(callbacks=callbacks, root_dir=folder)
+    trainer.fit(model, datamodule=module)
+    return model, module, trainer
+
+
+@pytest.mark.parametrize("averaging", ["ema", "swa"])
+def test_what_is_kept_is_an_average_of_the_steps(prepared, tmp_path, averaging):
+    conf = small_conf(batch_size=8)
+    conf.train.epochs, conf.train.averaging = 1, averaging
+    seen = []
+
+    class Spy(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            seen.append(module.network.head.regression_head.bbox_reg.bias.detach().clone())
+
+    model, _, _ = fit(prepared, tmp_path, conf, [Spy()])
+    kept = model.network.head.regression_head.bbox_reg.bias.detach()
+    assert not torch.equal(kept, seen[-1])
+    if averaging == "swa":
+        quarter = [w for i, w in enumerate(seen, 1) if i / len(seen) >= 0.75]
+        torch.testing.assert_close(kept, torch.stack(quarter).mean(dim=0))
+    else:
+        assert (kept - seen[-1]).norm() < (seen[0] - seen[-1]).norm()
+
+
+def test_the_clock_ends_a_training_and_its_rate_falls_until_then(prepared, tmp_path):
+    conf = small_conf(batch_size=2)
+    conf.train.epochs, conf.train.max_minutes = 1000, 0.1
+    rates, start = [], time.monotonic()
+
+    class Spy(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    _, _, trainer = fit(prepared, tmp_path, conf, [Spy()])
+    assert 6 <= time.monotonic() - start < 30
+    assert trainer.current_epoch < 900
+    assert rates[-1] < 0.2 * max(rates)
+    assert "val_AP50" in trainer.callback_metrics  # what it ends with is measured
+
+
+def test_patience_ends_a_training_that_no_longer_gains(prepared, tmp_path):
+    conf = small_conf(batch_size=32)
+    conf.train.epochs, conf.train.patience, conf.train.lr = 50, 2, 1e-12
+    _, _, trainer = fit(prepared, tmp_path, conf)
+    assert trainer.current_epoch == 3  # the first measurement, and two that are no better
+
+
+def test_tiles_that_are_hard_come_more_often(prepared, tmp_path):
+    conf = small_conf(batch_size=8)
+    conf.train.epochs, conf.train.hard_negatives = 1, 0.5
+    _, module, _ = fit(prepared, tmp_path, conf)
+    difficulty, visits = module.sampler.difficulty, module.sampler.expected_visits()
+    assert np.isfinite(difficulty).mean() > 0.5
+    known = np.isfinite(difficulty)
+    hardest = np.nanargmax(difficulty)
+    assert visits[hardest] == visits[known].max() > 1
+    assert visits.sum() == pytest.approx(len(visits))
+
+
+def test_a_loss_that_is_no_number_stops_and_names_the_tile(prepared, tmp_path, monkeypatch):
+    original = BboxDataset.__getitem__
+
+    def poisoned(dataset, index):
+        image, target = original(dataset, index)
+        if index[0] == 5:
+            image[:, 7, 7] = torch.nan
+        return image, target
+
+    monkeypatch.setattr(BboxDataset, "__getitem__", poisoned)
+    conf = small_conf(batch_size=8)
+    conf.train.epochs = 1
+    with pytest.raises(DivergedError, match=r"the loss is nan in .* some pixels are no") as e:
+        fit(prepared, tmp_path, conf)
+    assert e.value.tiles == [5]
+
+
+def test_a_learning_rate_without_measure_ends_the_trial_not_the_search(prepared, tmp_path):
+    conf = ModelConfig(fpn_channels=16, accelerator="cpu", precision="32-true")
+    space = {
+        "patch_size": [128], "n_epochs": [1], "sample_size": [1.0],
+        "learning_rate": [1e6, 1e-3], "batch_size": [8],
+    }  # fmt: skip
+    conf.train.gradient_clip = 1e9
+    board = gridsearch.run_search(prepared.data, space, conf, tmp_path / "run")
+    assert sorted(board["state"]) == ["complete", "fail"]
+    error = board.set_index("state").loc["fail", "error"]
+    assert "Tiles of 128 px: " in error
+    assert "lower LEARNING_RATES" in error
+
+
+def save(model, path):
+    trainer = model.create_trainer(root_dir=path.parent)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(path, weights_only=True)
+    return str(path)
+
+
+def test_a_training_starts_from_a_checkpoint_of_other_classes_and_bands(tmp_path):
+    torch.manual_seed(0)
+    old = LargeRasterORModel(["crater", "pit"], small_conf(), contract_of(3))
+    path = save(old, tmp_path / "old.ckpt")
+    conf = small_conf(init_from=path, freeze_stages=1)
+    new = LargeRasterORModel(["boulder", "crater"], conf, contract_of(5))
+    new.load_pretrained()
+    first = new.network.backbone.body["conv1"].weight
+    torch.testing.assert_close(first[:, :3], old.network.backbone.body["conv1"].weight)
+    assert not first.requires_grad
+    assert new.network.head.classification_head.cls_logits.weight.requires_grad
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_with_what_differs(tmp_path):
+    path = save(LargeRasterORModel(["a"], small_conf(), contract_of()), tmp_path / "old.ckpt")
+    conf = ModelConfig(fpn_channels=64, head_depth=4, accelerator="cpu", init_from=path)
+    with pytest.raises(InputError, match=r"fpn_channels = 64 \(INIT_FROM has 32\), head_depth = 4"):
+        LargeRasterORModel(["a"], conf, contract_of()).load_pretrained()
+    (tmp_path / "no.ckpt").write_bytes(b"nothing")
+    for name in ("no.ckpt", "absent.ckpt"):
+        conf = small_conf(init_from=str(tmp_path / name))
+        with pytest.raises(InputError, match="INIT_FROM must name a checkpoint"):
+            LargeRasterORModel(["a"], conf, contract_of()).load_pretrained()
