@@ -35,7 +35,6 @@ warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning
 __version__ = "0.1.0"
 
 BEST_BY = "val_AP50"  # the epoch and the trial that are kept; never by the test's
-RESAMPLES = 1000  # of the test's blocks, for confidence intervals
 SWA_SHARE = 0.25  # of the training, at its end
 DIVERGED = 1e4  # a loss that no network in its senses has
 STAGES = {"train": "train_", "validation": "val_", "test": "test_"}  # -> prefix of logged names
@@ -323,7 +322,7 @@ class LargeRasterORModel(pl.LightningModule):
         self.grounds = self.collector.merge(self.conf.nms_threshold)
         self.evaluation = metrics.evaluate(
             self.grounds, self.labels, iou_threshold, score_threshold,
-            resamples=RESAMPLES if stage == "test" else 0,  # intervals are told of the test only
+            resamples=metrics.RESAMPLES if stage == "test" else 0,  # intervals are told of the test only
         )  # fmt: skip
         values = self.evaluation.values.items()
         prefix = "" if stage == "test" else STAGES[stage]  # the test's names are the product's
