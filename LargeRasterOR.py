@@ -322,7 +322,7 @@ class LargeRasterORModel(pl.LightningModule):
         self.grounds = self.collector.merge(self.conf.nms_threshold)
         self.evaluation = metrics.evaluate(
             self.grounds, self.labels, iou_threshold, score_threshold,
-            resamples=metrics.RESAMPLES if stage == "test" else 0,  # intervals are told of the test only
+            resamples=metrics.RESAMPLES if stage == "test" else 0,  # intervals are of the test
         )  # fmt: skip
         values = self.evaluation.values.items()
         prefix = "" if stage == "test" else STAGES[stage]  # the test's names are the product's
