@@ -164,7 +164,7 @@ class ModelConfig:
             place = values
             for group in groups:
                 place = place.get(group) if isinstance(place, dict) else None
-            if not isinstance(place, dict) or last not in place:
+            if not isinstance(place, dict) or isinstance(place.get(last, {}), dict):
                 known = _dotted(values)
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"

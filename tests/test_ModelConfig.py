@@ -1,0 +1,53 @@
+"""Options of the model: every field by its name, checked before anything runs."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import PROJECT
+
+from ImageData import InputError
+from ModelConfig import ModelConfig, RunParameters
+
+
+def test_an_option_sets_a_field_of_any_depth_and_leaves_the_rest():
+    conf = ModelConfig()
+    changed = conf.with_options({"norm": "batch", "train.augment.zoom": 2, "train.patience": 5})
+    assert (changed.norm, changed.train.augment.zoom, changed.train.patience) == ("batch", 2, 5)
+    assert conf == ModelConfig()
+    assert changed.with_options({"norm": "auto", "train.augment.zoom": 1.4}).train.patience == 5
+    assert ModelConfig.from_dict(changed.to_dict()) == changed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train.patiense": 5}, "no option; did you mean train.patience?"),
+        ({"train": 5}, "'train', which is no option"),
+        ({"train.epochs.more": 5}, "which is no option"),
+        ({"train.averaging": "mean"}, "train.averaging: Input should be 'none', 'ema' or 'swa'"),
+        ({"head_depth": 9}, "head_depth: Input should be less than or equal to 4, got 9"),
+    ],
+)
+def test_a_wrong_option_is_refused_with_what_was_expected(options, message):
+    with pytest.raises(InputError) as error:
+        ModelConfig().with_options(options)
+    assert message in str(error.value)
+
+
+def run_with(tmp_path, text):
+    path = tmp_path / "parameters.yaml"
+    path.write_text(text)
+    return RunParameters.from_files(PROJECT / "main.ipynb", path)
+
+
+def test_options_of_a_run_reach_its_model(tmp_path):
+    run = run_with(tmp_path, "MODEL_OPTIONS: {train.max_minutes: 12}\nMIN_VISIBLE: 0.5")
+    conf = run.model_config()
+    assert (conf.train.max_minutes, conf.train.min_visible) == (12, 0.5)
+
+
+def test_an_option_that_the_search_sets_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"train\.lr, which is searched; set LEARNING_RATES"):
+        run_with(tmp_path, "MODEL_OPTIONS: {train.lr: 0.1}")
+    with pytest.raises(InputError, match="did you mean train.optimizer"):
+        run_with(tmp_path, "MODEL_OPTIONS: {train.optimiser: sgd}")
