@@ -49,5 +49,5 @@ def test_options_of_a_run_reach_its_model(tmp_path):
 def test_an_option_that_the_search_sets_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"train\.lr, which is searched; set LEARNING_RATES"):
         run_with(tmp_path, "MODEL_OPTIONS: {train.lr: 0.1}")
-    with pytest.raises(InputError, match="did you mean train.optimizer"):
+    with pytest.raises(InputError, match=r"did you mean train\.optimizer"):
         run_with(tmp_path, "MODEL_OPTIONS: {train.optimiser: sgd}")
