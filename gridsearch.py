@@ -343,7 +343,9 @@ def train_iteration(
     model.load_state_dict(state["state_dict"])
     (validated,) = trainer.validate(model, module.full_validation_dataloader(), verbose=False)
     state["state_dict"]["operating_threshold"] = model.operating_threshold.cpu()
-    state |= {"optimizer_states": [], "lr_schedulers": []}  # two thirds of a file that only detects
+    state |= {"optimizer_states": [], "lr_schedulers": []}  # most of a file that only detects
+    for training in ("current_model_state", "averaging_state"):
+        state.pop(training, None)
     with fileio.atomic_path(best) as temporary:
         torch.save(state, temporary)
     (tested,) = trainer.test(model, module.test_dataloader(), verbose=False)

@@ -190,7 +190,9 @@ def _measure_cost(
     seconds = 0.0
     for epochs in grid["n_epochs"]:
         for sample in grid["sample_size"]:
-            seconds += epochs * sample * tiles["train_tiles"] * per_tile
+            learning = epochs * sample * tiles["train_tiles"] * per_tile
+            limit = model.conf.train.max_minutes
+            seconds += min(learning, 60 * limit) if limit else learning
             looks = (epochs * sample + 1) * tiles["validation_tiles"] + tiles["test_tiles"]
             seconds += looks * look_s / batch
     trainings = params.trial_count // len(grid["patch_size"])
@@ -200,8 +202,8 @@ def _measure_cost(
     if params.MATERIALIZE_TILES:
         item = np.dtype(contract.dtype).itemsize * len(contract.bands)
         chips = tiles["train_tiles"] * contract.tile_size**2 * item
-    # per training the best weights, and the last with the optimiser's two moments
-    disk = trainings * weights * 4 + chips
+    # per training the best weights; the last, with their average and the optimiser's two moments
+    disk = trainings * weights * 5 + chips
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024
     return {
