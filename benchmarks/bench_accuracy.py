@@ -27,7 +27,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 import yaml
@@ -175,13 +174,15 @@ def main() -> None:
                         help="another value of a parameter, in YAML")  # fmt: skip
     parser.add_argument("--plain", type=Path, help="script of another detector")
     parser.add_argument("--deepforest", action="store_true")
+    parser.add_argument("--work", type=Path, help="folder to keep; an earlier training is taken")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     configure_logger()
-    np.seterr(all="ignore")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.work or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
         changes = {n: yaml.safe_load(v) for n, v in (item.split("=", 1) for item in args.set)}
-        params = read_parameters(args.parameters, changes, Path(folder))
+        params = read_parameters(args.parameters, changes, folder)
         options = params.MODEL_OPTIONS | {"train.max_minutes": args.minutes}
         params = replace(params, N_EPOCHS=[MANY], MODEL_OPTIONS=options)
         data, module = prepare(params)
