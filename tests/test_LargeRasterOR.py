@@ -166,11 +166,12 @@ def test_the_rate_rises_then_falls(prepared, tmp_path):
     assert isinstance(model.trainer.optimizers[0], torch.optim.SGD)
 
 
-def fit(prepared, folder, conf, callbacks=()):
+def fit(prepared, folder, conf, callbacks=(), sample_size=1.0):
     data = prepared.data
     module = TileDataModule(
-        prepared.tiles, prepared.boxes, data.rasters, data.ids, data.radiometry, conf
-    )
+        prepared.tiles, prepared.boxes, data.rasters, data.ids, data.radiometry, conf,
+        sample_size=sample_size,
+    )  # fmt: skip
     torch.manual_seed(0)
     model = LargeRasterORModel(data.ids, conf, gridsearch.make_contract(data, module, 128))
     model.load_pretrained()
@@ -182,7 +183,7 @@ def fit(prepared, folder, conf, callbacks=()):
 @pytest.mark.parametrize("averaging", ["ema", "swa"])
 def test_what_is_kept_is_an_average_of_the_steps(prepared, tmp_path, averaging):
     conf = small_conf(batch_size=8)
-    conf.train.epochs, conf.train.averaging = 1, averaging
+    conf.train.epochs, conf.train.averaging, conf.train.averaging_share = 1, averaging, 0.3
     seen = []
 
     class Spy(pl.Callback):
@@ -218,7 +219,7 @@ def test_the_clock_ends_a_training_and_its_rate_falls_until_then(prepared, tmp_p
 def test_patience_ends_a_training_that_no_longer_gains(prepared, tmp_path):
     conf = small_conf(batch_size=32)
     conf.train.epochs, conf.train.patience, conf.train.lr = 50, 2, 1e-12
-    _, _, trainer = fit(prepared, tmp_path, conf)
+    _, _, trainer = fit(prepared, tmp_path, conf, sample_size=0.2)
     assert trainer.current_epoch == 3  # the first measurement, and two that are no better
 
 
