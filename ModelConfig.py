@@ -59,7 +59,8 @@ class AugmentConfig:
     enabled: bool = True  # False: pixels and boxes as they are read
     flips: bool = True  # half of the tiles mirrored
     turns: bool = True  # by 0, 90, 180 or 270 degrees, whatever the tile's own angle
-    zoom: Annotated[float, Field(ge=1, le=4)] = 1.4  # of random windows, 1/zoom to zoom; 1: none
+    # of random windows, 1/zoom to zoom; 1: none, as annotators have a least size in mind
+    zoom: Annotated[float, Field(ge=1, le=4)] = 1.0
     contrast: Share = 0.3  # relative change of the distance to the tile's mean; 0: none
     brightness: NotNegative = 0.75  # shift, std; 0: none
     gamma: Annotated[float, Field(ge=1, le=4)] = 1.25  # exponent, 1/gamma to gamma; 1: none
