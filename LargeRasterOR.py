@@ -25,7 +25,16 @@ import metrics
 from datasets import Batch
 from ImageData import InputError
 from ModelConfig import ModelConfig, TrainConfig
-from networks import DataContract, TileRetinaNet, fit_weights, freeze_stages, make_backbone
+from networks import (
+    Anchors,
+    DataContract,
+    TileRetinaNet,
+    candidates_limit,
+    fit_weights,
+    freeze_stages,
+    make_backbone,
+    read_checkpoint,
+)
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +138,7 @@ class LargeRasterORModel(pl.LightningModule):
         # Score from which a detection counts, found on validation ground; NaN until then.
         self.register_buffer("operating_threshold", torch.tensor(float("nan")))
         self.collector = metrics.GroundCollector()
+        self.full_tiles = 0  # of those collected
         self.evaluation: metrics.Evaluation | None = None  # the last one
         self.grounds: dict[int, metrics.Ground] = {}  # what it was computed on
 
@@ -140,7 +150,7 @@ class LargeRasterORModel(pl.LightningModule):
                 cannot be read, or is of another architecture.
         """
         if self.conf.init_from:
-            self._start_from(Path(self.conf.init_from))
+            self._start_from(self.conf.init_from)
         elif self.conf.weights:
             backbone = make_backbone(
                 self.conf, len(self.contract.bands), self.contract.anchors.finest_level, load=True
@@ -148,34 +158,28 @@ class LargeRasterORModel(pl.LightningModule):
             self.network.backbone.load_state_dict(backbone.state_dict())
         freeze_stages(self.network.backbone, self.conf.freeze_stages)
 
-    def _start_from(self, path: Path) -> None:
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            known = checkpoint["hyper_parameters"]
-            theirs = ModelConfig.from_dict(known["conf"])
-            labels, contract = known["label_set"], known["contract"]
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"INIT_FROM must name a checkpoint of this product, {path} is none: {error}"
-            ) from error
-        ours = self.conf.architecture()
+    def _start_from(self, path: str) -> None:
+        known, state = read_checkpoint(path)
+        contract = known["contract"]
+        ours = self.conf.architecture() | self.contract.anchors.architecture()
+        theirs = ModelConfig.from_dict(known["conf"]).architecture()
+        theirs |= Anchors(**contract["anchors"]).architecture()
         if differing := [
-            f"{name} = {value!r} (INIT_FROM has {theirs.architecture()[name]!r})"
+            f"{name} = {value!r} (INIT_FROM has {theirs[name]!r})"
             for name, value in ours.items()
-            if theirs.architecture()[name] != value
+            if theirs[name] != value
         ]:
             raise InputError(
-                f"{path} is of another architecture: {', '.join(differing)}; set what it has, or "
-                "INIT_FROM = None"
+                f"{path} is of another architecture: {', '.join(differing)}; set what it has, by "
+                "parameters or MODEL_OPTIONS, or INIT_FROM = None"
             )
-        state = {
-            name.removeprefix("network."): value
-            for name, value in checkpoint["state_dict"].items()
-            if name.startswith("network.")
-        }
+        labels = known["label_set"]
         log.info("starting from %s, of bands %s and classes %s", path, contract["bands"], labels)
+        if contract["split_hash"] != self.contract.split_hash:
+            log.warning(
+                "%s was trained on other blocks of ground than this run splits into; if they are "
+                "of the same rasters, it may have seen what is test ground here", path,
+            )  # fmt: skip
         fit_weights(self.network, state, self.labels, labels)
 
     def limit_detections(self, tile_size: int, score_threshold: float) -> int:
@@ -190,7 +194,7 @@ class LargeRasterORModel(pl.LightningModule):
         limit = max(100, math.ceil(self.contract.detections_per_tile * share))
         self.network.score_thresh = score_threshold
         self.network.detections_per_img = limit
-        self.network.topk_candidates = max(1000, 2 * limit)
+        self.network.topk_candidates = candidates_limit(limit)
         return limit
 
     def forward(self, images: Tensor) -> list[dict[str, Tensor]]:
@@ -208,12 +212,16 @@ class LargeRasterORModel(pl.LightningModule):
         )  # fmt: skip
         if self._measures(stage):
             self.collector.add(detections, targets)
+            limit = self.network.detections_per_img
+            self.full_tiles += sum(len(found["boxes"]) >= limit for found in detections)
         return loss
 
     def _measures(self, stage: str) -> bool:
         if stage == "validation" and self.trainer.state.fn == "fit":
-            last = self.trainer.should_stop or self.current_epoch + 1 == self.trainer.max_epochs
-            return last or (self.current_epoch + 1) % self.conf.validation.pr_compute_interval == 0
+            epoch = self.current_epoch + 1
+            # the first, so that there is a best one; the last, whatever ends the training
+            outermost = epoch in (1, self.trainer.max_epochs) or self.trainer.should_stop
+            return outermost or epoch % self.conf.validation.pr_compute_interval == 0
         return stage != "train"
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -225,9 +233,6 @@ class LargeRasterORModel(pl.LightningModule):
         loss = self._common_step(batch, "train")
         if not float(loss.detach()) < DIVERGED:
             raise self._diverged(batch, float(loss.detach()))
-        if self.conf.train.hard_negatives:
-            rows = [int(target["tile"]) for target in batch[1]]
-            self.trainer.datamodule.sampler.update(rows, self.network.background_loss)
         return loss
 
     @torch.no_grad()
@@ -319,6 +324,12 @@ class LargeRasterORModel(pl.LightningModule):
         self._evaluate("test", self.conf.test.iou_threshold, threshold)
 
     def _evaluate(self, stage: str, iou_threshold: float, score_threshold: float | None) -> None:
+        if self.full_tiles and stage == "test":
+            log.warning(
+                "%d tiles of the test ground reached the limit of %d detections; set the option "
+                "detections_per_tile", self.full_tiles, self.network.detections_per_img,
+            )  # fmt: skip
+        self.full_tiles = 0
         self.grounds = self.collector.merge(self.conf.nms_threshold)
         self.evaluation = metrics.evaluate(
             self.grounds, self.labels, iou_threshold, score_threshold,
@@ -382,7 +393,9 @@ class LargeRasterORModel(pl.LightningModule):
         train = self.conf.train
         own = [RunningAverage(train)] if train.averaging != "none" else []
         if train.patience is not None:
-            own.append(EarlyStopping(BEST_BY, mode="max", patience=train.patience, strict=False))
+            # Lightning counts epochs, in which the last measurement still stands
+            epochs = train.patience * self.conf.validation.pr_compute_interval
+            own.append(EarlyStopping(BEST_BY, mode="max", patience=epochs))
         trainer = pl.Trainer(
             max_epochs=self.conf.train.epochs,
             accelerator=self.conf.accelerator,
@@ -432,12 +445,13 @@ class RunningAverage(WeightAveraging):
     def __init__(self, train: TrainConfig) -> None:
         """Keep what to average."""
         self.ema, self.share = train.averaging == "ema", train.averaging_share
-        super().__init__(**({"multi_avg_fn": self._decay} if self.ema else {}))
+        self.steps, self.weight = 0, 1.0  # how many are averaged; what the next one weighs
+        super().__init__(multi_avg_fn=self._update)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find out how many steps there will be."""
+        """Keep the average where the module will be, and know the module."""
+        self._device, self.module = trainer.strategy.root_device, pl_module
         super().setup(trainer, pl_module, stage)
-        self.module = pl_module
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the module the average, and forget it: what is saved later is the module."""
@@ -445,14 +459,23 @@ class RunningAverage(WeightAveraging):
         self._average_model = None
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Take part after a step: of `swa`, in the last quarter."""
-        return step_idx is not None and (self.ema or self.module.share_done() >= 1 - SWA_SHARE)
-
-    def _decay(self, average: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
+        """Take part after every step, and find out what it weighs."""
+        if step_idx is None:
+            return False
         done = max(self.module.share_done(), 1e-6)
-        steps = self.share * (float(updates) + 1) / done  # that the share of the training has
-        weight = 1 / max(1.0, min(steps, (float(updates) + 10) / 10))
-        torch._foreach_lerp_(average, current, weight)
+        if self.ema:
+            reach = self.share * (step_idx + 1) / done  # steps that the share of the training has
+            self.weight = 1 / max(1.0, min(reach, (step_idx + 10) / 10))
+        else:
+            self.steps += done > 1 - SWA_SHARE  # until then, what is measured is the last step
+            self.weight = 1 / max(1, self.steps)
+        return True
+
+    def _update(self, average: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
+        if average[0].is_floating_point():
+            torch._foreach_lerp_(average, current, self.weight)
+        else:  # counters
+            torch._foreach_copy_(average, current)
 
 
 def _plain(value: object) -> object:

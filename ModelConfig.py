@@ -46,6 +46,15 @@ MAY_CHANGE = {
     "WANDB_PROJECT", "PLOT_IMAGE", "INTERACTIVE", "PREDICT_FILENAMES", "CATALOGUE_FORMATS",
     "CATALOGUE_GEOMETRY", "DENSITY_CELL", "PREDICT_VIEWS",
 }  # fmt: skip
+PARAMETER_OF = {  # field of the model's configuration -> parameter of a run
+    "batch_size": "BATCH_SIZES", "train.epochs": "N_EPOCHS", "train.lr": "LEARNING_RATES",
+    "train.optimizer": "OPTIMIZER", "train.min_visible": "MIN_VISIBLE", "workers": "WORKERS",
+    "accelerator": "ACCELERATOR", "devices": "DEVICES", "precision": "PRECISION", "seed": "SEED",
+    "backbone": "BACKBONE", "weights": "WEIGHTS", "init_from": "INIT_FROM",
+    "fpn_channels": "FPN_CHANNELS", "validation.pr_compute_interval": "PR_COMPUTE_INTERVAL",
+    "validation.iou_threshold": "IOU_THRESHOLD", "test.iou_threshold": "IOU_THRESHOLD",
+    "validation.score_threshold": "SCORE_THRESHOLD", "test.score_threshold": "SCORE_THRESHOLD",
+}  # fmt: skip
 _STRICT = ConfigDict(validate_assignment=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -93,6 +102,12 @@ class TrainConfig:
     hard_negatives: Share = 0.0  # of an epoch, drawn by how wrong the model is there; 0: none
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
+    def __post_init__(self) -> None:
+        """Refuse what would do nothing."""
+        augment = self.augment
+        if augment.enabled and not self.random_windows and (augment.zoom > 1 or augment.mosaic):
+            raise ValueError("zoom and mosaic need random_windows")
+
 
 @dataclass(config=_STRICT)
 class EvaluationConfig:
@@ -120,7 +135,7 @@ class ModelConfig:
     workers: Annotated[int, Field(ge=0)] = 0  # processes that read tiles; 0 reads in the main one
     accelerator: str = "auto"  # Lightning's: auto, cpu, gpu, mps, ...
     devices: int | str | list[int] = 1  # Lightning's: how many, or which
-    precision: Precision = "auto"  # auto: bf16-mixed where hardware computes in it
+    precision: Precision = "auto"  # auto: bf16-mixed where hardware has it and is faster by it
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     backbone: Backbone = "resnet18"
     weights: str | None = None  # torchvision's name of weights, or a file; None: from scratch
@@ -134,7 +149,10 @@ class ModelConfig:
     head_depth: Annotated[int, Field(ge=1, le=4)] = 2  # convolutions before each prediction
     finest_level: Annotated[int, Field(ge=1, le=3)] | None = None  # of the pyramid; None: by sizes
     input_scale: Annotated[float, Field(ge=0.5, le=4)] = 1.0  # the network enlarges its input
-    anchors_per_octave: Annotated[int, Field(ge=1, le=4)] = 1  # sizes on each level
+    smallest_anchor: PositiveFloat | None = None  # px of the tile; None: by the objects' sizes
+    anchors_per_level: Annotated[int, Field(ge=1, le=4)] = 1  # sizes
+    aspect_ratios: tuple[PositiveFloat, ...] | None = None  # height over width; None: by the boxes
+    detections_per_tile: Positive | None = None  # at most; None: twice the objects of the densest
     box_loss: Literal["giou", "diou", "ciou"] = "giou"  # of the overlap
     box_loss_weight: PositiveFloat = 1.0  # against the classification's
     focal_alpha: Share = 0.25  # weight of objects against background
@@ -146,7 +164,7 @@ class ModelConfig:
     def architecture(self) -> dict[str, Any]:
         """Return the fields that decide which weights fit."""
         norm = self.norm if self.norm != "auto" else "frozen" if self.weights else "group"
-        names = ("backbone", "fpn_channels", "head_depth", "anchors_per_octave")
+        names = ("backbone", "fpn_channels", "head_depth", "anchors_per_level")
         return {name: getattr(self, name) for name in names} | {"norm": norm}
 
     def to_dict(self) -> dict[str, Any]:
@@ -322,10 +340,11 @@ class RunParameters:
                 "TEST_FILENAMES names whole rasters for the test, which needs SPLIT_BY = 'raster', "
                 f"got {self.SPLIT_BY!r}"
             )
-        searched = {"batch_size": "BATCH_SIZES", "train.epochs": "N_EPOCHS",
-                    "train.lr": "LEARNING_RATES"}  # fmt: skip
-        for name in searched.keys() & self.MODEL_OPTIONS.keys():
-            raise InputError(f"MODEL_OPTIONS sets {name}, which is searched; set {searched[name]}")
+        for name in sorted(PARAMETER_OF.keys() & self.MODEL_OPTIONS.keys()):
+            raise InputError(
+                f"MODEL_OPTIONS sets {name}, which has a parameter of its own; set "
+                f"{PARAMETER_OF[name]}"
+            )
         self.model_config()  # raises where an option is wrong
         if strangers := sorted(set(self.TEST_FILENAMES or []) - set(self.IMAGE_FILENAMES)):
             raise InputError(

@@ -334,8 +334,6 @@ class TileSampler(Sampler[tuple[int, int]]):
         seed: Of all epochs.
         hard_negatives: Share (0-1) of an epoch's items that is drawn by difficulty instead of
             weight, once a difficulty is known.
-        rank: Which share of each epoch to yield, of `world_size`.
-        world_size: Processes that share an epoch. They yield different items, equally many.
     """
 
     def __init__(
@@ -344,14 +342,11 @@ class TileSampler(Sampler[tuple[int, int]]):
         *,
         seed: int = 0,
         hard_negatives: float = 0.0,
-        rank: int = 0,
-        world_size: int = 1,
     ) -> None:
         """Start at epoch 0, with all difficulties unknown."""
         self.weights = np.asarray(weights, dtype=np.float64)
         self.difficulty = np.full(len(self.weights), np.nan)
-        self.seed, self.hard_negatives = seed, hard_negatives
-        self.rank, self.world_size, self.epoch = rank, world_size, 0
+        self.seed, self.hard_negatives, self.epoch = seed, hard_negatives, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Set the number of the next epoch to draw; Lightning does so."""
@@ -360,8 +355,7 @@ class TileSampler(Sampler[tuple[int, int]]):
     def update(self, tiles: Sequence[int] | Tensor, difficulty: Sequence[float] | Tensor) -> None:
         """Take note of how wrong the model was on tiles, from the next epoch on.
 
-        A tile keeps an exponential moving mean. Processes that share epochs must all be told the
-        same, or they no longer draw from the same epoch.
+        A tile keeps an exponential moving mean.
 
         Args:
             tiles: Rows (B,), `tile` of the targets.
@@ -392,7 +386,7 @@ class TileSampler(Sampler[tuple[int, int]]):
         return len(shares) * shares
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Draw the epoch, or this process's share of it."""
+        """Draw the epoch."""
         rng = np.random.default_rng([self.seed, self.epoch])
         count = len(self.weights)
         order = rng.permutation(count)
@@ -402,12 +396,28 @@ class TileSampler(Sampler[tuple[int, int]]):
         visits = np.diff(np.floor(due + rng.uniform(1e-6, 1 - 1e-6)), prepend=0).astype(int)
         rows = rng.permutation(np.repeat(order, visits))
         seeds = rng.integers(2**63, size=count)
-        mine = slice(self.rank, len(self) * self.world_size, self.world_size)
-        yield from zip(rows[mine].tolist(), seeds[mine].tolist(), strict=True)
+        yield from zip(rows.tolist(), seeds.tolist(), strict=True)
 
     def __len__(self) -> int:
-        """Return how many items this process gets of an epoch."""
-        return len(self.weights) // self.world_size
+        """Return the number of items of an epoch."""
+        return len(self.weights)
+
+
+class HardTiles(pl.Callback):
+    """Tells a sampler, after each training step, how wrong the model was on the batch's tiles."""
+
+    def __init__(self, sampler: TileSampler) -> None:
+        """Keep the sampler, which may not want to know."""
+        self.sampler = sampler
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: Batch,
+        batch_idx: int,
+    ) -> None:  # fmt: skip
+        """Pass on the loss of the background."""
+        if self.sampler.hard_negatives:
+            rows = [int(target["tile"]) for target in batch[1]]
+            self.sampler.update(rows, pl_module.network.background_loss)
 
 
 class RandomQuarterTurn(v2.Transform):

@@ -39,7 +39,7 @@ import fileio
 import imutils
 import splits
 import tiling
-from datasets import TileDataModule, class_ids
+from datasets import HardTiles, TileDataModule, class_ids
 from ImageData import BOX_COLUMNS, CENTER_COLUMNS, ImageData, InputError
 from LargeRasterOR import BEST_BY, DivergedError, LargeRasterORModel
 from logger import LoggerProtocol, get_logging_key, make_model_logger
@@ -277,8 +277,8 @@ def train_iteration(
 ) -> dict[str, float]:
     """Train one model, choose its threshold on all validation ground, test it on the test ground.
 
-    Writes to `trial_dir`: `checkpoints/best.ckpt` (highest `val_AP50`, with the threshold) and
-    `last.ckpt`; `detections.csv`, `objects.csv`, `curve.csv`, `confusion.csv` of the test.
+    Writes to `trial_dir`: `checkpoints/best.ckpt` (highest `val_AP50`, with the threshold);
+    `detections.csv`, `objects.csv`, `curve.csv`, `confusion.csv` of the test.
 
     Args:
         hyperparams: `patch_size, n_epochs, sample_size, learning_rate, batch_size`.
@@ -311,19 +311,22 @@ def train_iteration(
     model = LargeRasterORModel(data.ids, conf, contract)
     model.load_pretrained()
     checkpoint = ModelCheckpoint(
-        trial_dir / "checkpoints", filename="best", monitor=BEST_BY, mode="max", save_last=True
+        trial_dir / "checkpoints", filename="best", monitor=BEST_BY, mode="max"
     )
     trainer = model.create_trainer(
-        logger, [checkpoint, *callbacks], progress=progress, root_dir=trial_dir
-    )
-    fit = contract.anchors
-    covered = best_anchor_iou(fit, module.train.boxes[module.train.owned]) > GOOD_ANCHOR
+        logger, [checkpoint, HardTiles(module.sampler), *callbacks],
+        progress=progress, root_dir=trial_dir,
+    )  # fmt: skip
+    fitted = contract.anchors
+    covered = best_anchor_iou(fitted, module.train.boxes[module.train.owned]) > GOOD_ANCHOR
     log.info(
-        "%d training tiles, %d of validation, %d of test; %s, P%d-P%d of %d channels, anchors of "
-        "%s px (%.0f %% of the objects have one of IoU above %g), up to %d detections per tile",
+        "%d training tiles, %d of validation, %d of test; network: %s, norm %s, P%d-P%d of %d "
+        "channels, input enlarged by %g; anchors of %s px, ratios %s (%.0f %% of the objects have "
+        "one of IoU above %g); up to %d detections per tile, of %d candidates per level",
         len(module.train), len(module.validation), len(module.test), conf.backbone,
-        fit.finest_level, LAST_LEVEL, conf.fpn_channels, [sizes[0] for sizes in fit.sizes],
-        100 * covered.mean(), GOOD_ANCHOR, contract.detections_per_tile,
+        conf.architecture()["norm"], fitted.finest_level, LAST_LEVEL, conf.fpn_channels,
+        fitted.input_scale, fitted.sizes, fitted.aspect_ratios, 100 * covered.mean(), GOOD_ANCHOR,
+        contract.detections_per_tile, model.network.topk_candidates,
     )  # fmt: skip
     start = time.monotonic()
     try:
@@ -332,8 +335,8 @@ def train_iteration(
         named = module.train.tiles.iloc[error.tiles][["raster", *tiling.WINDOW_COLUMNS]]
         places = "; ".join(f"{t.raster} at x {t.x}, y {t.y}" for t in named.itertuples())
         raise InputError(
-            f"{error}. Tiles of {size} px: {places}. Look at them, or lower LEARNING_RATES; what "
-            f"was learnt until the last full epoch is in {trial_dir / 'checkpoints'}"
+            f"{error}. Tiles of {size} px: {places}. Look at them, or lower LEARNING_RATES; the "
+            f"best epoch until then, if there was one, is in {trial_dir / 'checkpoints'}"
         ) from error
     training_time = time.monotonic() - start
     logger.log({"training_time": training_time})
@@ -365,7 +368,9 @@ def train_iteration(
 def make_contract(data: SearchData, module: TileDataModule, tile_size: int) -> DataContract:
     """Derive what depends on the training tiles of a trial, for its model and its checkpoint."""
     raster = next(iter(data.rasters.values()))
-    densest = int(np.max(module.train.last - module.train.first))
+    # of all tiles, so that no limit cuts what is measured; their labels are not looked at
+    tiles = (module.train, module.full_validation, module.test)
+    densest = max(int(np.max(t.last - t.first, initial=0)) for t in tiles)
     return DataContract(
         tile_size=tile_size,
         bands=raster.bands,
@@ -374,7 +379,7 @@ def make_contract(data: SearchData, module: TileDataModule, tile_size: int) -> D
         radiometry=data.radiometry,
         # neighbours are cut
         anchors=fit_anchors(module.train.boxes[module.train.owned], module.conf),
-        detections_per_tile=detections_limit(densest),
+        detections_per_tile=module.conf.detections_per_tile or detections_limit(densest),
         resolution=raster.resolution,
         split_hash=fileio.fingerprint(data.blocks),
         evaluation_overlap=min(data.evaluation_overlap, tile_size // 2),
@@ -447,6 +452,12 @@ def trial_dir_of(row: pd.Series) -> Path:
     return Path(row["checkpoint"]).parent.parent
 
 
+def test_values(trial_dir: Path) -> dict[str, float]:
+    """Return what a trial measured on the test ground, see `metrics.evaluate`."""
+    values = _read_json(trial_dir / "result.json")["values"]
+    return {name: v for name, v in values.items() if not name.startswith(("val_", "test_"))}
+
+
 def fullest_test_block(
     images: Sequence[ImageData], blocks: pd.DataFrame
 ) -> tuple[ImageData, pd.Series]:
@@ -513,8 +524,10 @@ def _check_same_input(
         configuration.pop(name)
     for name in ("epochs", "lr"):
         configuration["train"].pop(name)
+    starts = [name for name in (conf.init_from, conf.weights) if name and Path(name).is_file()]
     common = {
         "classes": dict(data.ids),
+        "weights to start from": [fileio.fingerprint(Path(name)) for name in starts],
         "ground": fileio.fingerprint(data.blocks),
         "bands and regions": fileio.fingerprint(
             {name: r.made_from | {"files": None} for name, r in data.rasters.items()}

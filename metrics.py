@@ -16,7 +16,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +43,7 @@ CENTER_DISTANCE = 0.5  # of an object's diameter
 DIAMETER_FACTOR = 2.0
 CONFIDENCE = 0.95
 RESAMPLES = 1000
+FEW_BLOCKS = 10  # below that, resampling them says little
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,12 @@ def merge_tiles(
         detections: Per tile `boxes` (px of the tile), `scores`, `labels`, `stray`.
         targets: Per tile what `datasets` describes, of the same block.
         nms_threshold: IoU above which the weaker of two detections of a class goes.
+
+    Returns:
+        The block, its tiles as parts.
     """
-    boxes, scores, labels, stray = [], [], [], []
-    for found, target in zip(detections, targets, strict=True):
+    boxes, scores, labels, stray, parts = [], [], [], [], []
+    for tile, (found, target) in enumerate(zip(detections, targets, strict=True)):
         window, core = target["window"], target["core"]
         on_raster = found["boxes"] + window[:2].repeat(2)
         own = torch.from_numpy(
@@ -120,13 +124,15 @@ def merge_tiles(
         scores.append(found["scores"][own])
         labels.append(found["labels"][own])
         stray.append(found["stray"][own])
-    boxes, scores, labels, stray = map(torch.cat, (boxes, scores, labels, stray))
+        parts.append(torch.full((int(own.sum()),), tile))
+    boxes, scores, labels, stray, parts = map(torch.cat, (boxes, scores, labels, stray, parts))
     keep = batched_nms(boxes, scores, labels, nms_threshold)
 
     ids = torch.cat([t["truth_ids"] for t in targets]).numpy()
     owned = torch.cat([t["truth_owned"] for t in targets]).numpy()
     order = np.lexsort((~owned, ids))  # the owner of an object first
     first = order[np.unique(ids[order], return_index=True)[1]]
+    tile_of = np.repeat(np.arange(len(targets)), [len(t["truth_ids"]) for t in targets])
     return Ground(
         boxes[keep].numpy(),
         scores[keep].numpy(),
@@ -135,6 +141,9 @@ def merge_tiles(
         torch.cat([t["truth_labels"] for t in targets]).numpy()[first],
         ~owned[first],
         stray[keep].numpy(),
+        parts[keep].numpy(),
+        tile_of[first],
+        len(targets),
     )
 
 
@@ -157,12 +166,19 @@ class GroundCollector:
                 kept.append({name: value.detach().cpu() for name, value in values.items()})
 
     def merge(self, nms_threshold: float) -> dict[int, Ground]:
-        """Return what was collected, per block, and start anew."""
+        """Return what was collected, per block, and start anew.
+
+        Blocks are what is resampled; where there are few, their tiles are.
+        """
         tiles, self.tiles = self.tiles, {}
-        return {
+        grounds = {
             block: merge_tiles(found, targets, nms_threshold)
             for block, (found, targets) in sorted(tiles.items())
         }
+        if len(grounds) < FEW_BLOCKS:
+            return grounds
+        whole = {"parts": None, "truth_parts": None, "part_count": 1}
+        return {block: replace(ground, **whole) for block, ground in grounds.items()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -901,6 +917,7 @@ def read_ground(
     labels = sorted({*found["label"], *known["label"]})
     side = block_size or -(-max(raster.width, raster.height) // 8)
     columns, rows = -(-raster.width // side), -(-raster.height // side)
+    extent = np.array([0, 0, raster.width, raster.height])  # nothing beyond it can be seen
 
     def describe(df: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         x, y = df[CENTER_COLUMNS].to_numpy(float).T
@@ -909,7 +926,8 @@ def read_ground(
             counted &= raster.regions.contain(x, y)
         column, row = ((v // side).clip(0, n - 1) for v, n in ((x, columns), (y, rows)))
         ids = pd.Categorical(df["label"], labels).codes.astype(np.int64)
-        return df[BOX_COLUMNS].to_numpy(float), ids, ~counted, (row * columns + column).astype(int)
+        boxes = imutils.clip_boxes(df[BOX_COLUMNS].to_numpy(float), extent)
+        return boxes, ids, ~counted, (row * columns + column).astype(int)
 
     boxes, ids, stray, parts = describe(found)
     truth_boxes, truth_ids, ignored, truth_parts = describe(known)
@@ -940,7 +958,7 @@ def _read_boxes(path: Path, raster: fileio.Raster, options: dict[str, object]) -
 
 def tabulate(values: Mapping[str, float]) -> pd.DataFrame:
     """Put values in rows `name, value, low, high`, with NaN where there is no interval."""
-    ends = {f"{name}_{end}" for name in values for end in ("low", "high")}
+    ends = {f"{name}_{end}" for name in ("AP50", *BOX_VALUES) for end in ("low", "high")}
     rows = [
         (name, value, values.get(f"{name}_low", np.nan), values.get(f"{name}_high", np.nan))
         for name, value in values.items()

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -58,18 +58,23 @@ class Anchors:
     finest_level: int
     input_scale: float = 1.0
 
+    def architecture(self) -> dict[str, object]:
+        """Return what decides which weights fit."""
+        return {"finest_level": self.finest_level, "aspect_ratios": tuple(self.aspect_ratios)}
+
 
 def fit_anchors(boxes_xyxy: np.ndarray, conf: ModelConfig | None = None) -> Anchors:
     """Fit anchors to the boxes (N, 4) of the training ground, px.
 
     The smallest anchor meets the smaller objects (second percentile of the square root of the
     area). The finest level of the pyramid is the coarsest whose places lie at most a third of it
-    apart; each level looks for objects twice as large as the one before it. Elongated anchors join
-    when a tenth of the boxes is longer than 1.5 times its width, either way.
+    apart; each level looks for objects twice as large as the one before it, or larger, so that the
+    coarsest meets the larger objects (98th percentile). Elongated anchors join when a tenth of the
+    boxes is longer than 1.5 times its width, either way.
 
     Args:
         boxes_xyxy: Of the objects.
-        conf: May set the finest level and the enlargement of the input.
+        conf: May set the smallest anchor, the finest level, the ratios, the enlargement.
 
     References: Lin et al. 2017, Focal loss, section 4, who fix the smallest at 32 px and the finest
     level at P3; we take both from the data.
@@ -78,16 +83,18 @@ def fit_anchors(boxes_xyxy: np.ndarray, conf: ModelConfig | None = None) -> Anch
         raise InputError("anchors need at least one training box")
     conf = conf or ModelConfig()
     width, height = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).clip(1e-6).T
-    smallest = float(max(np.quantile(np.sqrt(width * height), 0.02), 4.0))
+    small, large = np.quantile(np.sqrt(width * height), [0.02, 0.98])
+    smallest = conf.smallest_anchor or float(max(small, 4.0))
     fitting = int(np.clip(np.log2(smallest * conf.input_scale / PLACES_PER_ANCHOR), 1, 3))
     finest = conf.finest_level or fitting
-    steps = conf.anchors_per_octave
+    levels, steps = LAST_LEVEL - finest + 1, conf.anchors_per_level
+    growth = max(2.0, (large / smallest) ** (1 / (levels - 1)))
     sizes = tuple(
-        tuple(round(smallest * 2 ** (level + step / steps), 2) for step in range(steps))
-        for level in range(LAST_LEVEL - finest + 1)
+        tuple(round(smallest * growth ** (level + step / steps), 2) for step in range(steps))
+        for level in range(levels)
     )
     elongated = np.abs(np.log(width / height)) > np.log(1.5)
-    ratios = (0.5, 1.0, 2.0) if elongated.mean() > 0.1 else (1.0,)
+    ratios = conf.aspect_ratios or ((0.5, 1.0, 2.0) if elongated.mean() > 0.1 else (1.0,))
     return Anchors(sizes, ratios, finest, conf.input_scale)
 
 
@@ -138,6 +145,14 @@ def detections_limit(densest: int) -> int:
     return max(100, 2 * densest)
 
 
+def candidates_limit(detections: int) -> int:
+    """Return the most candidates to keep on a level, given the most detections of a tile.
+
+    Several anchors find the same object, most of the time on one level.
+    """
+    return max(1000, 5 * detections)
+
+
 class ExactAnchors(AnchorGenerator):
     """Torchvision's anchors, whose sides it would round to even pixels: 7 and 9 px both to 8."""
 
@@ -167,7 +182,7 @@ class ExactAnchors(AnchorGenerator):
 
 
 def assign_anchors(
-    boxes: Tensor, anchors: Tensor, grids: Sequence[tuple[int, int, float]], neighbours: int = 1
+    boxes: Tensor, anchors: Tensor, grids: Sequence[tuple[int, int, float]]
 ) -> Tensor:
     """Choose the anchors that learn to find each object, by what the object itself offers.
 
@@ -181,7 +196,6 @@ def assign_anchors(
         anchors: (A, 4), xyxy px, level by level, row by row, all of a place together.
         grids: Per level its rows, columns, and the distance of neighbouring places in px; the first
             place lies at (0, 0).
-        neighbours: How many places away, each way, a candidate may be.
 
     Returns:
         int64 (A,): the object that the anchor learns, or `BACKGROUND`.
@@ -194,7 +208,7 @@ def assign_anchors(
     if not len(boxes):
         return match
     centre = (boxes[:, :2] + boxes[:, 2:]) / 2
-    offsets = torch.arange(-neighbours, neighbours + 1, device=boxes.device)
+    offsets = torch.arange(-1, 2, device=boxes.device)
     candidates, first = [], 0
     per_place = len(anchors) // sum(rows * columns for rows, columns, _ in grids)
     for rows, columns, stride in grids:
@@ -239,7 +253,7 @@ class TileRetinaNet(RetinaNet):
     from one pass. All boxes are in px of the tile.
 
     Attributes:
-        background_loss: Of the last batch with targets, (B,): how wrong it is where nothing lies.
+        background_loss: Of the last batch with targets, (B,): how wrong it is off all objects.
     """
 
     def __init__(self, classes: int, conf: ModelConfig, contract: DataContract) -> None:
@@ -267,9 +281,9 @@ class TileRetinaNet(RetinaNet):
             score_thresh=conf.test.score_threshold,
             nms_thresh=conf.nms_threshold,
             detections_per_img=contract.detections_per_tile,
-            topk_candidates=max(1000, 2 * contract.detections_per_tile),
+            topk_candidates=candidates_limit(contract.detections_per_tile),
         )
-        self.conf, self.fit = conf, contract.anchors
+        self.conf, self.fitted = conf, contract.anchors
 
     def forward(
         self, images: Tensor, targets: Sequence[Target] | None = None, *, detect: bool = True
@@ -292,7 +306,7 @@ class TileRetinaNet(RetinaNet):
             for values in (self.transform.image_mean, self.transform.image_std)
         )
         batch = (images - mean) / std
-        scale = self.fit.input_scale
+        scale = self.fitted.input_scale
         if scale != 1:
             batch = nn.functional.interpolate(batch, scale_factor=scale, mode="bilinear")
         bottom, right = (-side % SIZE_DIVISOR for side in batch.shape[-2:])
@@ -302,7 +316,7 @@ class TileRetinaNet(RetinaNet):
         outputs = {name: value.float() for name, value in self.head(features).items()}
         grids = [
             (*f.shape[-2:], 2**level / scale)
-            for level, f in enumerate(features, start=self.fit.finest_level)
+            for level, f in enumerate(features, start=self.fitted.finest_level)
         ]
         anchors = self.anchor_generator.on_grids(grids, batch.device)
         losses = {}
@@ -359,7 +373,8 @@ class TileRetinaNet(RetinaNet):
         focal = ops.sigmoid_focal_loss(
             logits, wanted, alpha=self.conf.focal_alpha, gamma=self.conf.focal_gamma
         ).sum(dim=-1)
-        self.background_loss = (focal.detach() * (match == BACKGROUND)).sum(dim=1)
+        on_objects = torch.stack([_lie_on(anchors, target["boxes"]) for target in targets])
+        self.background_loss = (focal.detach() * ((match == BACKGROUND) & ~on_objects)).sum(dim=1)
         boxes = self.box_coder.decode_single(deltas[tile, anchor], anchors[anchor])
         overlap = BOX_LOSSES[self.conf.box_loss](boxes, truth[learnt])
         objects = max(1, len(learnt))
@@ -367,6 +382,15 @@ class TileRetinaNet(RetinaNet):
             "classification": focal[match != NEITHER].sum() / objects,
             "bbox_regression": self.conf.box_loss_weight * overlap.sum() / objects,
         }
+
+
+def _lie_on(anchors: Tensor, boxes: Tensor) -> Tensor:
+    """Tell which anchors (A, 4) have their centre on any of the boxes (N, 4)."""
+    centre = (anchors[:, None, :2] + anchors[:, None, 2:]) / 2
+    lies = torch.zeros(len(anchors), dtype=torch.bool, device=anchors.device)
+    for some in boxes.split(64):  # all at once would fill the memory
+        lies |= ((centre > some[:, :2]) & (centre < some[:, 2:])).all(dim=-1).any(dim=-1)
+    return lies
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
@@ -398,7 +422,9 @@ def make_backbone(
         state = load_weights(conf.backbone, conf.weights)
         if f"{first}.weight" in state:
             state[f"{first}.weight"] = fit_bands(state[f"{first}.weight"], bands)
-        wanted = {name: value.shape for name, value in body.state_dict().items()}
+        own = body.state_dict().items()
+        wanted = {n: v.shape for n, v in own if not n.startswith(("fc.", "classifier."))}
+        wanted = {n: v for n, v in wanted.items() if not n.endswith("num_batches_tracked")}
         given = {name: value.shape for name, value in state.items()}
         if wrong := [name for name, shape in wanted.items() if given.get(name) != shape]:
             raise InputError(
@@ -406,7 +432,7 @@ def make_backbone(
                 f"missing or of another shape, such as {wrong[:3]}; give weights of that "
                 "very architecture"
             )
-        body.load_state_dict(state, strict=False)
+        body.load_state_dict({name: state[name] for name in wanted}, strict=False)
     # the last module of each stride from 2 to 32, and its channels
     if conf.backbone.startswith("mobilenet"):
         body = body.features
@@ -418,7 +444,9 @@ def make_backbone(
         levels |= {f"layer{i + 1}": body.inplanes // 8 * 2**i for i in range(4)}
     used = dict(list(levels.items())[finest_level - 1 :])
     names = {name: str(i) for i, name in enumerate(used)}
-    return BackboneWithFPN(body, names, list(used.values()), conf.fpn_channels)
+    pyramid = BackboneWithFPN(body, names, list(used.values()), conf.fpn_channels)
+    pyramid.stages = list(levels)[1:]
+    return pyramid
 
 
 def freeze_stages(backbone: BackboneWithFPN, stages: int) -> None:
@@ -426,15 +454,22 @@ def freeze_stages(backbone: BackboneWithFPN, stages: int) -> None:
 
     Args:
         backbone: What `make_backbone` returned.
-        stages: 0 for none; 1 for all up to the features of the first level of the pyramid (the stem
-            with it), 2 up to the second, 4 for all of them.
+        stages: 0 for none; 1 for all up to the features of stride 4, the stem with it; 2 up to
+            stride 8; 4 for all.
+
+    Raises:
+        InputError: What is frozen would still follow the statistics of the batches.
     """
-    done = 0
     for name, module in backbone.body.named_children():
-        if done == stages:
+        if stages == 0:
             break
+        if any(isinstance(m, nn.BatchNorm2d) for m in module.modules()):
+            raise InputError(
+                "frozen stages must not be normalised by the batch; set the option norm to "
+                "'frozen' or 'group', or freeze_stages to 0"
+            )
         module.requires_grad_(requires_grad=False)
-        done += name in backbone.body.return_layers
+        stages -= name in backbone.stages
 
 
 def load_weights(backbone: str, weights: str) -> dict[str, Tensor]:
@@ -498,6 +533,29 @@ def _set_bands(body: nn.Module, path: str, bands: int) -> None:
     )  # fmt: skip
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
     body.set_submodule(path, new)
+
+
+def read_checkpoint(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a checkpoint of this product, without running any code in it.
+
+    Returns:
+        `label_set, conf, contract`, and the weights of its network.
+
+    Raises:
+        InputError: It cannot be read, or is no such checkpoint.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        known, state = checkpoint["hyper_parameters"], checkpoint["state_dict"]
+        ModelConfig.from_dict(known["conf"])
+    except Exception as error:
+        raise InputError(
+            f"INIT_FROM must name a checkpoint of this version of the product, {path} is none: "
+            f"{error}"
+        ) from error
+    prefix = "network."
+    network = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+    return known, network
 
 
 def fit_weights(

@@ -202,8 +202,7 @@ def _measure_cost(
     if params.MATERIALIZE_TILES:
         item = np.dtype(contract.dtype).itemsize * len(contract.bands)
         chips = tiles["train_tiles"] * contract.tile_size**2 * item
-    # per training the best weights; the last, with their average and the optimiser's two moments
-    disk = trainings * weights * 5 + chips
+    disk = trainings * weights + chips  # the best weights of each
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 1024
     return {

@@ -78,7 +78,8 @@ def prepare(params: RunParameters) -> tuple[gridsearch.SearchData, TileDataModul
 def train_ours(params: RunParameters, data: gridsearch.SearchData) -> dict[str, float]:
     """Search the one trial; its values are of the test ground."""
     board = gridsearch.run_search(data, params.search_space, params.model_config(), params.run_dir)
-    return {name: float(board.iloc[0][name]) for name in (*SHOWN, "training_time") if name in board}
+    names = [n for n in (*SHOWN, "val_AP50", "training_time") if n in board]
+    return board.iloc[0][names].astype(float).to_dict()
 
 
 def write_chips(dataset: BboxDataset, labels: Sequence[str], folder: Path) -> Path:
@@ -150,7 +151,7 @@ def run_plain(script: Path, params: RunParameters, minutes: float) -> str:
     names = [Path(name).stem for name in params.TEST_FILENAMES or []]
     command = [sys.executable, str(script), str(params.IMG_DIR), "--test", *names,
                "--minutes", str(minutes)]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def read_parameters(path: Path, changes: Mapping[str, Any], folder: Path) -> RunParameters:
@@ -185,6 +186,10 @@ def main() -> None:
         params = read_parameters(args.parameters, changes, folder)
         options = params.MODEL_OPTIONS | {"train.max_minutes": args.minutes}
         params = replace(params, N_EPOCHS=[MANY], MODEL_OPTIONS=options)
+        if params.trial_count > 1:
+            parser.error("the parameters span several trainings; --set them to one value each")
+        if args.plain and not params.TEST_FILENAMES:
+            parser.error("--plain needs parameters with TEST_FILENAMES")
         data, module = prepare(params)
         table = {"ours": train_ours(params, data)}
         if args.deepforest:

@@ -35,6 +35,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -148,6 +149,20 @@ def train(folder: Path, epochs: int) -> Path:
     return folder / "run" / "best.ckpt"
 
 
+class ExactStrides(torch.nn.Module):
+    """Our anchors for torchvision's forward, whose own stretch coarse levels to the tile."""
+
+    def __init__(self, network: TileRetinaNet) -> None:
+        """Keep what makes them."""
+        super().__init__()
+        self.anchors, self.finest = network.anchor_generator, network.fitted.finest_level
+
+    def forward(self, images: ImageList, features: list[Tensor]) -> list[Tensor]:
+        """Return the anchors of each image."""
+        grids = [(*f.shape[-2:], 2**level) for level, f in enumerate(features, self.finest)]
+        return [self.anchors.on_grids(grids, features[0].device)] * len(images.image_sizes)
+
+
 def as_torchvision_has_it(network: TileRetinaNet) -> RetinaNet:
     """Return a copy that runs torchvision's own forward: lists of images in 0-1, contiguous.
 
@@ -155,6 +170,7 @@ def as_torchvision_has_it(network: TileRetinaNet) -> RetinaNet:
     """
     plain = copy.deepcopy(network).to(memory_format=torch.contiguous_format).eval()
     plain.__class__ = RetinaNet
+    plain.anchor_generator = ExactStrides(network)
     # SAHI's torchvision model leaves gradients on; without this it would be slower still
     return plain.requires_grad_(False)
 

@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.models import resnet18
 
 import gridsearch
-from datasets import BboxDataset, TileDataModule, collate
+from datasets import BboxDataset, HardTiles, TileDataModule, collate
 from ImageData import InputError
 from imutils import Radiometry
 from LargeRasterOR import DivergedError, LargeRasterORModel, resolve_precision
@@ -137,7 +137,11 @@ def test_several_devices_are_refused_until_they_measure_exactly():
 def test_precision_is_decided_by_the_hardware(monkeypatch):
     assert resolve_precision("16-mixed", "cpu") == "16-mixed"
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr("LargeRasterOR._bf16_gain", lambda: 1.5)
     assert resolve_precision("auto", "cpu") == "bf16-mixed"
+    monkeypatch.setattr("LargeRasterOR._bf16_gain", lambda: 0.9)
+    assert resolve_precision("auto", "cpu") == "32-true"
+    monkeypatch.setattr("LargeRasterOR._bf16_gain", lambda: 1.5)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     assert resolve_precision("auto", "cpu") == "32-true"
 
@@ -175,7 +179,9 @@ def fit(prepared, folder, conf, callbacks=(), sample_size=1.0):
     torch.manual_seed(0)
     model = LargeRasterORModel(data.ids, conf, gridsearch.make_contract(data, module, 128))
     model.load_pretrained()
-    trainer = model.create_trainer(callbacks=callbacks, root_dir=folder)
+    trainer = model.create_trainer(
+        callbacks=[HardTiles(module.sampler), *callbacks], root_dir=folder
+    )
     trainer.fit(model, datamodule=module)
     return model, module, trainer
 

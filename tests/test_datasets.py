@@ -473,15 +473,6 @@ def test_visits_are_what_is_due_rounded_up_or_down(weights, seed):
     assert (np.abs(visits - due) < 1 + 1e-6).all()
 
 
-def test_ranks_share_an_epoch_without_repeating_an_item():
-    whole = list(TileSampler(np.ones(103), seed=4))
-    parts = [list(TileSampler(np.ones(103), seed=4, rank=r, world_size=4)) for r in range(4)]
-    assert [len(part) for part in parts] == [25] * 4
-    rows = [row for part in parts for row, _ in part]
-    assert len(set(rows)) == 100
-    assert {item for part in parts for item in part} == set(whole[:100])
-
-
 def test_repeat_factors_balance_the_classes_of_an_epoch(marked):
     boxes = marked.boxes[(marked.boxes["label"] == "a") | (marked.boxes["window"] == 4)]
     dataset = BboxDataset(marked.tiles, boxes, marked.rasters, marked.ids, marked.radiometry)

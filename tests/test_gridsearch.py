@@ -83,7 +83,7 @@ def test_a_real_trial_leaves_its_record(real_run, prepared):
     steps = recorded["train_loss_step"].notna().sum()
     assert steps == -(-(prepared.tiles["split"] == "train").sum() // 8)
     assert json.loads((trial / "hparams.json").read_text())["batch_size"] == 8
-    assert (trial / "checkpoints" / "last.ckpt").exists()
+    assert [path.name for path in (trial / "checkpoints").iterdir()] == ["best.ckpt"]
     summary = json.loads((folder / "metrics.json").read_text())
     assert summary["values"]["AP50"] == row["AP50"]
     assert json.loads((folder / "classes.json").read_text()) == prepared.data.ids
