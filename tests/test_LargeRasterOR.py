@@ -189,21 +189,40 @@ def fit(prepared, folder, conf, callbacks=(), sample_size=1.0):
 @pytest.mark.parametrize("averaging", ["ema", "swa"])
 def test_what_is_kept_is_an_average_of_the_steps(prepared, tmp_path, averaging):
     conf = small_conf(batch_size=8)
-    conf.train.epochs, conf.train.averaging, conf.train.averaging_share = 1, averaging, 0.3
-    seen = []
+    conf.train.epochs, conf.train.averaging, conf.train.averaging_share = 2, averaging, 0.3
+    seen, measured = [], []
 
     class Spy(pl.Callback):
         def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             seen.append(module.network.head.regression_head.bbox_reg.bias.detach().clone())
 
-    model, _, _ = fit(prepared, tmp_path, conf, [Spy()])
+        def on_validation_batch_start(self, trainer, module, *args):
+            measured.append(module.network.head.regression_head.bbox_reg.bias.detach().clone())
+
+    model, _, _ = fit(prepared, tmp_path, conf, [Spy()], sample_size=0.4)
     kept = model.network.head.regression_head.bbox_reg.bias.detach()
-    assert not torch.equal(kept, seen[-1])
+    steps = len(seen)
     if averaging == "swa":
-        quarter = [w for i, w in enumerate(seen, 1) if i / len(seen) >= 0.75]
-        torch.testing.assert_close(kept, torch.stack(quarter).mean(dim=0))
+        torch.testing.assert_close(kept, torch.stack(seen[steps * 3 // 4 :]).mean(dim=0))
+        # what is measured before has learnt, too
+        torch.testing.assert_close(measured[0], seen[steps // 2 - 1])
     else:
-        assert (kept - seen[-1]).norm() < (seen[0] - seen[-1]).norm()
+        expected = seen[0]
+        for n, weights in enumerate(seen):
+            reach = max(1.0, min(0.3 * steps, (n + 10) / 10))
+            expected = expected + (weights - expected) / reach
+        torch.testing.assert_close(kept, expected)
+
+
+@pytest.mark.parametrize("norm", ["batch", "frozen"])
+def test_every_norm_learns_under_an_average(prepared, tmp_path, norm):
+    conf = small_conf(batch_size=16, norm=norm)
+    conf.train.epochs = 1
+    model, _, trainer = fit(prepared, tmp_path, conf, sample_size=0.3)
+    assert torch.isfinite(trainer.callback_metrics["train_loss"])
+    counters = [v for n, v in model.state_dict().items() if n.endswith("num_batches_tracked")]
+    assert bool(counters) == (norm == "batch")
+    assert all(int(v) == trainer.global_step for v in counters)
 
 
 def test_the_clock_ends_a_training_and_its_rate_falls_until_then(prepared, tmp_path):
@@ -222,23 +241,45 @@ def test_the_clock_ends_a_training_and_its_rate_falls_until_then(prepared, tmp_p
     assert "val_AP50" in trainer.callback_metrics  # what it ends with is measured
 
 
-def test_patience_ends_a_training_that_no_longer_gains(prepared, tmp_path):
+@pytest.mark.parametrize(("interval", "epochs"), [(1, 3), (2, 5)])
+def test_patience_counts_measurements_that_are_no_better(prepared, tmp_path, interval, epochs):
     conf = small_conf(batch_size=32)
     conf.train.epochs, conf.train.patience, conf.train.lr = 50, 2, 1e-12
-    _, _, trainer = fit(prepared, tmp_path, conf, sample_size=0.2)
-    assert trainer.current_epoch == 3  # the first measurement, and two that are no better
+    conf.validation.pr_compute_interval = interval
+    _, _, trainer = fit(prepared, tmp_path, conf, sample_size=0.1)
+    assert trainer.current_epoch == epochs  # the first measurement, and two that are no better
+
+
+def test_a_confident_mistake_is_harder_than_many_found_objects():
+    torch.manual_seed(0)
+    network = LargeRasterORModel(["a"], small_conf(), contract_of()).network
+    boxes = torch.tensor(
+        [[x, y, x + 9.0, y + 9] for x in range(0, 60, 10) for y in range(0, 60, 10)]
+    )
+    full = {"boxes": boxes, "labels": torch.zeros(len(boxes), dtype=torch.int64)}
+    empty = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    grids = [(16 >> i, 16 >> i, 4.0 * 2**i) for i in range(5)]
+    anchors = network.anchor_generator.on_grids(grids, torch.device("cpu"))
+    logits = torch.full((2, len(anchors), 1), -6.0)
+    centre = (anchors[:, :2] + anchors[:, 2:]) / 2
+    on_objects = (
+        ((centre[:, None] > boxes[:, :2]) & (centre[:, None] < boxes[:, 2:])).all(-1).any(1)
+    )
+    logits[0, on_objects] = 3.0  # sure of its objects, all around their centres
+    logits[1, 40] = 3.0  # and of nothing
+    outputs = {"cls_logits": logits, "bbox_regression": torch.zeros(2, len(anchors), 4)}
+    network.compute_loss([full, empty], outputs, anchors, grids)
+    found, mistaken = network.background_loss
+    assert mistaken > 3 * found
 
 
 def test_tiles_that_are_hard_come_more_often(prepared, tmp_path):
     conf = small_conf(batch_size=8)
     conf.train.epochs, conf.train.hard_negatives = 1, 0.5
-    _, module, _ = fit(prepared, tmp_path, conf)
+    _, module, _ = fit(prepared, tmp_path, conf, sample_size=0.5)
     difficulty, visits = module.sampler.difficulty, module.sampler.expected_visits()
-    assert np.isfinite(difficulty).mean() > 0.5
-    known = np.isfinite(difficulty)
-    hardest = np.nanargmax(difficulty)
-    assert visits[hardest] == visits[known].max() > 1
-    assert visits.sum() == pytest.approx(len(visits))
+    assert np.isfinite(difficulty).mean() > 0.9  # every tile of the epoch was told of
+    assert visits[np.nanargmax(difficulty)] == visits.max() > 1
 
 
 def test_a_loss_that_is_no_number_stops_and_names_the_tile(prepared, tmp_path, monkeypatch):
@@ -292,11 +333,26 @@ def test_a_training_starts_from_a_checkpoint_of_other_classes_and_bands(tmp_path
     assert new.network.head.classification_head.cls_logits.weight.requires_grad
 
 
+def test_starting_from_a_model_of_another_split_is_warned_of(tmp_path, caplog):
+    old = LargeRasterORModel(["a"], small_conf(), contract_of())
+    path = save(old, tmp_path / "old.ckpt")
+    for split, warned in (("x", False), ("y", True)):
+        caplog.clear()
+        contract = contract_of(split_hash=split)
+        LargeRasterORModel(["a"], small_conf(init_from=path), contract).load_pretrained()
+        assert ("it may have seen what is test ground here" in caplog.text) == warned
+
+
 def test_a_checkpoint_of_another_architecture_is_refused_with_what_differs(tmp_path):
     path = save(LargeRasterORModel(["a"], small_conf(), contract_of()), tmp_path / "old.ckpt")
     conf = ModelConfig(fpn_channels=64, head_depth=4, accelerator="cpu", init_from=path)
     with pytest.raises(InputError, match=r"fpn_channels = 64 \(INIT_FROM has 32\), head_depth = 4"):
         LargeRasterORModel(["a"], conf, contract_of()).load_pretrained()
+    anchors = Anchors(((8.0,) * 3,) * 6, (1.0,), 1)
+    with pytest.raises(InputError, match=r"finest_level = 1 \(INIT_FROM has 2\); set what it has"):
+        LargeRasterORModel(
+            ["a"], small_conf(init_from=path), contract_of(anchors=anchors)
+        ).load_pretrained()
     (tmp_path / "no.ckpt").write_bytes(b"nothing")
     for name in ("no.ckpt", "absent.ckpt"):
         conf = small_conf(init_from=str(tmp_path / name))

@@ -25,6 +25,7 @@ def test_an_option_sets_a_field_of_any_depth_and_leaves_the_rest():
         ({"train": 5}, "'train', which is no option"),
         ({"train.epochs.more": 5}, "which is no option"),
         ({"train.averaging": "mean"}, "train.averaging: Input should be 'none', 'ema' or 'swa'"),
+        ({"train.random_windows": False, "train.augment.zoom": 2}, "need random_windows"),
         ({"head_depth": 9}, "head_depth: Input should be less than or equal to 4, got 9"),
     ],
 )
@@ -46,8 +47,10 @@ def test_options_of_a_run_reach_its_model(tmp_path):
     assert (conf.train.max_minutes, conf.train.min_visible) == (12, 0.5)
 
 
-def test_an_option_that_the_search_sets_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"train\.lr, which is searched; set LEARNING_RATES"):
+def test_an_option_that_has_a_parameter_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"sets train\.lr, .* set LEARNING_RATES"):
         run_with(tmp_path, "MODEL_OPTIONS: {train.lr: 0.1}")
+    with pytest.raises(InputError, match="set IOU_THRESHOLD"):
+        run_with(tmp_path, "MODEL_OPTIONS: {test.iou_threshold: 0.3}")
     with pytest.raises(InputError, match=r"did you mean train\.optimizer"):
         run_with(tmp_path, "MODEL_OPTIONS: {train.optimiser: sgd}")

@@ -342,19 +342,43 @@ def test_weights_of_another_architecture_are_refused():
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v3_large"])
-@pytest.mark.parametrize("stages", [0, 1, 3, 4])
-def test_frozen_stages_do_not_learn(backbone, stages):
-    body = make_backbone(small_conf(backbone=backbone), 3)
-    freeze_stages(body, stages)
-    features = body(torch.rand(2, 3, 64, 64))
+@pytest.mark.parametrize(("stages", "finest"), [(0, 2), (1, 1), (1, 2), (1, 3), (3, 2), (4, 1)])
+def test_frozen_stages_do_not_learn_wherever_the_pyramid_begins(backbone, stages, finest):
+    pyramid = make_backbone(small_conf(backbone=backbone), 3, finest)
+    freeze_stages(pyramid, stages)
+    features = pyramid(torch.rand(2, 3, 64, 64))
     sum(f.sum() for f in features.values()).backward()
-    levels = list(body.body.return_layers)
     learns = {
         name: all(p.grad is not None for p in module.parameters())
-        for name, module in body.body.named_children() if list(module.parameters())
+        for name, module in pyramid.body.named_children() if list(module.parameters())
     }  # fmt: skip
-    assert [learns[name] for name in levels] == [i >= stages for i in range(4)]
-    assert all(not value for name, value in learns.items() if name == "conv1") == bool(
-        stages or backbone != "resnet18"
-    )
-    assert all(p.grad is not None for p in body.fpn.parameters())
+    assert [learns[name] for name in pyramid.stages] == [i >= stages for i in range(4)]
+    assert next(iter(learns.values())) == (stages == 0)  # the stem
+    assert all(p.grad is not None for p in pyramid.fpn.parameters())
+
+
+def test_frozen_stages_refuse_statistics_of_the_batch():
+    with pytest.raises(InputError, match="frozen stages must not be normalised by the batch"):
+        freeze_stages(make_backbone(small_conf(norm="batch"), 3), 1)
+
+
+def test_weights_without_a_classifier_are_as_good(tmp_path):
+    donor = resnet18(weights=None, num_classes=10)
+    torch.save(donor.state_dict(), tmp_path / "ten.pth")
+    state = {n: v for n, v in donor.state_dict().items() if not n.startswith("fc.")}
+    torch.save(state, tmp_path / "none.pth")
+    for name in ("ten.pth", "none.pth"):
+        body = make_backbone(small_conf(weights=str(tmp_path / name)), 3, load=True).body
+        torch.testing.assert_close(body["conv1"].weight, donor.conv1.weight)
+
+
+def test_anchors_reach_from_the_smaller_to_the_larger_objects():
+    sides = np.geomspace(5, 500, 200)[:, None]
+    boxes = np.hstack([np.zeros((200, 2)), sides, sides])
+    anchors = fit_anchors(boxes)
+    sizes = [level[0] for level in anchors.sizes]
+    assert sizes[0] == pytest.approx(np.quantile(sides, 0.02), rel=0.01)
+    assert sizes[-1] == pytest.approx(np.quantile(sides, 0.98), rel=0.01)
+    np.testing.assert_allclose(np.diff(np.log(sizes)), np.log(sizes[1] / sizes[0]), rtol=0.01)
+    chosen = fit_anchors(boxes, ModelConfig(smallest_anchor=9, aspect_ratios=(1, 3)))
+    assert (chosen.sizes[0], chosen.aspect_ratios) == ((9,), (1, 3))
