@@ -183,7 +183,7 @@ class BboxDataset(Dataset):
         boxes = boxes[boxes["window"].isin(tiles["window"])].sort_values("window", kind="stable")
         self.tiles = tiles.reset_index(drop=True)
         self.windows = self.tiles[tiling.WINDOW_COLUMNS].to_numpy(dtype=np.int64)
-        self.cores = self.tiles[tiling.CORE_COLUMNS].to_numpy(dtype=np.float64)
+        self.cores = self.tiles[tiling.CORE_COLUMNS].to_numpy(dtype=np.float64, copy=True)
         self.blocks, self.angles = self.tiles["block"].tolist(), self.tiles["angle"].tolist()
         self.raster_names = self.tiles["raster"].tolist()
         self.first = np.searchsorted(boxes["window"], self.tiles["window"], side="left")
