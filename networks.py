@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 LAST_LEVEL = 6  # of the pyramid; the places of level P lie 2**P px of the input apart
 GOOD_ANCHOR = 0.5  # IoU of an object with its best anchor from which the fit is a good one
-PLACES_PER_ANCHOR = 3  # at least, on the side of the smallest anchor
+P2_FROM, P3_FROM = 6.0, 32.0  # px of the input, smallest anchor that these levels begin with
 SIZE_DIVISOR = 32  # stride of the deepest feature map of a backbone
 BACKGROUND, NEITHER = -1, -2  # what an anchor learns that no object has chosen
 BOX_LOSSES = {
@@ -67,8 +67,8 @@ def fit_anchors(boxes_xyxy: np.ndarray, conf: ModelConfig | None = None) -> Anch
     """Fit anchors to the boxes (N, 4) of the training ground, px.
 
     The smallest anchor meets the smaller objects (second percentile of the square root of the
-    area). The finest level of the pyramid is the coarsest whose places lie at most a third of it
-    apart; each level looks for objects twice as large as the one before it, or larger, so that the
+    area), which also decides the finest level of the pyramid: for craters of 7 px, P2 was better
+    than P1 after equal minutes, as it learns twice as fast. Each level looks for objects twice as large as the one before it, or larger, so that the
     coarsest meets the larger objects (98th percentile). Elongated anchors join when a tenth of the
     boxes is longer than 1.5 times its width, either way.
 
@@ -85,7 +85,7 @@ def fit_anchors(boxes_xyxy: np.ndarray, conf: ModelConfig | None = None) -> Anch
     width, height = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).clip(1e-6).T
     small, large = np.quantile(np.sqrt(width * height), [0.02, 0.98])
     smallest = conf.smallest_anchor or float(max(small, 4.0))
-    fitting = int(np.clip(np.log2(smallest * conf.input_scale / PLACES_PER_ANCHOR), 1, 3))
+    fitting = 1 + int(np.searchsorted([P2_FROM, P3_FROM], smallest * conf.input_scale, "right"))
     finest = conf.finest_level or fitting
     levels, steps = LAST_LEVEL - finest + 1, conf.anchors_per_level
     growth = max(2.0, (large / smallest) ** (1 / (levels - 1)))

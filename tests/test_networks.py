@@ -44,15 +44,15 @@ def test_anchors_meet_the_objects():
     assert sizes.min() == pytest.approx(np.quantile(side, 0.02), rel=0.01)
 
 
-@pytest.mark.parametrize(("side", "finest"), [(5, 1), (11, 1), (13, 2), (25, 3), (200, 3)])
+@pytest.mark.parametrize(("side", "finest"), [(5, 1), (6, 2), (13, 2), (31, 2), (32, 3), (200, 3)])
 def test_small_objects_get_a_finer_level(side, finest):
     anchors = fit_anchors(np.array([[0.0, 0, side, side]]))
     assert anchors.finest_level == finest
     assert len(anchors.sizes) == 7 - finest
-    assert fit_anchors(np.array([[0.0, 0, 9, 9]]), ModelConfig(finest_level=2)).finest_level == 2
-    doubled = fit_anchors(np.array([[0.0, 0, 9, 9]]), ModelConfig(input_scale=2))
+    assert fit_anchors(np.array([[0.0, 0, 5, 5]]), ModelConfig(finest_level=2)).finest_level == 2
+    doubled = fit_anchors(np.array([[0.0, 0, 5, 5]]), ModelConfig(input_scale=2))
     assert (doubled.finest_level, doubled.input_scale) == (2, 2)
-    assert doubled.sizes[0] == (9,)  # px of the tile
+    assert doubled.sizes[0] == (5,)  # px of the tile
 
 
 def test_elongated_objects_get_elongated_anchors():
