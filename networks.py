@@ -67,10 +67,11 @@ def fit_anchors(boxes_xyxy: np.ndarray, conf: ModelConfig | None = None) -> Anch
     """Fit anchors to the boxes (N, 4) of the training ground, px.
 
     The smallest anchor meets the smaller objects (second percentile of the square root of the
-    area), which also decides the finest level of the pyramid: for craters of 7 px, P2 was better
-    than P1 after equal minutes, as it learns twice as fast. Each level looks for objects twice as large as the one before it, or larger, so that the
-    coarsest meets the larger objects (98th percentile). Elongated anchors join when a tenth of the
-    boxes is longer than 1.5 times its width, either way.
+    area), which also decides the finest level of the pyramid: P2 from 6 px on, as craters of 7 px
+    are learnt better on it than on P1 in equal minutes. Each level looks for objects twice as large
+    as the one before it, or larger, so that the coarsest meets the larger objects (98th
+    percentile). Elongated anchors join when a tenth of the boxes is longer than 1.5 times its
+    width, either way.
 
     Args:
         boxes_xyxy: Of the objects.
