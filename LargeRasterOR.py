@@ -231,8 +231,9 @@ class LargeRasterORModel(pl.LightningModule):
             DivergedError: It is no number, or grew beyond all measure.
         """
         loss = self._common_step(batch, "train")
-        if not float(loss.detach()) < DIVERGED:
-            raise self._diverged(batch, float(loss.detach()))
+        value = float(loss.detach())
+        if not value < DIVERGED:
+            raise self._diverged(batch, value)
         return loss
 
     @torch.no_grad()

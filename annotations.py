@@ -407,7 +407,7 @@ class ReadingOptions:
         x_column: Name of a table's column with the x of centres.
         y_column: Name of a table's column with the y of centres.
         box_source: Of a table, "diameter" makes boxes from centre and diameter; "columns" takes
-            `xmin, ymin, xmax, ymax` from it.
+            `xmin, ymin, xmax, ymax` from it; "auto" does so where it has them.
         default_diameter: Replaces diameters of zero and below, in the file's units; points without
             a diameter column have it too.
         diameter_scale: Pixels, or metres, per unit of the diameter column.
@@ -567,7 +567,8 @@ def _plan_reading(path: Path, raster: fileio.Raster, o: ReadingOptions) -> _Read
     file = fileio.read_annotation_file(path, raster, layer=o.layer, text_columns=text_columns)
     raw, is_table = file.df, file.kind == "table"
     label = o.label_column if file.kind != "boxes" or o.label_column in raw.columns else "label"
-    from_columns = is_table and o.box_source == "columns"
+    boxed = o.box_source == "auto" and set(BOX_COLUMNS) <= set(raw.columns)
+    from_columns = is_table and (boxed or o.box_source == "columns")
     numeric = BOX_COLUMNS if from_columns else [o.x_column, o.y_column, o.diameter_column]
     _check_columns(path, file, o, [*(numeric if is_table else ()), label])
     crs = _find_crs(path, file, raster, o.coordinates)

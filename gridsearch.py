@@ -48,9 +48,9 @@ from networks import (
     GOOD_ANCHOR,
     LAST_LEVEL,
     DataContract,
-    best_anchor_iou,
     detections_limit,
     fit_anchors,
+    good_anchor_share,
 )
 
 log = logging.getLogger(__name__)
@@ -318,14 +318,14 @@ def train_iteration(
         progress=progress, root_dir=trial_dir,
     )  # fmt: skip
     fitted = contract.anchors
-    covered = best_anchor_iou(fitted, module.train.boxes[module.train.owned]) > GOOD_ANCHOR
+    covered = good_anchor_share(fitted, module.train.boxes[module.train.owned])
     log.info(
         "%d training tiles, %d of validation, %d of test; network: %s, norm %s, P%d-P%d of %d "
         "channels, input enlarged by %g; anchors of %s px, ratios %s (%.0f %% of the objects have "
         "one of IoU above %g); up to %d detections per tile, of %d candidates per level",
         len(module.train), len(module.validation), len(module.test), conf.backbone,
         conf.architecture()["norm"], fitted.finest_level, LAST_LEVEL, conf.fpn_channels,
-        fitted.input_scale, fitted.sizes, fitted.aspect_ratios, 100 * covered.mean(), GOOD_ANCHOR,
+        fitted.input_scale, fitted.sizes, fitted.aspect_ratios, 100 * covered, GOOD_ANCHOR,
         contract.detections_per_tile, model.network.topk_candidates,
     )  # fmt: skip
     start = time.monotonic()

@@ -942,11 +942,7 @@ def read_ground(
 
 
 def _read_boxes(path: Path, raster: fileio.Raster, options: dict[str, object]) -> pd.DataFrame:
-    if "box_source" not in options and path.suffix.lower() in (".csv", ".parquet"):
-        file = fileio.read_annotation_file(path, raster)
-        boxed = set(BOX_COLUMNS) <= set(file.df.columns)
-        options = options | {"box_source": "columns" if boxed else "diameter"}
-    df = annotations.read_annotations(path, raster, **options).df
+    df = annotations.read_annotations(path, raster, **{"box_source": "auto"} | options).df
     df = annotations.filter_invalid_bboxes(df, raster.width, raster.height, annotations.area_filter)
     if unnamed := int(df["label"].isna().sum()):
         raise InputError(

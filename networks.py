@@ -112,6 +112,11 @@ def best_anchor_iou(anchors: Anchors, boxes_xyxy: np.ndarray) -> np.ndarray:
     return (shared / (sides.prod(axis=-1) + width * height - shared)).max(axis=1)
 
 
+def good_anchor_share(anchors: Anchors, boxes_xyxy: np.ndarray) -> float:
+    """Return the share of the boxes (N, 4) whose best anchor has an IoU above `GOOD_ANCHOR`."""
+    return float((best_anchor_iou(anchors, boxes_xyxy) > GOOD_ANCHOR).mean())
+
+
 @dataclass
 class DataContract:
     """What a checkpoint says of the data it was trained on, and asks of data to come.
@@ -254,7 +259,8 @@ class TileRetinaNet(RetinaNet):
     from one pass. All boxes are in px of the tile.
 
     Attributes:
-        background_loss: Of the last batch with targets, (B,): how wrong it is off all objects.
+        background_loss: Of the last batch with targets, (B,): how wrong it is off all objects;
+            where hard negatives are asked for.
     """
 
     def __init__(self, classes: int, conf: ModelConfig, contract: DataContract) -> None:
@@ -374,8 +380,10 @@ class TileRetinaNet(RetinaNet):
         focal = ops.sigmoid_focal_loss(
             logits, wanted, alpha=self.conf.focal_alpha, gamma=self.conf.focal_gamma
         ).sum(dim=-1)
-        on_objects = torch.stack([_lie_on(anchors, target["boxes"]) for target in targets])
-        self.background_loss = (focal.detach() * ((match == BACKGROUND) & ~on_objects)).sum(dim=1)
+        if self.conf.train.hard_negatives:
+            on_objects = torch.stack([_lie_on(anchors, target["boxes"]) for target in targets])
+            empty = (match == BACKGROUND) & ~on_objects
+            self.background_loss = (focal.detach() * empty).sum(dim=1)
         boxes = self.box_coder.decode_single(deltas[tile, anchor], anchors[anchor])
         overlap = BOX_LOSSES[self.conf.box_loss](boxes, truth[learnt])
         objects = max(1, len(learnt))
@@ -584,11 +592,10 @@ def fit_weights(
     if first in state:
         state[first] = fit_bands(state[first], own[first].shape[1])
     shared = [name for name in labels if name in known_labels]
-    ids = [list(names).index(name) for names in (labels, known_labels) for name in shared]
-    to, of = ids[: len(shared)], ids[len(shared) :]
+    to, of = ([list(names).index(name) for name in shared] for names in (labels, known_labels))
     for kind in ("weight", "bias"):
         name = f"head.classification_head.cls_logits.{kind}"
-        if list(labels) == list(known_labels) or name not in state:
+        if name not in state:
             continue
         mine, theirs = (
             values.unflatten(0, (-1, len(names)))

@@ -29,7 +29,7 @@ import tiling
 from ImageData import BOX_COLUMNS, ImageData, InputError
 from LargeRasterOR import LargeRasterORModel, autocast, resolve_precision
 from ModelConfig import ModelConfig, RunParameters
-from networks import GOOD_ANCHOR, DataContract, best_anchor_iou, detections_limit, fit_anchors
+from networks import GOOD_ANCHOR, DataContract, detections_limit, fit_anchors, good_anchor_share
 
 log = logging.getLogger(__name__)
 
@@ -135,9 +135,7 @@ def plan_run(
             "densest": densest,
             "small": float((sides < SMALL).mean()),
             "large": float((sides > size / 2).mean()),
-            "anchors_fit": float(
-                (best_anchor_iou(contract.anchors, train_boxes) > GOOD_ANCHOR).mean()
-            ),
+            "anchors_fit": good_anchor_share(contract.anchors, train_boxes),
         }
         labels = sorted({label for image in images for label in image.df["label"].unique()})
         rows[size] = row | _measure_cost(params, contract, labels, row)

@@ -252,7 +252,9 @@ def test_patience_counts_measurements_that_are_no_better(prepared, tmp_path, int
 
 def test_a_confident_mistake_is_harder_than_many_found_objects():
     torch.manual_seed(0)
-    network = LargeRasterORModel(["a"], small_conf(), contract_of()).network
+    conf = small_conf()
+    conf.train.hard_negatives = 0.5
+    network = LargeRasterORModel(["a"], conf, contract_of()).network
     boxes = torch.tensor(
         [[x, y, x + 9.0, y + 9] for x in range(0, 60, 10) for y in range(0, 60, 10)]
     )
