@@ -5,6 +5,7 @@ Tensors in, losses and detections out; paths and tables stay outside.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -21,10 +22,13 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping, WeightAveraging
 from torch import Tensor, nn
 
+import catalogue
+import imutils
 import metrics
+from catalogue import Detections
 from datasets import Batch
 from ImageData import InputError
-from ModelConfig import ModelConfig, TrainConfig
+from ModelConfig import ModelConfig, TrainConfig, Views
 from networks import (
     Anchors,
     DataContract,
@@ -46,6 +50,13 @@ __version__ = "0.1.0"
 BEST_BY = "val_AP50"  # the epoch and the trial that are kept; never by the test's
 SWA_SHARE = 0.25  # of the training, at its end
 DIVERGED = 1e4  # a loss that no network in its senses has
+VIEWS = {  # of tiles -> quarter turns, mirrored
+    "none": ((0, False),),
+    "flips": ((0, False), (0, True), (2, True), (2, False)),
+    "turns": ((0, False), (1, False), (2, False), (3, False)),
+    "all": tuple((turns, mirrored) for mirrored in (False, True) for turns in range(4)),
+}
+FUSE_IOU = 0.55  # above which views show the same object; that of the method's authors
 STAGES = {"train": "train_", "validation": "val_", "test": "test_"}  # -> prefix of logged names
 
 
@@ -103,6 +114,45 @@ def autocast(device_type: str, precision: str) -> torch.autocast:
     """Return the context in which a precision that `resolve_precision` gave computes."""
     kind = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
     return torch.autocast(device_type, kind or torch.bfloat16, enabled=kind is not None)
+
+
+def detect_views(
+    model: nn.Module, tiles: Tensor, views: Views, scales: Sequence[float] = (1.0,)
+) -> tuple[list[Detections], list[int]]:
+    """Detect on views of square tiles (B, bands, side, side), and fuse what they show.
+
+    Args:
+        model: Detects on tiles, given their frame; see `TileRetinaNet.forward`.
+        tiles: Stretched.
+        views: Which turned and mirrored ones, of `VIEWS`.
+        scales: Factors by which tiles are enlarged, in every view.
+
+    Returns:
+        Per tile the detections, in px of the tile, and the most that a view shows.
+    """
+    side = tiles.shape[-1]
+    by_view = []
+    for (turns, mirrored), scale in itertools.product(VIEWS[views], scales):
+        seen = torch.rot90(tiles.flip(3) if mirrored else tiles, turns, dims=(2, 3))
+        if scale != 1:
+            size = (round(side * scale),) * 2
+            seen = nn.functional.interpolate(seen, size, mode="bilinear", antialias=True)
+        enlarged = seen.shape[-1] / side
+        frame = torch.tensor(enlarged * imutils.turn_matrix(90 * turns, mirrored=mirrored))
+        by_tile = []
+        for found in model(seen, frame):
+            boxes = found["boxes"].cpu().double().numpy() / enlarged
+            boxes = imutils.rotate_boxes(boxes, -90 * turns % 360, side, side)
+            if mirrored:
+                boxes[:, [0, 2]] = side - boxes[:, [2, 0]]
+            scores, ids = (found[name].cpu().numpy() for name in ("scores", "labels"))
+            by_tile.append(Detections(boxes, scores.astype(np.float32), ids))
+        by_view.append(by_tile)
+    if len(by_view) == 1:
+        return by_view[0], [len(found) for found in by_view[0]]
+    of_tiles = list(zip(*by_view, strict=True))
+    most = [max(map(len, found)) for found in of_tiles]
+    return [catalogue.fuse_views(found, FUSE_IOU) for found in of_tiles], most
 
 
 class LargeRasterORModel(pl.LightningModule):
@@ -197,13 +247,20 @@ class LargeRasterORModel(pl.LightningModule):
         self.network.topk_candidates = candidates_limit(limit)
         return limit
 
-    def forward(self, images: Tensor) -> list[dict[str, Tensor]]:
-        """Detect objects on stretched tiles (B, bands, H, W): `boxes, scores, labels` per tile."""
-        return self.network(images)[1]
+    def forward(self, images: Tensor, frame: Tensor | None = None) -> list[dict[str, Tensor]]:
+        """Detect objects on stretched tiles (B, bands, H, W): `boxes, scores, labels` per tile.
+
+        Args:
+            images: float32.
+            frame: See `TileRetinaNet.forward`.
+        """
+        return self.network(images, frame=frame)[1]
 
     def _common_step(self, batch: Batch, stage: str) -> Tensor:
         images, targets = batch
-        losses, detections = self.network(images, targets, detect=self._measures(stage))
+        fused = self.conf.views != "none" and self.trainer.state.fn != "fit"
+        once = self._measures(stage) and not fused
+        losses, detections = self.network(images, targets, detect=once)
         loss = torch.stack(list(losses.values())).sum()
         values = {"loss": loss, **{f"{name}_loss": value for name, value in losses.items()}}
         self.log_dict(
@@ -211,9 +268,17 @@ class LargeRasterORModel(pl.LightningModule):
             on_step=stage == "train", on_epoch=True, batch_size=len(images), prog_bar=False,
         )  # fmt: skip
         if self._measures(stage):
+            most = [len(found["boxes"]) for found in detections]
+            if fused:
+                seen, most = detect_views(self, images, self.conf.views)
+                detections = [
+                    {"boxes": torch.from_numpy(found.boxes).float(),
+                     "scores": torch.from_numpy(found.scores),
+                     "labels": torch.from_numpy(found.ids)}
+                    for found in seen
+                ]  # fmt: skip
             self.collector.add(detections, targets)
-            limit = self.network.detections_per_img
-            self.full_tiles += sum(len(found["boxes"]) >= limit for found in detections)
+            self.full_tiles += sum(count >= self.network.detections_per_img for count in most)
         return loss
 
     def _measures(self, stage: str) -> bool:

@@ -44,14 +44,15 @@ MAY_CHANGE = {
     "FORCE_CREATION", "ACCELERATOR", "DEVICES", "WORKERS", "RUNS_DIR", "DF_DIR", "IMG_DIR",
     "TILING_DIRECTORY", "IMAGE_OUTPUT_DIRECTORY", "MATERIALIZE_TILES", "WANDB_ACTIVE",
     "WANDB_PROJECT", "PLOT_IMAGE", "INTERACTIVE", "PREDICT_FILENAMES", "CATALOGUE_FORMATS",
-    "CATALOGUE_GEOMETRY", "DENSITY_CELL", "PREDICT_VIEWS",
+    "CATALOGUE_GEOMETRY", "DENSITY_CELL",
 }  # fmt: skip
 PARAMETER_OF = {  # field of the model's configuration -> parameter of a run
     "batch_size": "BATCH_SIZES", "train.epochs": "N_EPOCHS", "train.lr": "LEARNING_RATES",
     "train.optimizer": "OPTIMIZER", "train.min_visible": "MIN_VISIBLE", "workers": "WORKERS",
     "accelerator": "ACCELERATOR", "devices": "DEVICES", "precision": "PRECISION", "seed": "SEED",
     "backbone": "BACKBONE", "weights": "WEIGHTS", "init_from": "INIT_FROM",
-    "fpn_channels": "FPN_CHANNELS", "validation.pr_compute_interval": "PR_COMPUTE_INTERVAL",
+    "fpn_channels": "FPN_CHANNELS", "views": "VIEWS",
+    "validation.pr_compute_interval": "PR_COMPUTE_INTERVAL",
     "validation.iou_threshold": "IOU_THRESHOLD", "test.iou_threshold": "IOU_THRESHOLD",
     "validation.score_threshold": "SCORE_THRESHOLD", "test.score_threshold": "SCORE_THRESHOLD",
 }  # fmt: skip
@@ -141,6 +142,9 @@ class ModelConfig:
     weights: str | None = None  # torchvision's name of weights, or a file; None: from scratch
     fpn_channels: Annotated[int, Field(ge=8, multiple_of=8)] = 128  # width of pyramid and head
     nms_threshold: Share = 0.3  # IoU above which the weaker of two same-label detections goes
+    # turned and mirrored ones of each tile, whose detections are fused when a trained model is
+    # measured and predicts: flips and turns are four each, all are eight
+    views: Views = "none"
     init_from: str | None = None  # checkpoint of this product to start from
     freeze_stages: Annotated[int, Field(ge=0, le=4)] = 0  # of the backbone, kept as they start
     # of the backbone: groups of channels, which batches of few tiles bear, the batch, or frozen
@@ -271,6 +275,7 @@ class RunParameters:
     INIT_FROM: str | None
     FPN_CHANNELS: Annotated[int, Field(ge=8, multiple_of=8)]
     OPTIMIZER: Literal["adamw", "sgd"]
+    VIEWS: Views
     MODEL_OPTIONS: dict[str, Any]
     PR_COMPUTE_INTERVAL: Positive
     IOU_THRESHOLD: SampleShare
@@ -279,7 +284,6 @@ class RunParameters:
     CATALOGUE_FORMATS: Annotated[list[CatalogueFormat], Field(min_length=1)]
     CATALOGUE_GEOMETRY: Geometry
     DENSITY_CELL: Positive | None
-    PREDICT_VIEWS: Views
     ACCELERATOR: str
     DEVICES: int | str | list[int]
     PRECISION: Precision
@@ -568,7 +572,6 @@ class RunParameters:
         return {
             "geometry": self.CATALOGUE_GEOMETRY,
             "density_cell": self.DENSITY_CELL,
-            "views": self.PREDICT_VIEWS,
             "device": "cuda" if self.ACCELERATOR == "gpu" else self.ACCELERATOR,
             "precision": self.PRECISION,
             "resolution_tolerance": self.RESOLUTION_TOLERANCE,
@@ -586,6 +589,7 @@ class RunParameters:
             weights=self.WEIGHTS,
             init_from=self.INIT_FROM,
             fpn_channels=self.FPN_CHANNELS,
+            views=self.VIEWS,
         )
         conf.train.optimizer = self.OPTIMIZER
         conf.train.min_visible = self.MIN_VISIBLE

@@ -3,8 +3,9 @@
 An item is `(image, target)`. The image is float32 (bands, size, size), stretched. The target holds
 tensors only: `boxes` float32 (N, 4), xyxy px of the tile, `labels` int64 (N,), class ids, and, of a
 tile with ground that does not count, `counted` bool (size, size). For training it also holds `tile`
-int64 (), the row of the tile in its dataset; for evaluation where the tile lies and which objects
-it knows:
+int64 (), the row of the tile in its dataset, and `frames` float32 (N, 2, 2), which at each object
+take a step (x, y) in px of the raster to the step in px of the tile; for evaluation where the tile
+lies and which objects it knows:
 
     ground   int64 ()       block of ground, the unit of evaluation
     window   float32 (4,)   the tile, xyxy px of the raster
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -149,6 +151,28 @@ class RandomViews:
         return clamped[shown] - corner, self.labels[near][shown]
 
 
+class Parts(NamedTuple):
+    """What an item is made of.
+
+    Attributes:
+        image: float32 (bands, size, size), stretched.
+        counted: bool (size, size).
+        boxes: float32 (N, 4), xyxy px of the image.
+        labels: int64 (N,), class ids.
+        frames: float32 (N, 2, 2), see the module.
+    """
+
+    image: Tensor
+    counted: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    frames: np.ndarray
+
+
+def _frames(count: int, angle: int) -> np.ndarray:
+    return np.tile(imutils.turn_matrix(angle).astype(np.float32), (count, 1, 1))
+
+
 class BboxDataset(Dataset):
     """The tiles of one split, read window by window.
 
@@ -208,7 +232,8 @@ class BboxDataset(Dataset):
                 torch.default_generator.manual_seed(seed)
                 image, target = self._view(index)
         else:
-            image, target = self._item(*self._tile(index))
+            parts = self._tile(index)
+            image, target = self._item(*(parts[:-1] if self.evaluation else parts))
         target |= self._place(index) if self.evaluation else {"tile": torch.tensor(index)}
         return image, target
 
@@ -227,12 +252,13 @@ class BboxDataset(Dataset):
             factors[shows] = np.maximum(factors[shows], math.sqrt(threshold / shows.mean()))
         return factors
 
-    def _tile(self, index: int) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
-        """Read a tile: image, `counted`, boxes (px of the tile) and labels."""
+    def _tile(self, index: int) -> Parts:
+        """Read a tile."""
         window, angle = Window(*self.windows[index].tolist()), self.angles[index]
         rows = slice(self.first[index], self.last[index])
         boxes = tiling.boxes_of_tile(self.boxes[rows], angle, window.width, window.height)
-        return *self._read(index, window, window.width), boxes, self.labels[rows]
+        image, counted = self._read(index, window, window.width)
+        return Parts(image, counted, boxes, self.labels[rows], _frames(len(boxes), angle))
 
     def _read(self, index: int, window: Window, size: int) -> tuple[Tensor, np.ndarray]:
         """Read a square window at the angle of a tile, as an image of `size` px, and `counted`."""
@@ -262,23 +288,30 @@ class BboxDataset(Dataset):
         target["boxes"] = tv_tensors.BoundingBoxes(
             target["boxes"], format="XYXY", canvas_size=(size, size)
         )
+        target["steps"] = tv_tensors.KeyPoints(
+            [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], canvas_size=(size, size)
+        )
         if "counted" in target:
             target["counted"] = tv_tensors.Mask(target["counted"])
         image, target = self.transform(tv_tensors.Image(image), target)
         plain = {name: value.as_subclass(Tensor) for name, value in target.items()}
+        origin, *steps = plain.pop("steps")
+        plain["frames"] = (torch.stack(steps, dim=1) - origin[:, None]) @ plain["frames"]
         return image.as_subclass(Tensor).contiguous(), plain
 
-    def _window(self, index: int, size: int) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
-        """Read a random window about a tile, as an image of `size` px; see `_tile`."""
+    def _window(self, index: int, size: int) -> Parts:
+        """Read a random window about a tile, as an image of `size` px."""
         block, angle = self.blocks[index], self.angles[index]
         tile = Window(*self.windows[index].tolist())
         window = self.views.draw(block, self.cores[index], tile)
         boxes, labels = self.views.boxes_in(block, window)
-        boxes = tiling.boxes_of_tile(boxes * (size / window.width), angle, size, size)
-        return *self._read(index, window, size), boxes, labels
+        scale = size / window.width
+        boxes = tiling.boxes_of_tile(boxes * scale, angle, size, size)
+        image, counted = self._read(index, window, size)
+        return Parts(image, counted, boxes, labels, scale * _frames(len(boxes), angle))
 
-    def _mosaic(self, index: int, size: int) -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
-        """Put random windows about a tile and three others together; see `_tile`.
+    def _mosaic(self, index: int, size: int) -> Parts:
+        """Put random windows about a tile and three others together.
 
         References: Bochkovskiy et al. 2020, YOLOv4, section 3.3; our four parts are of equal size.
         """
@@ -288,22 +321,29 @@ class BboxDataset(Dataset):
         image = torch.empty(len(parts[0][0]), size, size)
         counted = np.empty((size, size), dtype=bool)
         boxes = []
-        for place, (part, part_counted, part_boxes, _) in enumerate(parts):
+        for place, part in enumerate(parts):
             y, x = (size - half) * (place // 2), (size - half) * (place % 2)
-            image[:, y : y + half, x : x + half] = part
-            counted[y : y + half, x : x + half] = part_counted
-            boxes.append(part_boxes + np.array([x, y, x, y], dtype=np.float32))
-        return image, counted, np.concatenate(boxes), np.concatenate([part[3] for part in parts])
+            image[:, y : y + half, x : x + half] = part.image
+            counted[y : y + half, x : x + half] = part.counted
+            boxes.append(part.boxes + np.array([x, y, x, y], dtype=np.float32))
+        labels, frames = (np.concatenate(values) for values in list(zip(*parts, strict=True))[3:])
+        return Parts(image, counted, np.concatenate(boxes), labels, frames)
 
     @staticmethod
     def _item(
-        image: Tensor, counted: np.ndarray, boxes: np.ndarray, labels: np.ndarray
+        image: Tensor,
+        counted: np.ndarray,
+        boxes: np.ndarray,
+        labels: np.ndarray,
+        frames: np.ndarray | None = None,
     ) -> tuple[Tensor, Target]:
         thick = (boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all(axis=1)
         target = {
             "boxes": torch.from_numpy(boxes[thick]),
             "labels": torch.from_numpy(labels[thick]),
         }
+        if frames is not None:
+            target["frames"] = torch.from_numpy(frames[thick])
         if not counted.all():
             target["counted"] = torch.from_numpy(np.ascontiguousarray(counted))
         return image, target
@@ -421,7 +461,7 @@ class HardTiles(pl.Callback):
 
 
 class RandomQuarterTurn(v2.Transform):
-    """Turn images, masks and boxes of square tiles by 0, 90, 180 or 270 degrees."""
+    """Turn images, masks, boxes and points of square tiles by 0, 90, 180 or 270 degrees."""
 
     def make_params(self, flat_inputs: list) -> dict[str, int]:
         """Draw the angle, the same for all inputs."""
@@ -434,6 +474,10 @@ class RandomQuarterTurn(v2.Transform):
             height, width = inpt.canvas_size
             turned = imutils.rotate_boxes(inpt.numpy(), 90 * turns, width, height)
             return tv_tensors.wrap(torch.from_numpy(turned), like=inpt)
+        if isinstance(inpt, tv_tensors.KeyPoints):
+            height, width = inpt.canvas_size
+            turned = imutils.rotate_center(*inpt.numpy().T, 90 * turns, width, height)
+            return tv_tensors.wrap(torch.from_numpy(np.stack(turned, axis=1)), like=inpt)
         if isinstance(inpt, tv_tensors.Image | tv_tensors.Mask):
             return tv_tensors.wrap(torch.rot90(inpt, turns, (-2, -1)), like=inpt)
         return inpt

@@ -339,6 +339,8 @@ def train_iteration(
             f"best epoch until then, if there was one, is in {trial_dir / 'checkpoints'}"
         ) from error
     training_time = time.monotonic() - start
+    offset = model.network.offset.tolist()
+    log.info("annotated boxes lie %+.2f px right and %+.2f px down of what shows objects", *offset)
     logger.log({"training_time": training_time})
 
     best = Path(checkpoint.best_model_path)

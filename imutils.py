@@ -59,6 +59,18 @@ def rotate_boxes(boxes_xyxy: np.ndarray, angle: int, width: int, height: int) ->
     return np.stack(turn(*np.asarray(boxes_xyxy).T, width, height), axis=1)
 
 
+def turn_matrix(angle: int, *, mirrored: bool = False) -> np.ndarray:
+    """Return the linear part (2, 2) of a turn by `angle`, one of `TURNS`, of points (x, y).
+
+    Args:
+        angle: Degrees.
+        mirrored: Whether x is mirrored before.
+    """
+    x, y = rotate_center(np.array([0.0, 1, 0]), np.array([0.0, 0, 1]), angle, 0, 0)
+    turned = np.stack([x[1:] - x[0], y[1:] - y[0]])
+    return turned * [-1.0, 1.0] if mirrored else turned
+
+
 def rotate_center(
     x: np.ndarray, y: np.ndarray, angle: int, width: int, height: int
 ) -> tuple[np.ndarray, np.ndarray]:

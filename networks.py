@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 LAST_LEVEL = 6  # of the pyramid; the places of level P lie 2**P px of the input apart
 GOOD_ANCHOR = 0.5  # IoU of an object with its best anchor from which the fit is a good one
+OFFSET_PACE = 0.02  # weight of a training step in the running mean of what boxes are missed by
 P2_FROM, P3_FROM = 6.0, 32.0  # px of the input, smallest anchor that these levels begin with
 SIZE_DIVISOR = 32  # stride of the deepest feature map of a backbone
 BACKGROUND, NEITHER = -1, -2  # what an anchor learns that no object has chosen
@@ -259,6 +260,10 @@ class TileRetinaNet(RetinaNet):
     from one pass. All boxes are in px of the tile.
 
     Attributes:
+        offset: Where annotated boxes lie, seen from the objects, (x, y) in px of the raster:
+            catalogues count pixels from their corners or their centres, from 0 or from 1, and round
+            or cut. It is the running mean of what training boxes are missed by, and told from the
+            looks of objects by staying where it is while tiles are mirrored and turned.
         background_loss: Of the last batch with targets, (B,): how wrong it is off all objects;
             where hard negatives are asked for.
     """
@@ -291,17 +296,26 @@ class TileRetinaNet(RetinaNet):
             topk_candidates=candidates_limit(contract.detections_per_tile),
         )
         self.conf, self.fitted = conf, contract.anchors
+        self.register_buffer("offset", torch.zeros(2))
 
     def forward(
-        self, images: Tensor, targets: Sequence[Target] | None = None, *, detect: bool = True
+        self,
+        images: Tensor,
+        targets: Sequence[Target] | None = None,
+        *,
+        detect: bool = True,
+        frame: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
         """Return the losses, if there are targets, and the detections, if asked for.
 
         Args:
             images: float32 (B, bands, H, W), stretched.
             targets: Per tile `boxes` (N, 4) xyxy px, `labels` (N,) and, where some of it is ground
-                that does not count, `counted` (H, W).
+                that does not count, `counted` (H, W); where tiles are not as they lie in the
+                raster, `frames` (N, 2, 2), see `datasets`.
             detect: Whether to decode detections.
+            frame: Takes a step in px of the raster to the step in px of the tiles to detect on,
+                (2, 2); None: they are the same.
 
         Returns:
             `{"classification", "bbox_regression"}`, or empty; and per tile `boxes, scores, labels`,
@@ -338,6 +352,10 @@ class TileRetinaNet(RetinaNet):
             detections = self.postprocess_detections(
                 by_level, [list(anchors.split(counts))] * len(batch), [tuple(size_hw)] * len(batch)
             )
+            offset = self.offset if frame is None else frame.to(self.offset) @ self.offset
+            for found in detections:
+                moved = found["boxes"] + offset.repeat(2)
+                found["boxes"] = ops.clip_boxes_to_image(moved, size_hw)
         return losses, detections
 
     def compute_loss(
@@ -361,9 +379,11 @@ class TileRetinaNet(RetinaNet):
             Lin et al. 2017, Focal loss, which averages per image; we do so over the batch, so that
             an object weighs the same in a full tile and in an empty one.
         """
+        frames = [_frames_of(target) for target in targets]
         matches = []
-        for target in targets:
-            match = assign_anchors(target["boxes"], anchors, grids)
+        for target, frame in zip(targets, frames, strict=True):
+            objects = target["boxes"] - self._offset_in(frame)
+            match = assign_anchors(objects, anchors, grids)
             if "counted" in target:
                 stray = ~metrics.counted_at_centers(target["counted"], anchors)
                 match[(match == BACKGROUND) & stray] = NEITHER
@@ -385,12 +405,29 @@ class TileRetinaNet(RetinaNet):
             empty = (match == BACKGROUND) & ~on_objects
             self.background_loss = (focal.detach() * empty).sum(dim=1)
         boxes = self.box_coder.decode_single(deltas[tile, anchor], anchors[anchor])
-        overlap = BOX_LOSSES[self.conf.box_loss](boxes, truth[learnt])
+        frame, truth = torch.cat(frames)[learnt], truth[learnt]
+        overlap = BOX_LOSSES[self.conf.box_loss](boxes + self._offset_in(frame), truth)
+        if self.training and len(learnt):
+            self._follow_offset((truth - boxes).detach().unflatten(1, (2, 2)).mean(dim=1), frame)
         objects = max(1, len(learnt))
         return {
             "classification": focal[match != NEITHER].sum() / objects,
             "bbox_regression": self.conf.box_loss_weight * overlap.sum() / objects,
         }
+
+    def _offset_in(self, frames: Tensor) -> Tensor:
+        """Return by how much boxes in frames (N, 2, 2) are moved, (N, 4), px of the tile."""
+        return (frames * self.offset).sum(dim=-1).repeat(1, 2)  # in full precision, unlike @
+
+    def _follow_offset(self, misses: Tensor, frames: Tensor) -> None:
+        """Take note of what boxes in frames (N, 2, 2) were missed by, (N, 2), px of the tile."""
+        steps = (torch.linalg.inv(frames) * misses[:, None]).sum(dim=-1)
+        self.offset.lerp_(steps.median(dim=0).values, OFFSET_PACE)
+
+
+def _frames_of(target: Target) -> Tensor:
+    eye = torch.eye(2, device=target["boxes"].device)
+    return target["frames"] if "frames" in target else eye.expand(len(target["boxes"]), 2, 2)
 
 
 def _lie_on(anchors: Tensor, boxes: Tensor) -> Tensor:

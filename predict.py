@@ -175,7 +175,8 @@ class PredictionOptions:
         score_threshold: Least score of an object (0-1); None takes the one that validation chose.
         aoi: File of polygons outside which nothing is predicted.
         ignore: File of polygons inside which nothing is predicted.
-        views: Turned and mirrored views of each tile that are fused, of `strips.VIEWS`.
+        views: Turned and mirrored views of each tile that are fused, of `LargeRasterOR.VIEWS`; None
+            takes those that the model was measured with.
         scales: Factors (0.1-8) by which tiles are enlarged; what several show is fused, too.
         geometry: "box", or "circle" around the centre, in the files that hold polygons.
         density_cell: Side in px of the cells of a density map, written beside the first output with
@@ -197,7 +198,7 @@ class PredictionOptions:
     score_threshold: Share | None = None
     aoi: Path | None = None
     ignore: Path | None = None
-    views: Views = "none"
+    views: Views | None = None
     scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0,)
     geometry: Geometry = "box"
     density_cell: Positive | None = None
@@ -376,7 +377,7 @@ def prepare(
     share = workers > 1 and kind == "cpu"
     settings = {
         "tile_size": size, "overlap": overlap, "score_threshold": threshold,
-        "nms_threshold": model.conf.nms_threshold, "views": strips.VIEWS[wanted.views],
+        "nms_threshold": model.conf.nms_threshold, "views": wanted.views or model.conf.views,
         "scales": wanted.scales, "precision": resolve_precision(wanted.precision, kind),
     }  # fmt: skip
     states = {file: Path(file).stat() for file in opened.files}
@@ -721,8 +722,8 @@ def _parser() -> argparse.ArgumentParser:
         help="least score of an object, 0-1 (default: the one that validation chose)")
     add("--aoi", type=Path, metavar="FILE", help="polygons outside which nothing is predicted")
     add("--ignore", type=Path, metavar="FILE", help="polygons inside which nothing is predicted")
-    add("--views", choices=get_args(Views), default="none",
-        help="fuse turned and mirrored views of every tile (default: %(default)s)")
+    add("--views", choices=get_args(Views),
+        help="fuse turned and mirrored views of every tile (default: as the model was measured)")
     add("--scales", type=float, nargs="+", default=[1.0], metavar="FACTOR",
         help="fuse tiles enlarged by these factors (default: 1)")
     add("--geometry", choices=get_args(Geometry), default="box",

@@ -6,11 +6,10 @@ No batch holds tiles of two strips, so that what is found does not depend on who
 
 from __future__ import annotations
 
-import itertools
 import logging
 import multiprocessing
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,28 +18,21 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import catalogue
 import fileio
 import imutils
 import parallel
 import tiling
 from catalogue import Detections
 from ImageData import InputError, Window
-from LargeRasterOR import LargeRasterORModel, autocast
+from LargeRasterOR import LargeRasterORModel, autocast, detect_views
+from ModelConfig import Views
 
 log = logging.getLogger(__name__)
 
 CPU_BATCH, GPU_BATCH = 2, 16  # tiles at once: what fits the caches; what fills the device
 STRIP_WINDOWS = 64  # at least, so that a strip is worth its part of the journal
-VIEWS = {  # -> quarter turns, mirrored
-    "none": ((0, False),),
-    "flips": ((0, False), (0, True), (2, True), (2, False)),
-    "turns": ((0, False), (1, False), (2, False), (3, False)),
-    "all": tuple((turns, mirrored) for mirrored in (False, True) for turns in range(4)),
-}
-FUSE_IOU = 0.55  # above which views show the same object; that of the method's authors
 
 
 def load_model(checkpoint: Path | str, device: str = "cpu") -> LargeRasterORModel:
@@ -155,7 +147,7 @@ class StripPredictor:
         score_threshold: Least score that counts.
         nms_threshold: IoU above which detections stand for the same object.
         precision: "32-true", "bf16-mixed" or "16-mixed".
-        views: Quarter turns and whether mirrored, of each view.
+        views: Which views of a tile are fused, of `LargeRasterOR.VIEWS`.
         scales: Factors by which tiles are enlarged.
         batch_size: Tiles that the model sees at once; None: `CPU_BATCH` or `GPU_BATCH`.
         readers: Threads that read ahead.
@@ -173,7 +165,7 @@ class StripPredictor:
     score_threshold: float
     nms_threshold: float
     precision: str
-    views: tuple[tuple[int, bool], ...]
+    views: Views
     scales: tuple[float, ...]
     batch_size: int | None
     readers: int
@@ -278,13 +270,9 @@ class StripPredictor:
             pixels = pixels.pin_memory().to(device, non_blocking=True)
         pixels = pixels.to(device)
         with torch.inference_mode(), autocast(device.type, self.precision):
-            by_view = [
-                detect_view(model, pixels, *view, scale)
-                for view, scale in itertools.product(self.views, self.scales)
-            ]
-        found = [self._keep(tile, seen) for tile, *seen in zip(tiles, *by_view, strict=True)]
-        full = sum(max(map(len, seen)) >= limit for seen in zip(*by_view, strict=True))
-        return Detections.concatenate(found), len(tiles), full
+            seen, most = detect_views(model, pixels, self.views, self.scales)
+        found = [self._keep(*parts) for parts in zip(tiles, seen, strict=True)]
+        return Detections.concatenate(found), len(tiles), sum(count >= limit for count in most)
 
     def _model_on(self, device: torch.device) -> tuple[nn.Module, int]:
         model = self.model
@@ -292,13 +280,12 @@ class StripPredictor:
             model = load_model(model, str(device))
         # what fusing is to raise over the threshold, it must see
         least = self.score_threshold
-        if len(self.views) * len(self.scales) > 1:
+        if self.views != "none" or len(self.scales) > 1:
             least = min(least, model.conf.test.score_threshold)
         least = float(np.nextafter(np.float32(least), -1))
         return model.to(device), model.limit_detections(self.tile_size, least)
 
-    def _keep(self, tile: Tile, seen: Sequence[Detections]) -> Detections:
-        found = seen[0] if len(seen) == 1 else catalogue.fuse_views(seen, FUSE_IOU)
+    def _keep(self, tile: Tile, found: Detections) -> Detections:
         x, y, width, height = tile.window
         window = np.array([x, y, x + width, y + height])
         boxes = found.boxes + np.array([x, y, x, y])
@@ -311,27 +298,3 @@ class StripPredictor:
         boxes = imutils.clip_boxes(boxes, np.minimum(window, np.tile(size, 2)))
         keep &= imutils.box_area(boxes) > 0
         return replace(found, boxes=boxes)[keep]
-
-
-def detect_view(
-    model: nn.Module,
-    tiles: Tensor,
-    turns: int,
-    mirrored: bool,
-    scale: float,
-) -> list[Detections]:
-    """Detect on one view of square tiles (B, bands, side, side), in px of the tiles."""
-    side = tiles.shape[-1]
-    seen = torch.rot90(tiles.flip(3) if mirrored else tiles, turns, dims=(2, 3))
-    if scale != 1:
-        size = (round(side * scale),) * 2
-        seen = nn.functional.interpolate(seen, size, mode="bilinear", antialias=True)
-    views = []
-    for found in model(seen):
-        boxes = found["boxes"].cpu().double().numpy() * (side / seen.shape[-1])
-        boxes = imutils.rotate_boxes(boxes, -90 * turns % 360, side, side)
-        if mirrored:
-            boxes[:, [0, 2]] = side - boxes[:, [2, 0]]
-        scores, ids = (found[name].cpu().numpy() for name in ("scores", "labels"))
-        views.append(Detections(boxes, scores.astype(np.float32), ids))
-    return views

@@ -28,8 +28,9 @@ class Oracle(torch.nn.Module):
 
     labels = ("bright", "dim")
 
-    def __init__(self, pause=0.0, stop_after=None):
+    def __init__(self, pause=0.0, stop_after=None, offset=(0.0, 0.0)):
         super().__init__()
+        self.offset = np.array(offset)  # of the boxes, px of the raster
         self.contract, self.conf = CONTRACT, ModelConfig()
         self.pause, self.stop_after = pause, stop_after
         self.register_buffer("operating_threshold", torch.tensor(0.1))
@@ -40,12 +41,16 @@ class Oracle(torch.nn.Module):
         assert 0 <= score_threshold < 1
         return 1000
 
-    def forward(self, images):
+    def forward(self, images, frame=None):
         time.sleep(self.pause)
         if self.stop_after is not None and self.tiles >= self.stop_after:
             raise KeyboardInterrupt
         self.tiles += len(images)
-        return [self.find(image[0].numpy()) for image in images]
+        found = [self.find(image[0].numpy()) for image in images]
+        if frame is not None:
+            for one in found:
+                one["boxes"] += (frame @ torch.tensor(self.offset)).float().repeat(2)
+        return found
 
     def find(self, image):
         mask = image > 0.1

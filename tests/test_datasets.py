@@ -388,6 +388,39 @@ def test_boxes_of_random_views_lie_on_the_markers(marked, mosaic, turned):
     assert scale.mean() == pytest.approx(0.5 if mosaic else 1.0, rel=0.15)
 
 
+@pytest.mark.parametrize("mosaic", [0.0, 1.0])
+def test_frames_tell_where_a_step_in_the_raster_leads_in_the_view(marked, mosaic):
+    step = torch.tensor([1.0, 2.0])
+    boxes = marked.boxes.copy()
+    boxes[tiling.GROUND_BOX_COLUMNS] += step.repeat(2).numpy()
+    moved = SimpleNamespace(**{**vars(marked), "boxes": boxes})
+    before, after = (views_of(m, mosaic=mosaic, flips=True, turns=True) for m in (marked, moved))
+    compared, kinds = 0, set()
+    for index in range(len(before)):
+        (_, old), (_, new) = (dataset[index, index] for dataset in (before, after))
+        if len(old["boxes"]) != len(new["boxes"]):
+            continue  # one left the window
+        whole = ((torch.cat([old["boxes"], new["boxes"]], 1) % 32) > 0).all(1)  # not cut
+        found = (new["boxes"] - old["boxes"])[whole]
+        torch.testing.assert_close(
+            found, (old["frames"][whole] @ step).repeat(1, 2), atol=1e-4, rtol=0
+        )
+        compared += int(whole.sum())
+        kinds |= {tuple(torch.sign(f.round(decimals=3)).flatten().tolist()) for f in old["frames"]}
+    assert compared > 100
+    assert len(kinds) == 8, "every turn, mirrored or not"
+
+
+def test_a_tile_as_it_lies_knows_its_angle(marked):
+    dataset = BboxDataset(marked.tiles, marked.boxes, marked.rasters, marked.ids, marked.radiometry)
+    for index, angle in ((0, 0), (len(dataset) - 1, 90)):
+        frames = dataset[index][1]["frames"]
+        assert dataset.angles[index] == angle
+        # counter-clockwise: what was to the right is above, what was below to the right
+        expected = torch.tensor([[0.0, 1.0], [-1.0, 0.0]]) if angle else torch.eye(2)
+        assert torch.equal(frames, expected.expand(len(frames), 2, 2))
+
+
 def test_an_index_without_seed_is_the_tile_as_it_lies(marked):
     dataset = views_of(marked, flips=True, turns=True, gamma=2.0)
     plain = BboxDataset(marked.tiles, marked.boxes, marked.rasters, marked.ids, marked.radiometry)

@@ -12,6 +12,7 @@ from test_LargeRasterOR import contract_of, small_conf
 from torchvision.models import resnet18
 
 import fileio
+import imutils
 from ImageData import BOX_COLUMNS, InputError
 from LargeRasterOR import LargeRasterORModel
 from ModelConfig import ModelConfig
@@ -133,6 +134,45 @@ def test_the_best_anchor_iou_is_that_of_shapes():
     boxes = np.array([[0.0, 0, 8, 8], [5, 5, 13, 37], [0, 0, 16, 4], [0, 0, 64, 64]])
     expected = [1.0, 1.0, 32 / (64 + 64 - 32), 256 / 4096]
     np.testing.assert_allclose(best_anchor_iou(anchors, boxes), expected, rtol=1e-6)
+
+
+def test_the_offset_of_the_annotations_follows_the_frames_of_the_tiles():
+    torch.manual_seed(0)
+    model = LargeRasterORModel(["a"], small_conf(), contract_of()).eval()
+    image = torch.rand(1, 1, 64, 64)
+    boxes = torch.tensor([[4.0, 4, 20, 20], [30, 34, 40, 43]])
+    labels = torch.zeros(2, dtype=torch.int64)
+    frames = torch.stack([torch.eye(2) * 2, torch.tensor([[0.0, 1], [-1, 0]])])
+
+    def losses_of(target):
+        losses, _ = model.network(image, [{"labels": labels} | target], detect=False)
+        return {name: float(value) for name, value in losses.items()}
+
+    plain = losses_of({"boxes": boxes})
+    (before,) = model(image)
+    step = torch.tensor([0.75, -0.5])
+    model.network.offset.copy_(step)
+    moved = boxes + torch.tensor([[1.5, -1], [-0.5, -0.75]]).repeat(1, 2)
+    assert losses_of({"boxes": moved, "frames": frames}) == pytest.approx(plain, rel=1e-5)
+    assert losses_of({"boxes": boxes}) != pytest.approx(plain, rel=1e-3)
+    (after,), (turned,) = model(image), model(image, frames[1])
+    for found, by in ((after, step), (turned, torch.tensor([-0.5, -0.75]))):
+        expected = (before["boxes"] + by.repeat(2)).clamp(0, 64)
+        torch.testing.assert_close(found["boxes"], expected)
+
+
+def test_the_offset_is_what_boxes_are_missed_by_in_the_raster_whatever_the_view():
+    network = LargeRasterORModel(["a"], small_conf(), contract_of()).network
+    rng = np.random.default_rng(0)
+    true = torch.tensor([0.6, -0.4])
+    for _ in range(200):
+        turns = [imutils.turn_matrix(90 * i, mirrored=m) for i in range(4) for m in (True, False)]
+        frames = torch.tensor(np.stack(turns)[rng.integers(8, size=300)]).float()
+        frames *= torch.rand(300, 1, 1).add(0.5)
+        looks = torch.tensor([2.0, 1.0])  # what the network gets wrong itself turns with the tiles
+        noise = torch.tensor(rng.normal(0, 2, (300, 2))).float()
+        network._follow_offset(frames @ true + looks + noise, frames)
+    assert network.offset.tolist() == pytest.approx(true.tolist(), abs=0.1)
 
 
 def test_ground_that_does_not_count_teaches_no_background():

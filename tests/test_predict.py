@@ -24,12 +24,12 @@ from oracle import LARGEST, Oracle, assert_same, draw, in_order
 from test_LargeRasterOR import contract_of, small_conf
 
 import fileio
+import LargeRasterOR
 import predict
 import strips
 import tiling
 from ImageData import BOX_COLUMNS, InputError, Window
 from imutils import Radiometry
-from LargeRasterOR import LargeRasterORModel
 from metrics import UNMATCHED, match_boxes
 
 UTM = {"crs": "EPSG:32617", "transform": (0.1, 0, 404000, 0, -0.1, 3285000)}
@@ -169,12 +169,15 @@ def test_a_dask_cluster_gives_the_same_catalogue(tmp_path, scene):
 
 
 @pytest.mark.parametrize("scale", [0.5, 1, 2])
-@pytest.mark.parametrize(("turns", "mirrored"), strips.VIEWS["all"])
-def test_every_view_of_a_tile_shows_objects_where_they_are(turns, mirrored, scale):
+@pytest.mark.parametrize("view", LargeRasterOR.VIEWS["all"])
+def test_every_view_of_a_tile_shows_objects_where_they_are(monkeypatch, view, scale):
+    monkeypatch.setitem(LargeRasterOR.VIEWS, "none", (view,))
     tile = torch.zeros(1, 1, 64, 64)
     tile[..., 12:24, 30:50] = 1.0
-    (found,) = strips.detect_view(Oracle(), tile, turns, mirrored, scale)
-    assert found.boxes == pytest.approx(np.array([[30, 12, 50, 24]]), abs=2.01)  # a blurred edge
+    oracle = Oracle(offset=(3.0, -4.0))
+    (found,), most = LargeRasterOR.detect_views(oracle, tile, "none", (scale,))
+    assert most == [1]
+    assert found.boxes == pytest.approx(np.array([[33, 8, 53, 20]]), abs=2.01)  # a blurred edge
 
 
 def test_fused_views_see_the_same_objects(tmp_path):
@@ -428,7 +431,9 @@ def checkpoint(tmp_path_factory):
     """A model with random weights; what it finds is arbitrary, but always the same."""
     torch.manual_seed(0)
     contract = contract_of(tile_size=64, evaluation_overlap=20, detections_per_tile=10)
-    model = LargeRasterORModel({"a", "b"}, small_conf(backbone="mobilenet_v3_large"), contract)
+    model = LargeRasterOR.LargeRasterORModel(
+        {"a", "b"}, small_conf(backbone="mobilenet_v3_large"), contract
+    )
     model.operating_threshold.fill_(0.0101)
     path = tmp_path_factory.mktemp("model") / "best.ckpt"
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
