@@ -28,7 +28,7 @@ import metrics
 from catalogue import Detections
 from datasets import Batch
 from ImageData import InputError
-from ModelConfig import ModelConfig, TrainConfig, Views
+from ModelConfig import ModelConfig, TrainConfig
 from networks import (
     Anchors,
     DataContract,
@@ -117,14 +117,17 @@ def autocast(device_type: str, precision: str) -> torch.autocast:
 
 
 def detect_views(
-    model: nn.Module, tiles: Tensor, views: Views, scales: Sequence[float] = (1.0,)
+    model: nn.Module,
+    tiles: Tensor,
+    views: Sequence[tuple[int, bool]],
+    scales: Sequence[float] = (1.0,),
 ) -> tuple[list[Detections], list[int]]:
     """Detect on views of square tiles (B, bands, side, side), and fuse what they show.
 
     Args:
         model: Detects on tiles, given their frame; see `TileRetinaNet.forward`.
         tiles: Stretched.
-        views: Which turned and mirrored ones, of `VIEWS`.
+        views: Quarter turns and whether mirrored before, of each.
         scales: Factors by which tiles are enlarged, in every view.
 
     Returns:
@@ -132,7 +135,7 @@ def detect_views(
     """
     side = tiles.shape[-1]
     by_view = []
-    for (turns, mirrored), scale in itertools.product(VIEWS[views], scales):
+    for (turns, mirrored), scale in itertools.product(views, scales):
         seen = torch.rot90(tiles.flip(3) if mirrored else tiles, turns, dims=(2, 3))
         if scale != 1:
             size = (round(side * scale),) * 2
@@ -270,7 +273,7 @@ class LargeRasterORModel(pl.LightningModule):
         if self._measures(stage):
             most = [len(found["boxes"]) for found in detections]
             if fused:
-                seen, most = detect_views(self, images, self.conf.views)
+                seen, most = detect_views(self, images, VIEWS[self.conf.views])
                 detections = [
                     {"boxes": torch.from_numpy(found.boxes).float(),
                      "scores": torch.from_numpy(found.scores),

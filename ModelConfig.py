@@ -100,6 +100,7 @@ class TrainConfig:
     random_windows: bool = True  # each visit of a tile moves and zooms it within its block
     min_visible: SampleShare = 0.25  # of an object's area, for a random window to show it
     repeat_threshold: Share = 0.1  # labels in a smaller share of the tiles come more often; 0: none
+    learn_offset: bool = True  # of all boxes from what shows objects; needs augment.turns
     hard_negatives: Share = 0.0  # of an epoch, drawn by how wrong the model is there; 0: none
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 

@@ -2,10 +2,10 @@
 
 An item is `(image, target)`. The image is float32 (bands, size, size), stretched. The target holds
 tensors only: `boxes` float32 (N, 4), xyxy px of the tile, `labels` int64 (N,), class ids, and, of a
-tile with ground that does not count, `counted` bool (size, size). For training it also holds `tile`
-int64 (), the row of the tile in its dataset, and `frames` float32 (N, 2, 2), which at each object
-take a step (x, y) in px of the raster to the step in px of the tile; for evaluation where the tile
-lies and which objects it knows:
+tile with ground that does not count, `counted` bool (size, size). `frames` float32 (N, 2, 2) take,
+at each object, a step (x, y) in px of the raster to the step in px of the tile. For training it
+also holds `tile` int64 (), the row of the tile in its dataset; for evaluation where the tile lies
+and which objects it knows:
 
     ground   int64 ()       block of ground, the unit of evaluation
     window   float32 (4,)   the tile, xyxy px of the raster
@@ -45,6 +45,7 @@ from ModelConfig import AugmentConfig, ModelConfig
 Target = dict[str, Tensor]
 Batch = tuple[Tensor, list[Target]]
 
+ITEM_TENSORS = ("boxes", "labels", "frames")  # a row per object
 LEAST_SIDE = 0.01  # px; a thinner box has no area left in float32
 MEMORY = 0.7  # share of a tile's earlier difficulty that a new measurement leaves
 
@@ -232,8 +233,7 @@ class BboxDataset(Dataset):
                 torch.default_generator.manual_seed(seed)
                 image, target = self._view(index)
         else:
-            parts = self._tile(index)
-            image, target = self._item(*(parts[:-1] if self.evaluation else parts))
+            image, target = self._item(self._tile(index))
         target |= self._place(index) if self.evaluation else {"tile": torch.tensor(index)}
         return image, target
 
@@ -282,7 +282,7 @@ class BboxDataset(Dataset):
             parts = self._mosaic(index, size)
         else:
             parts = self._window(index, size)
-        image, target = self._item(*parts)
+        image, target = self._item(parts)
         if self.transform is None:
             return image, target
         target["boxes"] = tv_tensors.BoundingBoxes(
@@ -326,27 +326,17 @@ class BboxDataset(Dataset):
             image[:, y : y + half, x : x + half] = part.image
             counted[y : y + half, x : x + half] = part.counted
             boxes.append(part.boxes + np.array([x, y, x, y], dtype=np.float32))
-        labels, frames = (np.concatenate(values) for values in list(zip(*parts, strict=True))[3:])
+        labels, frames = (np.concatenate([getattr(p, n) for p in parts]) for n in Parts._fields[3:])
         return Parts(image, counted, np.concatenate(boxes), labels, frames)
 
     @staticmethod
-    def _item(
-        image: Tensor,
-        counted: np.ndarray,
-        boxes: np.ndarray,
-        labels: np.ndarray,
-        frames: np.ndarray | None = None,
-    ) -> tuple[Tensor, Target]:
+    def _item(parts: Parts) -> tuple[Tensor, Target]:
+        boxes = parts.boxes
         thick = (boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all(axis=1)
-        target = {
-            "boxes": torch.from_numpy(boxes[thick]),
-            "labels": torch.from_numpy(labels[thick]),
-        }
-        if frames is not None:
-            target["frames"] = torch.from_numpy(frames[thick])
-        if not counted.all():
-            target["counted"] = torch.from_numpy(np.ascontiguousarray(counted))
-        return image, target
+        target = {n: torch.from_numpy(getattr(parts, n)[thick]) for n in ITEM_TENSORS}
+        if not parts.counted.all():
+            target["counted"] = torch.from_numpy(np.ascontiguousarray(parts.counted))
+        return parts.image, target
 
     def _place(self, index: int) -> Target:
         x, y, width, height = self.windows[index].tolist()

@@ -339,13 +339,16 @@ def train_iteration(
             f"best epoch until then, if there was one, is in {trial_dir / 'checkpoints'}"
         ) from error
     training_time = time.monotonic() - start
-    offset = model.network.offset.tolist()
-    log.info("annotated boxes lie %+.2f px right and %+.2f px down of what shows objects", *offset)
     logger.log({"training_time": training_time})
 
     best = Path(checkpoint.best_model_path)
     state = torch.load(best, map_location="cpu", weights_only=True)
     model.load_state_dict(state["state_dict"])
+    offset = dict(zip(("offset_x", "offset_y"), model.network.offset.tolist(), strict=True))
+    log.info(
+        "annotated boxes lie %+.2f px right and %+.2f px down of what shows objects",
+        *offset.values(),
+    )
     (validated,) = trainer.validate(model, module.full_validation_dataloader(), verbose=False)
     state["state_dict"]["operating_threshold"] = model.operating_threshold.cpu()
     state |= {"optimizer_states": [], "lr_schedulers": []}  # most of a file that only detects
@@ -355,7 +358,7 @@ def train_iteration(
         torch.save(state, temporary)
     (tested,) = trainer.test(model, module.test_dataloader(), verbose=False)
 
-    values = {**tested, **validated, "training_time": training_time}
+    values = {**tested, **validated, **offset, "training_time": training_time}
     write_evaluation(trial_dir, model, data.blocks)
     for name in BEST_FILES:
         logger.log_artifact(trial_dir / name, name, "evaluation", "of the test ground")

@@ -156,14 +156,15 @@ class GroundCollector:
 
     def add(self, detections: Iterable[Mapping], targets: Iterable[Mapping]) -> None:
         """Keep the detections and targets of a batch, on the CPU."""
-        for found, target in zip(detections, targets, strict=True):
+        for batch in zip(detections, targets, strict=True):
+            found, target = ({name: v.detach().cpu() for name, v in one.items()} for one in batch)
             mine = self.tiles.setdefault(int(target["ground"]), ([], []))
             stray = torch.zeros_like(found["labels"], dtype=torch.bool)
             if "counted" in target:  # masks are large, and not kept
                 stray = ~counted_at_centers(target["counted"], found["boxes"])
                 target = {k: v for k, v in target.items() if k != "counted"}
             for kept, values in zip(mine, ({**found, "stray": stray}, target), strict=True):
-                kept.append({name: value.detach().cpu() for name, value in values.items()})
+                kept.append(values)
 
     def merge(self, nms_threshold: float) -> dict[int, Ground]:
         """Return what was collected, per block, and start anew.

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 LAST_LEVEL = 6  # of the pyramid; the places of level P lie 2**P px of the input apart
 GOOD_ANCHOR = 0.5  # IoU of an object with its best anchor from which the fit is a good one
-OFFSET_PACE = 0.02  # weight of a training step in the running mean of what boxes are missed by
+OFFSET_PACE = 0.02  # weight of a training step in the running median of what boxes are missed by
 P2_FROM, P3_FROM = 6.0, 32.0  # px of the input, smallest anchor that these levels begin with
 SIZE_DIVISOR = 32  # stride of the deepest feature map of a backbone
 BACKGROUND, NEITHER = -1, -2  # what an anchor learns that no object has chosen
@@ -262,8 +262,9 @@ class TileRetinaNet(RetinaNet):
     Attributes:
         offset: Where annotated boxes lie, seen from the objects, (x, y) in px of the raster:
             catalogues count pixels from their corners or their centres, from 0 or from 1, and round
-            or cut. It is the running mean of what training boxes are missed by, and told from the
-            looks of objects by staying where it is while tiles are mirrored and turned.
+            or cut. It is the running median of what training boxes are missed by, told from the
+            looks of objects by staying where it is while tiles are mirrored and turned; where they
+            are not, it stays 0 and the box head learns it.
         background_loss: Of the last batch with targets, (B,): how wrong it is off all objects;
             where hard negatives are asked for.
     """
@@ -297,6 +298,8 @@ class TileRetinaNet(RetinaNet):
         )
         self.conf, self.fitted = conf, contract.anchors
         self.register_buffer("offset", torch.zeros(2))
+        augment = conf.train.augment
+        self.follows_offset = conf.train.learn_offset and augment.enabled and augment.turns
 
     def forward(
         self,
@@ -348,14 +351,13 @@ class TileRetinaNet(RetinaNet):
         per_place = self.anchor_generator.num_anchors_per_location()[0]
         counts = [rows * columns * per_place for rows, columns, _ in grids]
         by_level = {name: list(value.split(counts, dim=1)) for name, value in outputs.items()}
+        frame = torch.eye(2) if frame is None else frame
         with torch.no_grad():
+            # boxes are decoded about the anchors, and cut at the tile's edge after that
+            anchors = anchors + self._offset_in(frame.to(self.offset)[None])
             detections = self.postprocess_detections(
                 by_level, [list(anchors.split(counts))] * len(batch), [tuple(size_hw)] * len(batch)
             )
-            offset = self.offset if frame is None else frame.to(self.offset) @ self.offset
-            for found in detections:
-                moved = found["boxes"] + offset.repeat(2)
-                found["boxes"] = ops.clip_boxes_to_image(moved, size_hw)
         return losses, detections
 
     def compute_loss(
@@ -380,10 +382,13 @@ class TileRetinaNet(RetinaNet):
             an object weighs the same in a full tile and in an empty one.
         """
         frames = [_frames_of(target) for target in targets]
+        objects = [
+            target["boxes"] - self._offset_in(frame)
+            for target, frame in zip(targets, frames, strict=True)
+        ]
         matches = []
-        for target, frame in zip(targets, frames, strict=True):
-            objects = target["boxes"] - self._offset_in(frame)
-            match = assign_anchors(objects, anchors, grids)
+        for target, boxes in zip(targets, objects, strict=True):
+            match = assign_anchors(boxes, anchors, grids)
             if "counted" in target:
                 stray = ~metrics.counted_at_centers(target["counted"], anchors)
                 match[(match == BACKGROUND) & stray] = NEITHER
@@ -401,18 +406,18 @@ class TileRetinaNet(RetinaNet):
             logits, wanted, alpha=self.conf.focal_alpha, gamma=self.conf.focal_gamma
         ).sum(dim=-1)
         if self.conf.train.hard_negatives:
-            on_objects = torch.stack([_lie_on(anchors, target["boxes"]) for target in targets])
+            on_objects = torch.stack([_lie_on(anchors, boxes) for boxes in objects])
             empty = (match == BACKGROUND) & ~on_objects
             self.background_loss = (focal.detach() * empty).sum(dim=1)
         boxes = self.box_coder.decode_single(deltas[tile, anchor], anchors[anchor])
         frame, truth = torch.cat(frames)[learnt], truth[learnt]
         overlap = BOX_LOSSES[self.conf.box_loss](boxes + self._offset_in(frame), truth)
-        if self.training and len(learnt):
+        if self.training and self.follows_offset and len(learnt):
             self._follow_offset((truth - boxes).detach().unflatten(1, (2, 2)).mean(dim=1), frame)
-        objects = max(1, len(learnt))
+        count = max(1, len(learnt))
         return {
-            "classification": focal[match != NEITHER].sum() / objects,
-            "bbox_regression": self.conf.box_loss_weight * overlap.sum() / objects,
+            "classification": focal[match != NEITHER].sum() / count,
+            "bbox_regression": self.conf.box_loss_weight * overlap.sum() / count,
         }
 
     def _offset_in(self, frames: Tensor) -> Tensor:
@@ -421,13 +426,15 @@ class TileRetinaNet(RetinaNet):
 
     def _follow_offset(self, misses: Tensor, frames: Tensor) -> None:
         """Take note of what boxes in frames (N, 2, 2) were missed by, (N, 2), px of the tile."""
-        steps = (torch.linalg.inv(frames) * misses[:, None]).sum(dim=-1)
-        self.offset.lerp_(steps.median(dim=0).values, OFFSET_PACE)
+        steps = (torch.linalg.inv_ex(frames).inverse * misses[:, None]).sum(dim=-1)
+        self.offset.lerp_(steps.quantile(0.5, dim=0), OFFSET_PACE)
 
 
 def _frames_of(target: Target) -> Tensor:
-    eye = torch.eye(2, device=target["boxes"].device)
-    return target["frames"] if "frames" in target else eye.expand(len(target["boxes"]), 2, 2)
+    boxes = target["boxes"]
+    if "frames" in target:
+        return target["frames"]
+    return torch.eye(2, device=boxes.device).expand(len(boxes), 2, 2)
 
 
 def _lie_on(anchors: Tensor, boxes: Tensor) -> Tensor:

@@ -368,6 +368,12 @@ def prepare(
                 "the model was never validated, so that it knows no score from which a detection "
                 "counts; give one (--score-threshold)"
             )
+        if wanted.views not in (None, model.conf.views):
+            log.warning(
+                "the score from which a detection counts was chosen with views %r, and those of "
+                "%r score otherwise; better give one (--score-threshold)",
+                model.conf.views, wanted.views,
+            )  # fmt: skip
     if wanted.scheduler is None:
         devices = strips.find_devices(wanted.device)
         kind = torch.device(devices[0]).type

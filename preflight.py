@@ -27,7 +27,7 @@ import imutils
 import splits
 import tiling
 from ImageData import BOX_COLUMNS, ImageData, InputError
-from LargeRasterOR import LargeRasterORModel, autocast, resolve_precision
+from LargeRasterOR import VIEWS, LargeRasterORModel, autocast, resolve_precision
 from ModelConfig import ModelConfig, RunParameters
 from networks import GOOD_ANCHOR, DataContract, detections_limit, fit_anchors, good_anchor_share
 
@@ -191,7 +191,8 @@ def _measure_cost(
             learning = epochs * sample * tiles["train_tiles"] * per_tile
             limit = model.conf.train.max_minutes
             seconds += min(learning, 60 * limit) if limit else learning
-            looks = (epochs * sample + 1) * tiles["validation_tiles"] + tiles["test_tiles"]
+            final = len(VIEWS[model.conf.views]) * (tiles["validation_tiles"] + tiles["test_tiles"])
+            looks = epochs * sample * tiles["validation_tiles"] + final
             seconds += looks * look_s / batch
     trainings = params.trial_count // len(grid["patch_size"])
     same = len(grid["learning_rate"]) * len(grid["batch_size"])

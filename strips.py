@@ -26,7 +26,7 @@ import parallel
 import tiling
 from catalogue import Detections
 from ImageData import InputError, Window
-from LargeRasterOR import LargeRasterORModel, autocast, detect_views
+from LargeRasterOR import VIEWS, LargeRasterORModel, autocast, detect_views
 from ModelConfig import Views
 
 log = logging.getLogger(__name__)
@@ -270,7 +270,7 @@ class StripPredictor:
             pixels = pixels.pin_memory().to(device, non_blocking=True)
         pixels = pixels.to(device)
         with torch.inference_mode(), autocast(device.type, self.precision):
-            seen, most = detect_views(model, pixels, self.views, self.scales)
+            seen, most = detect_views(model, pixels, VIEWS[self.views], self.scales)
         found = [self._keep(*parts) for parts in zip(tiles, seen, strict=True)]
         return Detections.concatenate(found), len(tiles), sum(count >= limit for count in most)
 

@@ -156,11 +156,13 @@ class ExactStrides(torch.nn.Module):
         """Keep what makes them."""
         super().__init__()
         self.anchors, self.finest = network.anchor_generator, network.fitted.finest_level
+        self.offset = network.offset.repeat(2)
 
     def forward(self, images: ImageList, features: list[Tensor]) -> list[Tensor]:
         """Return the anchors of each image."""
         grids = [(*f.shape[-2:], 2**level) for level, f in enumerate(features, self.finest)]
-        return [self.anchors.on_grids(grids, features[0].device)] * len(images.image_sizes)
+        anchors = self.anchors.on_grids(grids, features[0].device) + self.offset
+        return [anchors] * len(images.image_sizes)
 
 
 def as_torchvision_has_it(network: TileRetinaNet) -> RetinaNet:

@@ -102,6 +102,25 @@ def test_a_checkpoint_describes_itself_and_detects_the_same(overfitted, tmp_path
         torch.testing.assert_close(a[name], b[name])
 
 
+def test_a_trained_model_is_measured_with_its_views(overfitted, monkeypatch):
+    model, module, trainer = overfitted
+    loader = module.full_validation_dataloader()
+    (plain,) = trainer.validate(model, loader, verbose=False)
+    frames, forward = [], model.forward
+
+    def remember(images, frame=None):
+        frames.append(frame)
+        return forward(images, frame)
+
+    monkeypatch.setattr(model, "forward", remember)
+    monkeypatch.setattr(model.conf, "views", "flips")
+    (fused,) = trainer.validate(model, loader, verbose=False)
+    assert len(frames) == 4 * len(loader)
+    assert len({tuple(frame.flatten().tolist()) for frame in frames}) == 4
+    assert fused["val_loss"] == pytest.approx(plain["val_loss"])
+    assert fused["val_AP50"] != plain["val_AP50"]
+
+
 def test_testing_before_validating_is_refused(prepared, tmp_path):
     data, conf = prepared.data, small_conf(batch_size=8)
     module = TileDataModule(

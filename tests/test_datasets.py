@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -391,15 +392,22 @@ def test_boxes_of_random_views_lie_on_the_markers(marked, mosaic, turned):
 @pytest.mark.parametrize("mosaic", [0.0, 1.0])
 def test_frames_tell_where_a_step_in_the_raster_leads_in_the_view(marked, mosaic):
     step = torch.tensor([1.0, 2.0])
-    boxes = marked.boxes.copy()
-    boxes[tiling.GROUND_BOX_COLUMNS] += step.repeat(2).numpy()
-    moved = SimpleNamespace(**{**vars(marked), "boxes": boxes})
-    before, after = (views_of(m, mosaic=mosaic, flips=True, turns=True) for m in (marked, moved))
+    named = marked.boxes.assign(label=marked.boxes["object"].astype(str))  # each its own
+    moved = named.copy()
+    moved[tiling.GROUND_BOX_COLUMNS] += step.repeat(2).numpy()
+    ids = {label: i for i, label in enumerate(named["label"].unique())}
+    before, after = (
+        views_of(
+            SimpleNamespace(**{**vars(marked), "boxes": boxes, "ids": ids}),
+            mosaic=mosaic, flips=True, turns=True,
+        )
+        for boxes in (named, moved)
+    )  # fmt: skip
     compared, kinds = 0, set()
-    for index in range(len(before)):
-        (_, old), (_, new) = (dataset[index, index] for dataset in (before, after))
-        if len(old["boxes"]) != len(new["boxes"]):
-            continue  # one left the window
+    for index, seed in itertools.product(range(len(before)), range(4)):
+        (_, old), (_, new) = (dataset[index, 10 * index + seed] for dataset in (before, after))
+        if not torch.equal(old["labels"], new["labels"]):
+            continue  # one left the window, or came
         whole = ((torch.cat([old["boxes"], new["boxes"]], 1) % 32) > 0).all(1)  # not cut
         found = (new["boxes"] - old["boxes"])[whole]
         torch.testing.assert_close(
@@ -416,6 +424,7 @@ def test_a_tile_as_it_lies_knows_its_angle(marked):
     for index, angle in ((0, 0), (len(dataset) - 1, 90)):
         frames = dataset[index][1]["frames"]
         assert dataset.angles[index] == angle
+        assert len(frames) > 0
         # counter-clockwise: what was to the right is above, what was below to the right
         expected = torch.tensor([[0.0, 1.0], [-1.0, 0.0]]) if angle else torch.eye(2)
         assert torch.equal(frames, expected.expand(len(frames), 2, 2))
@@ -444,9 +453,12 @@ def test_an_item_follows_from_its_seed_and_leaves_the_generator_alone(marked):
 def test_boxes_too_thin_for_float32_are_left_out(marked):
     boxes = np.array([[0, 0, 5, 5], [100, 3, 100.000001, 9]], dtype=np.float32)
     counted = np.ones((64, 64), dtype=bool)
-    _, target = BboxDataset._item(torch.zeros(1, 64, 64), counted, boxes, np.array([4, 5]))
+    frames = np.stack([np.eye(2, dtype=np.float32)] * 2)
+    parts = datasets.Parts(torch.zeros(1, 64, 64), counted, boxes, np.array([4, 5]), frames)
+    _, target = BboxDataset._item(parts)
     assert target["boxes"].tolist() == [[0, 0, 5, 5]]
     assert target["labels"].tolist() == [4]
+    assert target["frames"].tolist() == [[[1, 0], [0, 1]]]
 
 
 def test_worker_processes_do_not_change_random_views(prepared):

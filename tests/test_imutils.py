@@ -47,6 +47,18 @@ def test_turned_boxes_stay_on_the_turned_canvas_and_keep_their_area(case, angle)
     np.testing.assert_allclose(imutils.box_area(turned), imutils.box_area(boxes), atol=1e-6)
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("angle", imutils.TURNS)
+def test_the_matrix_of_a_turn_takes_steps_as_points_go(angle, mirrored):
+    start, step, width, height = np.array([5.0, 7.0]), np.array([2.0, -3.0]), 20, 30
+    points = np.stack([start, start + step])
+    if mirrored:
+        points[:, 0] = width - points[:, 0]
+    x, y = imutils.rotate_center(*points.T, angle, width, height)
+    gone = np.array([x[1] - x[0], y[1] - y[0]])
+    np.testing.assert_allclose(imutils.turn_matrix(angle, mirrored=mirrored) @ step, gone)
+
+
 @given(boxes_on_canvas(), st.sampled_from([0, 90, 180, 270]))
 def test_the_centre_of_a_turned_box_is_the_turned_centre(case, angle):
     boxes, width, height = case

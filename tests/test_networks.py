@@ -139,6 +139,7 @@ def test_the_best_anchor_iou_is_that_of_shapes():
 def test_the_offset_of_the_annotations_follows_the_frames_of_the_tiles():
     torch.manual_seed(0)
     model = LargeRasterORModel(["a"], small_conf(), contract_of()).eval()
+    model.network.score_thresh = 0.0
     image = torch.rand(1, 1, 64, 64)
     boxes = torch.tensor([[4.0, 4, 20, 20], [30, 34, 40, 43]])
     labels = torch.zeros(2, dtype=torch.int64)
@@ -156,9 +157,33 @@ def test_the_offset_of_the_annotations_follows_the_frames_of_the_tiles():
     assert losses_of({"boxes": moved, "frames": frames}) == pytest.approx(plain, rel=1e-5)
     assert losses_of({"boxes": boxes}) != pytest.approx(plain, rel=1e-3)
     (after,), (turned,) = model(image), model(image, frames[1])
+    inner = ((before["boxes"] > 2) & (before["boxes"] < 62)).all(1)
+    assert inner.sum() > 5
     for found, by in ((after, step), (turned, torch.tensor([-0.5, -0.75]))):
-        expected = (before["boxes"] + by.repeat(2)).clamp(0, 64)
-        torch.testing.assert_close(found["boxes"], expected)
+        moved = before["boxes"][inner] + by.repeat(2)
+        distance = (moved[:, None] - found["boxes"]).abs().amax(dim=2)
+        assert distance.min(dim=1).values.max() < 1e-3
+        assert (found["boxes"] == 0).any(), "what the tile's edge cuts stays at the edge"
+        assert found["boxes"].min() >= 0
+
+
+def test_the_offset_is_followed_in_training_alone_and_only_where_tiles_are_turned():
+    torch.manual_seed(0)
+    target = {
+        "boxes": torch.tensor([[4.0, 4, 20, 20]]), "labels": torch.tensor([0]),
+        "frames": torch.tensor([[[0.0, 1], [-1, 0]]]),
+    }  # fmt: skip
+
+    def offset_after(*, training=True, **options):
+        conf = small_conf().with_options(options)
+        network = LargeRasterORModel(["a"], conf, contract_of()).network.train(training)
+        network(torch.rand(1, 1, 64, 64), [target], detect=False)
+        return network.offset.abs().max()
+
+    assert offset_after() > 0
+    assert offset_after(training=False) == 0
+    for name in ("train.augment.turns", "train.augment.enabled", "train.learn_offset"):
+        assert offset_after(**{name: False}) == 0
 
 
 def test_the_offset_is_what_boxes_are_missed_by_in_the_raster_whatever_the_view():
@@ -302,7 +327,9 @@ def test_an_enlarged_input_gives_boxes_of_the_tile(scale):
 @pytest.mark.parametrize("box_loss", ["giou", "diou", "ciou"])
 def test_boxes_are_learnt_by_their_overlap(box_loss):
     torch.manual_seed(0)
-    model = LargeRasterORModel(["a"], small_conf(box_loss=box_loss), contract_of())
+    conf = small_conf(box_loss=box_loss)
+    conf.train.learn_offset = False  # a tile that is never turned cannot tell it
+    model = LargeRasterORModel(["a"], conf, contract_of())
     image = torch.rand(1, 1, 64, 64)
     target = {"boxes": torch.tensor([[21.0, 13, 37, 24]]), "labels": torch.tensor([0])}
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)

@@ -170,14 +170,13 @@ def test_a_dask_cluster_gives_the_same_catalogue(tmp_path, scene):
 
 @pytest.mark.parametrize("scale", [0.5, 1, 2])
 @pytest.mark.parametrize("view", LargeRasterOR.VIEWS["all"])
-def test_every_view_of_a_tile_shows_objects_where_they_are(monkeypatch, view, scale):
-    monkeypatch.setitem(LargeRasterOR.VIEWS, "none", (view,))
+def test_every_view_of_a_tile_shows_objects_where_they_are(view, scale):
     tile = torch.zeros(1, 1, 64, 64)
     tile[..., 12:24, 30:50] = 1.0
-    oracle = Oracle(offset=(3.0, -4.0))
-    (found,), most = LargeRasterOR.detect_views(oracle, tile, "none", (scale,))
+    oracle = Oracle(offset=(6.0, -8.0))
+    (found,), most = LargeRasterOR.detect_views(oracle, tile, [view], (scale,))
     assert most == [1]
-    assert found.boxes == pytest.approx(np.array([[33, 8, 53, 20]]), abs=2.01)  # a blurred edge
+    assert found.boxes == pytest.approx(np.array([[36, 4, 56, 16]]), abs=2.01)  # a blurred edge
 
 
 def test_fused_views_see_the_same_objects(tmp_path):
@@ -191,6 +190,19 @@ def test_fused_views_see_the_same_objects(tmp_path):
         0.5,
     )
     assert len(set(matches) - {UNMATCHED}) > 0.9 * large.sum()  # enlarging joins close neighbours
+
+
+def test_a_model_predicts_with_the_views_that_it_was_measured_with(tmp_path, scene, caplog):
+    path, _ = scene
+    looked = {}
+    for measured, views in (("none", None), ("flips", None), ("flips", "none")):
+        model = Oracle()
+        model.conf.views = measured
+        catalogue_of(model, path, tmp_path, f"{measured}_{views}.csv", views=views)
+        looked[measured, views] = model.tiles
+    once = looked["none", None]
+    assert looked == {("none", None): once, ("flips", None): 4 * once, ("flips", "none"): once}
+    assert caplog.text.count("was chosen with views 'flips', and those of 'none'") == 1
 
 
 # -- which ground -----------------------------------------------------------------------------
