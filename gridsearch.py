@@ -340,15 +340,22 @@ def train_iteration(
         ) from error
     training_time = time.monotonic() - start
     logger.log({"training_time": training_time})
+    steps = trainer.estimated_stepping_batches
+    if conf.train.max_minutes is not None and trainer.global_step < steps:
+        log.warning(
+            "train.max_minutes ended the training after %d of %d steps", trainer.global_step, steps
+        )
 
     best = Path(checkpoint.best_model_path)
     state = torch.load(best, map_location="cpu", weights_only=True)
     model.load_state_dict(state["state_dict"])
     offset = dict(zip(("offset_x", "offset_y"), model.network.offset.tolist(), strict=True))
+    right, down = offset.values()
     log.info(
-        "annotated boxes lie %+.2f px right and %+.2f px down of what shows objects",
-        *offset.values(),
-    )
+        "annotated boxes lie %.2f px %s and %.2f px %s what shows objects",
+        abs(right), "right of" if right > 0 else "left of",
+        abs(down), "below" if down > 0 else "above",
+    )  # fmt: skip
     (validated,) = trainer.validate(model, module.full_validation_dataloader(), verbose=False)
     state["state_dict"]["operating_threshold"] = model.operating_threshold.cpu()
     state |= {"optimizer_states": [], "lr_schedulers": []}  # most of a file that only detects
@@ -363,8 +370,9 @@ def train_iteration(
     for name in BEST_FILES:
         logger.log_artifact(trial_dir / name, name, "evaluation", "of the test ground")
     log.info(
-        "test: AP50 %.3f, F1 %.3f (precision %.3f, recall %.3f at score %.2f), %.0f s of training",
-        values["AP50"], values["box_f1"], values["box_precision"], values["box_recall"],
+        "test, views %r: AP50 %.3f, F1 %.3f (precision %.3f, recall %.3f at score %.2f), "
+        "%.0f s of training",
+        conf.views, values["AP50"], values["box_f1"], values["box_precision"], values["box_recall"],
         values["score_threshold"], training_time,
     )  # fmt: skip
     return values
@@ -409,7 +417,7 @@ def write_evaluation(trial_dir: Path, model: LargeRasterORModel, blocks: pd.Data
         matches = model.evaluation.matches[block]
         boxes = dict(zip(BOX_COLUMNS, ground.boxes.T, strict=True))
         found = annotations.measure_bboxes(pd.DataFrame(boxes)).assign(
-            **place, label=labels[ground.labels], score=ground.scores, found=matches
+            **place, label=labels[ground.labels], score=ground.scores.astype(float), found=matches
         )
         columns = [*place, *CENTER_COLUMNS, "diameter", "label", "score", *BOX_COLUMNS, "found"]
         detections.append(found[columns])

@@ -603,8 +603,8 @@ def read_checkpoint(path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ModelConfig.from_dict(known["conf"])
     except Exception as error:
         raise InputError(
-            f"INIT_FROM must name a checkpoint of this version of the product, {path} is none: "
-            f"{error}"
+            f"INIT_FROM must name a checkpoint of this version of the product, {path} is none "
+            f"({type(error).__name__}: {error})"
         ) from error
     prefix = "network."
     network = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
@@ -631,7 +631,8 @@ def fit_weights(
     Raises:
         InputError: Names the tensors that do not fit.
     """
-    own, state = network.state_dict(), dict(state)
+    own = network.state_dict()
+    state = dict(state) | {"offset": own["offset"]}  # the other's is that of other annotations
     first = next(name for name in own if name.endswith(("conv1.weight", "body.0.0.weight")))
     if first in state:
         state[first] = fit_bands(state[first], own[first].shape[1])

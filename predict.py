@@ -170,7 +170,7 @@ class PredictionOptions:
         overlap: Minimum overlap of neighbouring tiles in px; None takes the longest side of any
             object of the training, at most half a tile.
         batch_size: Tiles that the model sees at once; None: 2 on a CPU, 16 on a GPU.
-        precision: See `resolve_precision`.
+        precision: See `resolve_precision`; "auto" takes bfloat16 where the hardware has it.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         score_threshold: Least score of an object (0-1); None takes the one that validation chose.
         aoi: File of polygons outside which nothing is predicted.
@@ -384,7 +384,8 @@ def prepare(
     settings = {
         "tile_size": size, "overlap": overlap, "score_threshold": threshold,
         "nms_threshold": model.conf.nms_threshold, "views": wanted.views or model.conf.views,
-        "scales": wanted.scales, "precision": resolve_precision(wanted.precision, kind),
+        "scales": wanted.scales,
+        "precision": resolve_precision(wanted.precision, kind, measured=False),
     }  # fmt: skip
     states = {file: Path(file).stat() for file in opened.files}
     plan = settings | {

@@ -183,6 +183,7 @@ def _measure_cost(
     grid = params.search_space
     batch = max(grid["batch_size"])
     model = LargeRasterORModel(labels, params.model_config(), contract)
+    model.load_pretrained()  # raises where what it is to start from does not fit
     step_s, look_s = _time_step(model, batch)
     per_tile = step_s / batch
     seconds = 0.0
