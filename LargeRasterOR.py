@@ -22,10 +22,9 @@ import torch
 from pytorch_lightning.callbacks import EarlyStopping, WeightAveraging
 from torch import Tensor, nn
 
-import catalogue
 import imutils
 import metrics
-from catalogue import Detections
+from catalogue import Detections, fuse_views
 from datasets import Batch
 from ImageData import InputError
 from ModelConfig import ModelConfig, TrainConfig
@@ -158,7 +157,7 @@ def detect_views(
         return by_view[0], [len(found) for found in by_view[0]]
     of_tiles = list(zip(*by_view, strict=True))
     most = [max(map(len, found)) for found in of_tiles]
-    return [catalogue.fuse_views(found, FUSE_IOU) for found in of_tiles], most
+    return [fuse_views(found, FUSE_IOU) for found in of_tiles], most
 
 
 class LargeRasterORModel(pl.LightningModule):
@@ -264,16 +263,16 @@ class LargeRasterORModel(pl.LightningModule):
 
     def _common_step(self, batch: Batch, stage: str) -> Tensor:
         images, targets = batch
-        fused = self.conf.views != "none" and self.trainer.state.fn != "fit"
-        once = self._measures(stage) and not fused
-        losses, detections = self.network(images, targets, detect=once)
+        measures = self._measures(stage)
+        fused = measures and self.conf.views != "none" and self.trainer.state.fn != "fit"
+        losses, detections = self.network(images, targets, detect=measures and not fused)
         loss = torch.stack(list(losses.values())).sum()
         values = {"loss": loss, **{f"{name}_loss": value for name, value in losses.items()}}
         self.log_dict(
             {f"{STAGES[stage]}{name}": value.detach() for name, value in values.items()},
             on_step=stage == "train", on_epoch=True, batch_size=len(images), prog_bar=False,
         )  # fmt: skip
-        if self._measures(stage):
+        if measures:
             most = [len(found["boxes"]) for found in detections]
             if fused:
                 seen, most = detect_views(self, images, VIEWS[self.conf.views])

@@ -326,7 +326,7 @@ class BboxDataset(Dataset):
             image[:, y : y + half, x : x + half] = part.image
             counted[y : y + half, x : x + half] = part.counted
             boxes.append(part.boxes + np.array([x, y, x, y], dtype=np.float32))
-        labels, frames = (np.concatenate([getattr(p, n) for p in parts]) for n in Parts._fields[3:])
+        labels, frames = (np.concatenate([getattr(p, n) for p in parts]) for n in ITEM_TENSORS[1:])
         return Parts(image, counted, np.concatenate(boxes), labels, frames)
 
     @staticmethod

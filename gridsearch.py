@@ -349,8 +349,7 @@ def train_iteration(
     best = Path(checkpoint.best_model_path)
     state = torch.load(best, map_location="cpu", weights_only=True)
     model.load_state_dict(state["state_dict"])
-    offset = dict(zip(("offset_x", "offset_y"), model.network.offset.tolist(), strict=True))
-    right, down = offset.values()
+    right, down = model.network.offset.tolist()
     log.info(
         "annotated boxes lie %.2f px %s and %.2f px %s what shows objects",
         abs(right), "right of" if right > 0 else "left of",
@@ -365,7 +364,8 @@ def train_iteration(
         torch.save(state, temporary)
     (tested,) = trainer.test(model, module.test_dataloader(), verbose=False)
 
-    values = {**tested, **validated, **offset, "training_time": training_time}
+    values = {**tested, **validated, "offset_x": right, "offset_y": down,
+              "training_time": training_time}  # fmt: skip
     write_evaluation(trial_dir, model, data.blocks)
     for name in BEST_FILES:
         logger.log_artifact(trial_dir / name, name, "evaluation", "of the test ground")

@@ -256,7 +256,7 @@ def test_the_clock_ends_a_training_and_its_rate_falls_until_then(prepared, tmp_p
     _, _, trainer = fit(prepared, tmp_path, conf, [Spy()])
     assert 6 <= time.monotonic() - start < 30
     assert trainer.current_epoch < 900
-    assert rates[-1] == min(rates[rates.index(max(rates)) :]) < max(rates), "it falls"
+    assert rates[-1] < 0.2 * max(rates)
     assert "val_AP50" in trainer.callback_metrics  # what it ends with is measured
 
 
