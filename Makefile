@@ -1,5 +1,6 @@
 # make run    set up, make the sample data if there is none, run the quickstart
 # make test   set up, run the tests
+# make bench  set up the peers, too, measure every stage beside them in short, write docs/benchmarks.md
 # make lab    set up, open the notebook in JupyterLab
 # make clean  remove the environment and caches (data and runs stay)
 
@@ -7,9 +8,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH_VENV := .bench-venv
+BENCH_READY := $(BENCH_VENV)/.ready
+STAGES := clean tiling read train metrics memory
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: run test lab sample clean
+.PHONY: run test lab bench sample clean
 
 run: sample
 	mkdir -p runs/quickstart
@@ -22,8 +26,15 @@ test: $(READY)
 lab: sample
 	$(BIN)/jupyter lab main.ipynb $(if $(SUDO),,--allow-root)
 
+bench: $(BENCH_READY)
+	for stage in $(STAGES); do \
+	  $(BENCH_VENV)/bin/python benchmarks/bench_$$stage.py --short --json runs/bench/$$stage.json || exit 1; \
+	done
+	$(BENCH_VENV)/bin/python benchmarks/bench_predict.py --epochs 1 --side 1024 --work runs/bench/predict --json runs/bench/predict.json
+	$(BENCH_VENV)/bin/python benchmarks/report.py runs/bench
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # what is missing of the sample, unless data/ holds rasters or tables of your own
@@ -38,4 +49,12 @@ $(READY): requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --prefer-binary -r requirements.txt -c constraints.txt
+	touch $@
+
+# SAHI asks for opencv-python, which overwrites the cv2 of opencv-python-headless; see the file
+$(BENCH_READY): requirements-bench.txt requirements.txt constraints.txt
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(BENCH_VENV)/bin/python -m pip install --quiet --prefer-binary -r requirements-bench.txt -c constraints.txt
+	$(BENCH_VENV)/bin/python -m pip install --quiet --no-deps sahi==0.12.0
 	touch $@

@@ -1,59 +1,127 @@
-"""Peak memory of a prediction against the side of the raster, and the cost of empty ground.
+"""Peak memory and time of each stage against the side of the raster.
 
-    python benchmarks/bench_memory.py [--sides 4096 65536] [--json FILE]
+    python benchmarks/bench_memory.py [--short] [--sizes SIDE ...] [--json FILE]
 
-A small model with random weights predicts sparse rasters, each in a process of its own. Their first
-megapixels hold noise, so that the model runs and finds a hundred objects a tile; the rest was never
-written.
+The rasters are sparse files of one band. Their first megapixels hold noise, so that a small model
+with random weights runs and finds a hundred objects a tile; the rest was never written, so that the
+largest stays small on disk. Statistics and training read windows all over the ground.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
-import resource
-import subprocess
-import sys
-import tempfile
-import time
+import os
+from functools import partial
 from pathlib import Path
 
+import common
 import numpy as np
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import pandas as pd
 
 import fileio
-import predict
-from imutils import Radiometry
-from LargeRasterOR import LargeRasterORModel
-from ModelConfig import ModelConfig
-from networks import Anchors, DataContract
+import imutils
+import splits
+import tiling
+from ImageData import BOX_COLUMNS, ImageData
 
-log = logging.getLogger("bench_memory")
 TILE_SIZE, OVERLAP = 256, 32  # px
 WRITTEN = 4096**2 * 3  # px, or all of a smaller raster
+OBJECTS = 20_000
+TRAINING_READS = 500
 
 
-def make_raster(path: Path, side: int) -> None:
+def make(folder: Path, side: int) -> None:
     """Write a sparse raster of one band, noise in its first rows."""
     rng = np.random.default_rng(0)
     rows = min(side, WRITTEN // side)
     with fileio.create_raster(
-        path, width=side, height=side, count=1, dtype="uint8", sparse_ok=True, bigtiff="yes"
-    ) as dst:
+        folder / "raster.tif", width=side, height=side, count=1, dtype="uint8", sparse_ok=True,
+        bigtiff="yes",
+    ) as dst:  # fmt: skip
         for x in range(0, side, 4096):
             width = min(4096, side - x)
             noise = rng.integers(0, 256, (1, rows, width), dtype=np.uint8)
             dst.write(noise, window=((0, rows), (x, x + width)))
 
 
-def make_model() -> LargeRasterORModel:
+def _index(folder: Path, side: int) -> tuple[fileio.Raster, pd.DataFrame, Path]:
+    rng = np.random.default_rng(0)
+    center = rng.uniform(40, side - 40, (OBJECTS, 2))
+    radius = rng.uniform(3, 30, (OBJECTS, 1))
+    df = pd.DataFrame(np.hstack([center - radius, center + radius]), columns=BOX_COLUMNS)
+    df = df.assign(pixel_x=center[:, 0], pixel_y=center[:, 1], diameter=2 * radius[:, 0],
+                   label="object")  # fmt: skip
+    raster = fileio.read_raster(folder / "raster.tif")
+    blocks = splits.ground_blocks(
+        [raster], split_by="block", max_tile_size=TILE_SIZE, block_size=None,
+        test_proportion=0.2, validation_proportion=0.25, seed=0,
+    )  # fmt: skip
+    directory = tiling.make_single_size(
+        TILE_SIZE, [ImageData(raster, "raster", df)], blocks, folder / f"tiles_{os.getpid()}",
+        tiling.TilingOptions(angles=(90, 180, 270), evaluation_overlap=60), workers=1,
+    )  # fmt: skip
+    return raster, blocks[blocks["split"] == "train"], directory
+
+
+def index_tiles(folder: Path, side: int) -> common.Work:
+    """Index the tiles."""
+    return lambda: len(tiling.read_tiles(_index(folder, side)[2])[0])
+
+
+def measure_statistics(folder: Path, side: int) -> common.Work:
+    """Measure the radiometry of the training ground."""
+    raster, ground, _ = _index(folder, side)
+
+    def work() -> int:
+        pixels = tiling.sample_pixels(ground, {"raster": raster}, seed=0)
+        imutils.measure_radiometry(pixels, "percentile")
+        return pixels.shape[1]
+
+    return work
+
+
+def read_training_windows(folder: Path, side: int) -> common.Work:
+    """Read random training windows."""
+    from datasets import BboxDataset
+
+    raster, _, directory = _index(folder, side)
+
+    def work() -> int:
+        tiles, boxes = tiling.read_tiles(directory)
+        train = tiles[(tiles["split"] == "train") & tiles["kept"]]
+        radiometry = imutils.Radiometry("none", (0.0,), (255.0,), (0.5,), (0.3,))
+        dataset = BboxDataset(train, boxes, {"raster": raster}, {"object": 0}, radiometry)
+        rows = np.random.default_rng(0).integers(0, len(dataset), TRAINING_READS)
+        return sum(len(dataset[int(row)][0]) for row in rows)
+
+    return work
+
+
+def predict_raster(folder: Path, side: int, *, written: bool) -> common.Work:
+    """Predict it to a GeoPackage, or only find out which tiles were never written."""
+    import predict
+
+    model = make_model()
+    task = predict.prepare(
+        model, folder / "raster.tif", folder / f"out_{os.getpid()}.gpkg", score_threshold=0.005,
+        device="cpu", override=("radiometry",),
+    )  # fmt: skip
+    if written:
+        return lambda: predict.run(task).count
+    strips = range(len(task.predictor.strip_tops))
+    return lambda: sum(tile.skipped for tile in task.predictor.tiles(strips))
+
+
+def make_model() -> object:
     """Return a small model with random weights."""
+    import torch
+
+    from LargeRasterOR import LargeRasterORModel
+    from ModelConfig import ModelConfig
+    from networks import Anchors, DataContract
+
     torch.manual_seed(0)
     anchors = Anchors(tuple((8.0 * 2**i, 12.0 * 2**i) for i in range(5)), (1.0,), 2)
-    radiometry = Radiometry("none", (0.0,), (255.0,), (0.5,), (0.3,))
+    radiometry = imutils.Radiometry("none", (0.0,), (255.0,), (0.5,), (0.3,))
     contract = DataContract(
         tile_size=TILE_SIZE, bands=(1,), band_count=1, dtype="uint8", radiometry=radiometry,
         anchors=anchors, detections_per_tile=100, resolution=None, split_hash="",
@@ -63,64 +131,23 @@ def make_model() -> LargeRasterORModel:
     return LargeRasterORModel(["a", "b"], conf, contract).eval()
 
 
-def measure(raster: Path) -> dict[str, float]:
-    """Predict one raster in this process."""
-    model = make_model()
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        result = predict.predict_raster(
-            model, raster, Path(folder) / "out.gpkg", score_threshold=0.005, device="cpu",
-            override=("radiometry",),
-        )  # fmt: skip
-        seconds = time.perf_counter() - start
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {
-        "predicted": result.predicted, "empty": result.empty, "seconds": seconds,
-        "objects": result.count,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6,
-    }  # fmt: skip
-
-
-def measure_skipping(path: Path) -> float:
-    """Return the milliseconds per window of finding out that the lower half was never written."""
-    task = predict.prepare(
-        make_model(), path, path.with_name("none.csv"), score_threshold=0.5,
-        override=("radiometry",),
-    )  # fmt: skip
-    strips = len(task.predictor.strip_tops)
-    start = time.perf_counter()
-    tiles = sum(t.skipped for t in task.predictor.tiles(range(strips // 2, strips)))
-    return 1000 * (time.perf_counter() - start) / max(tiles, 1)
-
-
-def main() -> None:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sides", type=int, nargs="+", default=[4096, 16384, 65536])
-    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    if args.one:
-        sys.stdout.write(json.dumps(measure(args.one)))
-        return
-    record = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for side in args.sides:
-            path = Path(folder) / f"{side}.tif"
-            make_raster(path, side)
-            done = subprocess.run(
-                [sys.executable, __file__, "--one", str(path)], check=True, stdout=subprocess.PIPE
-            )
-            record[side] = json.loads(done.stdout.decode().splitlines()[-1])
-            if side * side > 2 * WRITTEN:
-                record[side]["skip_ms_per_window"] = measure_skipping(path)
-            log.info("%6d px: %s", side, record[side])
-    if args.json:
-        fileio.write_json(args.json, record)
-
-
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in ("parallel", "predict", "pyogrio"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    main()
+    common.main(
+        common.Stage(
+            title="Growing with the raster",
+            size="px a side",
+            sizes=(4096, 8192, 16384, 65536),
+            short=(4096, 8192),
+            make=make,
+            ways={
+                "tile index": index_tiles,
+                "statistics": measure_statistics,
+                f"{TRAINING_READS} training windows": read_training_windows,
+                "prediction": partial(predict_raster, written=True),
+                "empty tiles skipped": partial(predict_raster, written=False),
+            },
+            ours="tile index",
+            runs=3,
+        ),
+        __doc__,
+    )

@@ -1,40 +1,32 @@
-"""Time the evaluation of many detections, and its memory, against COCO's own code.
+"""Evaluation of many detections against COCO's own code and DeepForest's.
 
-    python benchmarks/bench_metrics.py [--boxes 1000 2000 100000] [--peer-up-to 2000]
+    .bench-venv/bin/python benchmarks/bench_metrics.py [--short] [--sizes BOXES ...] [--json FILE]
 
-All boxes lie in one block of ground, as dense as the lunar craters that the project is tested with.
-Each measurement is a process of its own: the median of the runs in it, in seconds of processor
-time, which other work on the machine disturbs less than the clock, and the memory that it needed
-above what its imports did. `AP family` is what both compute (AP, AP50, AP75, AR and AP of three
-sizes); `evaluate` is all, with matching by IoU and by centres and 1,000 resamples of 64 parts.
+All boxes lie in one block of ground, as dense as craters on the Moon. The AP family is AP, AP50,
+AP75, AR and AP of three sizes; everything is that, matching by IoU and by centres, calibration, and
+1,000 resamples of 64 parts. DeepForest matches boxes one to one, at one IoU. pycocotools compares
+all with all.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import itertools
-import json
-import logging
-import resource
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
+import common
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import fileio
 import metrics
+from ImageData import BOX_COLUMNS
 
-log = logging.getLogger("bench_metrics")
 AREA_PER_OBJECT = 640.0  # px^2: 1,000 objects in 800 x 800 px
 PARTS = 8  # along each side of the ground, for the intervals
+
+
+def make(folder: Path, count: int) -> None:
+    """Write nothing: the boxes are drawn by a seed."""
 
 
 def make_ground(count: int, rng: np.random.Generator) -> metrics.Ground:
@@ -65,11 +57,6 @@ def family(ground: metrics.Ground) -> dict[str, float]:
     pairs = {0: metrics.find_pairs(ground.boxes, ground.truth_boxes)}
     pool = metrics._pool({0: ground}, pairs, {0: ~ground.stray})
     return metrics._average_precisions(pool, metrics._judge(pool, 0, np.inf))
-
-
-def everything(ground: metrics.Ground) -> dict[str, float]:
-    """Compute all values."""
-    return metrics.evaluate({0: ground}, ["object"], 0.5).values
 
 
 def peer(ground: metrics.Ground) -> dict[str, float]:
@@ -111,63 +98,71 @@ def peer(ground: metrics.Ground) -> dict[str, float]:
     return values | {"AP50": precision[0, :, 0].mean(), "AR": run.eval["recall"][:, 0, 0, 0].mean()}
 
 
-WAYS: dict[str, Callable[[metrics.Ground], dict[str, float]]] = {
-    "AP family": family, "evaluate": everything, "pycocotools": peer,
-}  # fmt: skip
+def deepforest(folder: Path, count: int) -> common.Work:
+    """Match with DeepForest; tell the recall."""
+    import geopandas as gpd
+    import shapely
+    from deepforest import evaluate
+
+    ground = _ground(count)
+
+    def table(boxes: np.ndarray, **columns: object) -> gpd.GeoDataFrame:
+        columns |= dict(zip(BOX_COLUMNS, boxes.T, strict=True))
+        values = {"image_path": "a.tif", "label": "object", **columns}
+        return gpd.GeoDataFrame(values, geometry=shapely.box(*boxes.T), index=range(len(boxes)))
+
+    found = table(ground.boxes, score=ground.scores)
+    truth = table(ground.truth_boxes)
+    return lambda: float(evaluate.evaluate_boxes(found, truth, iou_threshold=0.5)["box_recall"])
 
 
-def measure(way: str, count: int, runs: int) -> dict[str, object]:
-    """Run one way in this process and return its figures."""
-    ground = make_ground(count, np.random.default_rng(0))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times = []
-    for _ in range(runs):
-        start = time.process_time()
-        values = WAYS[way](ground)
-        times.append(time.process_time() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "way": way, "boxes": count, "cpu_s": statistics.median(times), "runs": times,
-        "added_mb": (peak - before) / 1024, "peak_mb": peak / 1024,
-        "values": {name: float(value) for name, value in values.items()},
-    }  # fmt: skip
+def _ground(count: int) -> metrics.Ground:
+    return make_ground(count, np.random.default_rng(0))
 
 
-def main() -> None:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--boxes", type=int, nargs="+", default=[1000, 2000, 100_000])
-    parser.add_argument(
-        "--peer-up-to", type=int, default=2000, metavar="BOXES",
-        help="pycocotools compares all with all, 80 GB for 100,000 (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", nargs=2, metavar=("WAY", "BOXES"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
-        way, count = args.one
-        sys.stdout.write(json.dumps(measure(way, int(count), args.runs)))
-        return
-    records = []
-    for count in args.boxes:
-        for way in WAYS:
-            if way == "pycocotools" and count > args.peer_up_to:
-                continue
-            command = [sys.executable, __file__, "--one", way, str(count), "--runs", str(args.runs)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            records.append(json.loads(done.stdout))
-            log.info(
-                "%7d boxes, %-11s median %7.2f s of processor time, %6.0f MB more, peak %5.0f MB",
-                count, way, *(records[-1][name] for name in ("cpu_s", "added_mb", "peak_mb")),
-            )  # fmt: skip
-        ours, *_, last = (r["values"] for r in records if r["boxes"] == count)
-        apart = max(abs(ours[name] - last[name]) for name in ours.keys() & last.keys())
-        log.info("%7d boxes: the values differ by %.1e at most", count, apart)
-    if args.json:
-        fileio.write_json(args.json, records)
+def ours_matching(folder: Path, count: int) -> common.Work:
+    """Match one to one at IoU 0.5; tell the recall."""
+    ground = _ground(count)
+    boxes = ground.boxes, ground.scores, ground.truth_boxes
+    return lambda: float((metrics.match_boxes(*boxes, 0.5) >= 0).sum() / count)
+
+
+def ours_family(folder: Path, count: int) -> common.Work:
+    """Compute the AP family; tell AP50."""
+    ground = _ground(count)
+    return lambda: float(family(ground)["AP50"])
+
+
+def ours_everything(folder: Path, count: int) -> common.Work:
+    """Compute all values; tell the recall."""
+    ground = _ground(count)
+    return lambda: float(metrics.evaluate({0: ground}, ["object"], 0.5, 0.0).values["box_recall"])
+
+
+def coco(folder: Path, count: int) -> common.Work:
+    """Compute the AP family with pycocotools; tell AP50."""
+    ground = _ground(count)
+    return lambda: float(peer(ground)["AP50"])
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main()
+    common.main(
+        common.Stage(
+            title="Evaluating detections",
+            size="boxes",
+            sizes=(1_000, 10_000, 100_000),
+            short=(1_000, 10_000),
+            make=make,
+            ways={
+                "ours, matching": ours_matching,
+                "ours, AP family": ours_family,
+                "ours, everything": ours_everything,
+                "pycocotools, AP family": coco,
+                "DeepForest evaluate_boxes": deepforest,
+            },
+            ours="ours, matching",
+            needs={"DeepForest evaluate_boxes": "deepforest"},
+            largest={"pycocotools, AP family": 1_000, "DeepForest evaluate_boxes": 10_000},
+        ),
+        __doc__,
+    )

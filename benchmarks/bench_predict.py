@@ -21,7 +21,6 @@ import importlib.util
 import io
 import logging
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -30,6 +29,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
+import common
 import numpy as np
 import pandas as pd
 import torch
@@ -37,8 +37,6 @@ from torch import Tensor
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import annotations
 import fileio
@@ -410,7 +408,19 @@ def benchmark(
         values = (getattr(line, column) for column in columns)
         shown = (f"{v:>15}" if isinstance(v, int) else f"{v:>15.3f}" for v in values)
         log.info("%-26s%s", name, "".join(shown))
+    rows = [
+        {"size": side, "way": name, "seconds": line.seconds, "runs": line.rounds,
+         "added_mb": None, "peak_mb": None, "ratio": line.ratio,
+         "result": f"precision {line.precision:.3f}, recall {line.recall:.3f}"}
+        for name, line in lines.items()
+    ]  # fmt: skip
     return {
+        "title": "Predicting a raster",
+        "size": "px a side",
+        "ours": base,
+        "script": Path(__file__).name,
+        "machine": common.machine(),
+        "rows": rows,
         "settings": settings,
         "lines": {name: asdict(line) for name, line in lines.items()},
         "agreement": agree,  # [a][b]: share of a's detections that b has

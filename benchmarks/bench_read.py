@@ -1,140 +1,185 @@
-"""Rate of random windows against bare rasterio, and peak memory against the size of the raster.
+"""Random windows of a raster: bare rasterio, this project, torchgeo, DeepForest's chips.
 
-    python benchmarks/bench_read.py [--side 16384] [--windows 500] [--runs 5]
+    .bench-venv/bin/python benchmarks/bench_read.py [--short] [--sizes SIDE ...] [--json FILE]
 
-Both readers read the same windows of a zstd-tiled raster of 3 bands in one process, by turns, with
-the same size of GDAL's cache. Memory is that of a process of its own that reads 1,000 windows of a
-sparse raster.
+The raster is tiled and zstd-compressed, of three bands of 8 bits; windows have 256 px. Loaders give
+float tensors with boxes, in batches of 8. DeepForest reads PNG chips that are cut beforehand.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
-import os
-import resource
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import common
 import numpy as np
+import pandas as pd
 import rasterio
+from PIL import Image
 from rasterio.windows import Window as RasterioWindow
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import fileio
-from ImageData import Window
+import splits
+import tiling
+from ImageData import BOX_COLUMNS, ImageData, Window
 
-log = logging.getLogger("bench_read")
-SIZE = 256  # px, side of a window
+SIZE, BATCH = 256, 8  # px, side of a window; windows
+WINDOWS = 1_000  # of a measurement
+OBJECTS_PER_WINDOW = 20
 
 
-def make_raster(path: Path, side: int) -> None:
-    """Write a tiled raster of tiled noise over a smooth ground, 256 rows at a time."""
+def make(folder: Path, side: int) -> None:
+    """Write the raster 256 rows at a time, its objects, and as many chips as windows are read."""
     rng = np.random.default_rng(0)
     grain = np.tile(rng.integers(0, 24, (3, SIZE, 1024), dtype=np.uint8), -(-side // 1024))
     x = np.arange(side) / side
-    with fileio.create_raster(path, width=side, height=side, count=3, dtype="uint8") as dst:
+    place = {"crs": "EPSG:32633", "transform": rasterio.Affine(1, 0, 400_000, 0, -1, 5_600_000)}
+    layout = {"width": side, "height": side, "count": 3, "dtype": "uint8"}
+    with fileio.create_raster(folder / "raster.tif", **layout, **place) as dst:
         for top in range(0, side, SIZE):
             ground = 100 + 100 * np.sin(9 * x) * np.cos(9 * top / side)
             rows = ground.astype(np.uint8) + np.roll(grain, top // 7, axis=2)[..., :side]
             dst.write(rows, window=RasterioWindow(0, top, side, SIZE))
+    center = rng.integers(12, side - 12, ((side // SIZE) ** 2 * OBJECTS_PER_WINDOW, 2))
+    radius = rng.integers(3, 11, (len(center), 1))
+    df = pd.DataFrame(np.hstack([center - radius, center + radius]), columns=BOX_COLUMNS)
+    df.assign(label="object").to_csv(folder / "objects.csv", index=False)
+    rows = []
+    (folder / "chips").mkdir()
+    with rasterio.open(folder / "raster.tif") as src:
+        for i, window in enumerate(random_windows(side, WINDOWS)):
+            pixels = src.read(window=RasterioWindow(*window)).transpose(1, 2, 0)
+            Image.fromarray(pixels).save(folder / "chips" / f"{i}.png")
+            corner = rng.integers(0, SIZE - 24, (OBJECTS_PER_WINDOW, 2))
+            boxes = np.hstack([corner, corner + rng.integers(6, 22, (OBJECTS_PER_WINDOW, 1))])
+            rows += [[f"{i}.png", *box, "object"] for box in boxes.tolist()]
+    table = pd.DataFrame(rows, columns=["image_path", *BOX_COLUMNS, "label"])
+    table.to_csv(folder / "chips" / "chips.csv", index=False)
 
 
-def random_windows(raster: fileio.Raster, count: int, seed: int) -> list[Window]:
-    """Draw windows inside a raster."""
-    rng = np.random.default_rng(seed)
-    corners = rng.integers(0, (raster.width - SIZE, raster.height - SIZE), (count, 2))
+def random_windows(side: int, count: int) -> list[Window]:
+    """Draw windows inside the raster."""
+    corners = np.random.default_rng(1).integers(0, side - SIZE, (count, 2))
     return [Window(int(x), int(y), SIZE, SIZE) for x, y in corners]
 
 
-def compare(path: Path, count: int, runs: int) -> dict[str, list[float]]:
-    """Return windows per second of each reader, one figure per run."""
-    raster = fileio.read_raster(path)
-
-    def read(window: Window) -> None:
-        raster.read(window)
-
-    def read_and_check(window: Window) -> None:
-        raster.read_valid(window, raster.read(window))
-
-    with rasterio.open(path) as src:
-
-        def bare(window: Window) -> None:
-            src.read(window=RasterioWindow(*window))
-
-        readers: dict[str, Callable[[Window], None]] = {
-            "rasterio": bare, "read": read, "read + read_valid": read_and_check
-        }  # fmt: skip
-        rates = {name: [] for name in readers}
-        for run in range(runs + 1):
-            windows = random_windows(raster, count, run)
-            order = list(readers)[run % 3 :] + list(readers)[: run % 3]  # nobody is always first
-            for name in order:
-                start = time.perf_counter()
-                for window in windows:
-                    readers[name](window)
-                if run:  # the first one warms the disk's cache
-                    rates[name].append(count / (time.perf_counter() - start))
-    return rates
+def bare(folder: Path, side: int) -> common.Work:
+    """Read with one open dataset of rasterio."""
+    src = rasterio.open(folder / "raster.tif")
+    windows = [RasterioWindow(*window) for window in random_windows(side, WINDOWS)]
+    return lambda: sum(src.read(window=window).shape[1] > 0 for window in windows)
 
 
-def peak_of(path: Path, count: int) -> float:
-    """Read windows; return the peak memory of this process in MB."""
-    raster = fileio.read_raster(path)
-    for window in random_windows(raster, count, 0):
-        raster.read_valid(window, raster.read(window))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def ours(folder: Path, side: int) -> common.Work:
+    """Read with the project's raster, pixels and which of them are valid."""
+    raster = fileio.read_raster(folder / "raster.tif")
+
+    def work() -> int:
+        return sum(
+            raster.read_valid(window, raster.read(window)).shape[0] > 0
+            for window in random_windows(side, WINDOWS)
+        )
+
+    return work
 
 
-def main() -> None:
-    """Run the benchmark, or one measurement of memory in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--side", type=int, default=16384)
-    parser.add_argument("--windows", type=int, default=500)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--peak", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.peak:
-        sys.stdout.write(json.dumps(peak_of(args.peak, 1000)))
-        return
-    log.info("GDAL_CACHEMAX %s MB, %d cores", os.environ["GDAL_CACHEMAX"], os.cpu_count())
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tiled.tif"
-        make_raster(path, args.side)
-        log.info("%d px a side, %.0f MB", args.side, path.stat().st_size / 1e6)
-        rates = compare(path, args.windows, args.runs)
-        for name, values in rates.items():
-            ratio = statistics.median(
-                value / peer for value, peer in zip(values, rates["rasterio"], strict=True)
-            )
-            log.info(
-                "%-18s %.0f windows/s, ratio to rasterio %.3f", name, statistics.median(values),
-                ratio,
-            )  # fmt: skip
-        path.unlink()
-        peaks = {}
-        for side in (4096, 65536):
-            path = Path(folder) / f"{side}.tif"
-            layout = {"width": side, "height": side, "count": 3, "dtype": "uint8"}
-            with fileio.create_raster(path, sparse_ok=True, **layout):
-                pass
-            command = [sys.executable, __file__, "--peak", str(path)]
-            found = [
-                json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-                for _ in range(args.runs)
-            ]
-            peaks[side] = statistics.median(found)
-            log.info("%6d px a side: peak %.0f MB after 1,000 windows", side, peaks[side])
-        log.info("difference %.0f MB", peaks[65536] - peaks[4096])
+def our_loader(folder: Path, side: int, workers: int) -> common.Work:
+    """Load random training windows, unvaried, with the project."""
+    from datasets import TileDataModule
+    from imutils import Radiometry
+    from ModelConfig import ModelConfig
+
+    raster = fileio.read_raster(folder / "raster.tif")
+    boxes = pd.read_csv(folder / "objects.csv")
+    low, high = (boxes[BOX_COLUMNS[i : i + 2]].to_numpy() for i in (0, 2))
+    center = (low + high) / 2
+    df = boxes.assign(pixel_x=center[:, 0], pixel_y=center[:, 1], diameter=(high - low)[:, 0])
+    blocks = splits.ground_blocks(
+        [raster], split_by="block", max_tile_size=SIZE, block_size=None, test_proportion=0.01,
+        validation_proportion=0.01, seed=0,
+    )  # fmt: skip
+    directory = tiling.make_single_size(
+        SIZE, [ImageData(raster, "raster", df)], blocks, folder / f"tiles_{workers}",
+        tiling.TilingOptions(evaluation_overlap=0), workers=1,
+    )  # fmt: skip
+    tiles, boxes = tiling.read_tiles(directory)
+    conf = ModelConfig(batch_size=BATCH, workers=workers)
+    for name in ("flips", "turns"):
+        setattr(conf.train.augment, name, False)
+    conf.train.augment.enabled = False
+    radiometry = Radiometry("none", (0.0,) * 3, (255.0,) * 3, (0.5,) * 3, (0.25,) * 3)
+    module = TileDataModule(
+        tiles, boxes, {"raster": raster}, {"object": 0}, radiometry, conf
+    )  # fmt: skip
+
+    def endless() -> Iterator[int]:
+        loader = module.train_dataloader()
+        while True:
+            yield from (len(images) for images, _ in loader)
+
+    return partial(_take, endless())
+
+
+def _take(sizes: Iterator[int]) -> int:
+    """Load until `WINDOWS` have come; the workers' start counts."""
+    loaded = 0
+    while loaded < WINDOWS:
+        loaded += next(sizes)
+    return loaded
+
+
+def chip_loader(folder: Path, side: int) -> common.Work:
+    """Load DeepForest's dataset of chips with two workers, unvaried."""
+    from deepforest.datasets.training import BoxDataset
+    from torch.utils.data import DataLoader
+
+    dataset = BoxDataset(
+        str(folder / "chips" / "chips.csv"), str(folder / "chips"), augmentations=[],
+        label_dict={"object": 0},
+    )  # fmt: skip
+    loader = DataLoader(
+        dataset, batch_size=BATCH, shuffle=True, num_workers=2, collate_fn=dataset.collate_fn
+    )
+    return lambda: sum(len(batch[0]) for batch in loader)
+
+
+def torchgeo_loader(folder: Path, side: int) -> common.Work:
+    """Load random windows with torchgeo's raster dataset and sampler, two workers; no boxes."""
+    from torch.utils.data import DataLoader
+    from torchgeo.datasets import RasterDataset, stack_samples
+    from torchgeo.samplers import RandomGeoSampler
+
+    dataset = RasterDataset(str(folder / "raster.tif"))
+    sampler = RandomGeoSampler(dataset, size=SIZE, length=WINDOWS)
+    loader = DataLoader(
+        dataset, batch_size=BATCH, sampler=sampler, num_workers=2, collate_fn=stack_samples
+    )
+    return lambda: sum(len(batch["image"]) for batch in loader)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main()
+    common.main(
+        common.Stage(
+            title=f"Reading {WINDOWS} random windows",
+            size="px a side",
+            sizes=(4096, 16384),
+            short=(4096,),
+            make=make,
+            ways={
+                "ours, loader, 2 workers": partial(our_loader, workers=2),
+                "ours, loader, 1 worker": partial(our_loader, workers=1),
+                "ours, loader, no workers": partial(our_loader, workers=0),
+                "DeepForest, chips, 2 workers": chip_loader,
+                "torchgeo, 2 workers, no boxes": torchgeo_loader,
+                "rasterio, bare windows": bare,
+                "ours, bare windows and validity": ours,
+            },
+            ours="ours, loader, 2 workers",
+            needs={
+                "DeepForest, chips, 2 workers": "deepforest",
+                "torchgeo, 2 workers, no boxes": "torchgeo",
+            },
+        ),
+        __doc__,
+    )

@@ -1,99 +1,140 @@
-"""Time and peak memory of the tile index against the size of the raster, each in its own process.
+"""The tile index, with a look at the pixels, and with chips, against DeepForest and SAHI.
 
-    python benchmarks/bench_tiling.py [--sides 4096 8192 16384 32768] [--objects 20000] [--filter]
+    .bench-venv/bin/python benchmarks/bench_tiling.py [--short] [--sizes SIDE ...] [--json FILE]
 
-The rasters are sparse files of 3 bands; with --filter every window is read by `black_pixel_filter`.
+The raster has three bands of 8 bits, tiled and compressed by zstd, and 20,000 objects; tiles have
+256 px and do not overlap. DeepForest's `split_raster` writes chips always, SAHI's `slice_coco` none
+here. Ours writes chips with all cores, as it does by default; the others know one.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import logging
-import resource
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
+import os
+from functools import partial
 from pathlib import Path
 
+import common
 import numpy as np
 import pandas as pd
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import rasterio
 
 import fileio
 import splits
 import tiling
-from ImageData import ImageData
+from ImageData import BOX_COLUMNS, ImageData
 
-log = logging.getLogger("bench_tiling")
 TILE_SIZE = 256  # px
+OBJECTS = 20_000
 
 
-def measure(path: Path, objects: int, *, with_filter: bool) -> dict[str, float]:
-    """Index one raster; return seconds, peak memory in MB, and the number of tiles."""
-    raster = fileio.read_raster(path)
+def make(folder: Path, side: int) -> None:
+    """Write a raster, and its objects as tables for all."""
     rng = np.random.default_rng(0)
-    center = rng.uniform(40, raster.width - 40, (objects, 2))
-    radius = rng.uniform(3, 30, (objects, 1))
-    boxes = np.concatenate([center - radius, center + radius], axis=1)
-    df = pd.DataFrame(boxes, columns=tiling.BOX_COLUMNS).assign(
-        pixel_x=center[:, 0], pixel_y=center[:, 1], diameter=2 * radius[:, 0], label="object"
-    )
-    filters = (tiling.black_pixel_filter,) if with_filter else ()
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
+    grain = np.tile(rng.integers(0, 24, (3, TILE_SIZE, 1024), dtype=np.uint8), -(-side // 1024))
+    x = np.arange(side) / side
+    layout = {"width": side, "height": side, "count": 3, "dtype": "uint8"}
+    with fileio.create_raster(folder / "raster.tif", **layout) as dst:
+        for top in range(0, side, TILE_SIZE):
+            ground = 100 + 100 * np.sin(9 * x) * np.cos(9 * top / side)
+            rows = ground.astype(np.uint8) + np.roll(grain, top // 7, axis=2)[..., :side]
+            dst.write(rows, window=((top, top + TILE_SIZE), (0, side)))
+    center = rng.integers(40, side - 40, (OBJECTS, 2))
+    radius = rng.integers(3, 31, (OBJECTS, 1))
+    df = pd.DataFrame(np.hstack([center - radius, center + radius]), columns=BOX_COLUMNS)
+    df = df.assign(image_path="raster.tif", label="object")
+    df.to_csv(folder / "objects.csv", index=False)
+    fileio.write_annotations(
+        folder / "objects.json", df.assign(pixel_x=center[:, 0], pixel_y=center[:, 1],
+        diameter=2 * radius[:, 0]), fileio.read_raster(folder / "raster.tif"),
+    )  # fmt: skip
+
+
+def ours(folder: Path, side: int, workers: int | None = 1, **options: object) -> common.Work:
+    """Index the raster with the project; tell how many training tiles are kept."""
+    raster = fileio.read_raster(folder / "raster.tif")
+    boxes = pd.read_csv(folder / "objects.csv")
+    low, high = (boxes[BOX_COLUMNS[i : i + 2]].to_numpy() for i in (0, 2))
+    center, diameter = (low + high) / 2, (high - low)[:, 0]
+    df = boxes.assign(pixel_x=center[:, 0], pixel_y=center[:, 1], diameter=diameter)
+    images = [ImageData(raster, "raster", df)]
+
+    def work() -> int:
         blocks = splits.ground_blocks(
             [raster], split_by="block", max_tile_size=TILE_SIZE, block_size=None,
-            test_proportion=0.2, validation_proportion=0.25, seed=0,
+            test_proportion=0.01, validation_proportion=0.01, seed=0,
         )  # fmt: skip
         directory = tiling.make_single_size(
-            TILE_SIZE, [ImageData(raster, raster.path.stem, df)], blocks, Path(folder),
-            tiling.TilingOptions(
-                angles=(90, 180, 270), evaluation_overlap=60, filters=filters, pixel_limit=2500
-            ),
-            workers=1,
+            TILE_SIZE, images, blocks, folder / f"tiles_{os.getpid()}",
+            tiling.TilingOptions(evaluation_overlap=0, **options), workers=workers,
         )  # fmt: skip
-        seconds = time.perf_counter() - start
-        tiles, _ = tiling.read_tiles(directory)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": seconds, "peak_mb": peak, "tiles": len(tiles)}
+        return len(tiling.read_tiles(directory)[0])
+
+    return work
 
 
-def main() -> None:
-    """Run the benchmark, or one measurement of it in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sides", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
-    parser.add_argument("--objects", type=int, default=20_000)
-    parser.add_argument("--filter", action="store_true")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
-        result = measure(args.one, args.objects, with_filter=args.filter)
-        sys.stdout.write(json.dumps(result))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        for side in args.sides:
-            path = Path(folder) / f"r{side}.tif"
-            layout = {"width": side, "height": side, "count": 3, "dtype": "uint8"}
-            with fileio.create_raster(path, sparse_ok=True, **layout):
-                pass
-            command = [sys.executable, __file__, "--one", str(path), "--objects", str(args.objects)]
-            command += ["--filter"] if args.filter else []
-            results = [
-                json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-                for _ in range(args.runs)
+def read_all(folder: Path, side: int) -> common.Work:
+    """Read every window once with rasterio."""
+
+    def work() -> int:
+        with rasterio.open(folder / "raster.tif") as src:
+            windows = [
+                ((top, top + TILE_SIZE), (left, left + TILE_SIZE))
+                for top in range(0, side, TILE_SIZE)
+                for left in range(0, side, TILE_SIZE)
             ]
-            log.info(
-                "%6d px a side: %.2f s, peak %.0f MB, %d tiles", side,
-                statistics.median(r["seconds"] for r in results),
-                statistics.median(r["peak_mb"] for r in results), results[0]["tiles"],
-            )  # fmt: skip
+            for window in windows:
+                src.read(window=window)
+        return len(windows)
+
+    return work
+
+
+def deepforest(folder: Path, side: int) -> common.Work:
+    """Split the raster with DeepForest."""
+    from deepforest import preprocess
+
+    chips = folder / f"chips_{os.getpid()}"
+    return lambda: preprocess.split_raster(
+        annotations_file=str(folder / "objects.csv"), path_to_raster=str(folder / "raster.tif"),
+        root_dir=str(folder), patch_size=TILE_SIZE, patch_overlap=0, save_dir=str(chips),
+    )["image_path"].nunique()  # fmt: skip
+
+
+def sahi(folder: Path, side: int) -> common.Work:
+    """Slice the annotations with SAHI."""
+    from sahi import slicing
+
+    return lambda: len(
+        slicing.slice_coco(
+            str(folder / "objects.json"), str(folder), "sliced", slice_height=TILE_SIZE,
+            slice_width=TILE_SIZE, overlap_height_ratio=0, overlap_width_ratio=0,
+        )[0]["images"]
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    main()
+    common.main(
+        common.Stage(
+            title="Tiling a raster",
+            size="px a side",
+            sizes=(4096, 8192, 16384),
+            short=(2048, 4096),
+            make=make,
+            ways={
+                "ours, index": ours,
+                "DeepForest split_raster, chips": deepforest,
+                "SAHI slice_coco, no chips": sahi,
+                "ours, chips": partial(ours, workers=None, materialize=True),
+                "ours, black pixels filtered": partial(
+                    ours, filters=(tiling.black_pixel_filter,), pixel_limit=2500
+                ),
+                "rasterio, every window read": read_all,
+            },
+            ours="ours, index",
+            needs={"DeepForest split_raster, chips": "deepforest",
+                   "SAHI slice_coco, no chips": "sahi"},
+            largest={"DeepForest split_raster, chips": 8192, "SAHI slice_coco, no chips": 8192},
+            once=("SAHI slice_coco, no chips",),
+        ),
+        __doc__,
+    )  # fmt: skip

@@ -1,0 +1,139 @@
+"""Training steps of the same network, ResNet-50 RetinaNet on tiles of 400 px, by fours.
+
+    .bench-venv/bin/python benchmarks/bench_train.py [--short] [--json FILE]
+
+Five steps on images of noise with thirty boxes each, after some that warm: forward, loss, backward,
+optimiser. The peer is DeepForest's module: torchvision's network, float32, SGD. It enlarges tiles
+to 800 px unless told otherwise; both are measured. Ours has the same backbone, width and depth of
+the head, and as many anchors a place, on levels P3 to P6; torchvision adds P7, a handful of places.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import common
+import numpy as np
+
+BATCH, STEPS, OBJECTS = 4, 5, 30
+
+
+def make(folder: Path, size: int) -> None:
+    """Write nothing: the images are noise."""
+
+
+def _batch(size: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    images = rng.random((BATCH, 3, size, size), dtype=np.float32)
+    corner = rng.uniform(0, size - 40, (BATCH, OBJECTS, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(8, 40, (BATCH, OBJECTS, 2))], axis=2)
+    return images, boxes.astype(np.float32)
+
+
+def ours(folder: Path, size: int, precision: str) -> common.Work:
+    """Train with the project, in a precision of `resolve_precision`."""
+    import torch
+
+    from imutils import Radiometry
+    from LargeRasterOR import LargeRasterORModel, autocast, resolve_precision
+    from ModelConfig import ModelConfig
+    from networks import DataContract, fit_anchors
+
+    images, boxes = _batch(size)
+    conf = ModelConfig(
+        backbone="resnet50", fpn_channels=256, head_depth=4, finest_level=3, anchors_per_level=3,
+        aspect_ratios=(0.5, 1.0, 2.0),
+    )  # fmt: skip
+    contract = DataContract(
+        tile_size=size, bands=(1, 2, 3), band_count=3, dtype="uint8",
+        radiometry=Radiometry("none", (0.0,) * 3, (1.0,) * 3, (0.5,) * 3, (0.3,) * 3),
+        anchors=fit_anchors(boxes.reshape(-1, 4), conf), detections_per_tile=100, resolution=None,
+        split_hash="", evaluation_overlap=40,
+    )  # fmt: skip
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = LargeRasterORModel(["object"], conf, contract).network.to(device).train()
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    labels = torch.zeros(OBJECTS, dtype=torch.int64, device=device)
+    targets = [{"boxes": torch.tensor(b, device=device), "labels": labels} for b in boxes]
+    batch, precision = torch.tensor(images, device=device), resolve_precision(precision, device)
+
+    def step() -> float:
+        with autocast(device, precision):
+            losses, _ = network(batch, targets, detect=False)
+        loss = sum(losses.values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss)
+
+    return partial(_repeat, step)
+
+
+def deepforest(folder: Path, size: int, enlarged: int | None) -> common.Work:
+    """Train with DeepForest's module, at the size that its network enlarges tiles to."""
+    import torch
+    from deepforest import main
+    from torchvision.models.detection import retinanet_resnet50_fpn
+
+    images, boxes = _batch(size)
+    sides = {"min_size": enlarged, "max_size": enlarged} if enlarged else {}
+    network = retinanet_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=1, trainable_backbone_layers=5, **sides
+    )
+    detector = main.deepforest(model=network, config_args={"num_classes": 1})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = detector.model.to(device).train()
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
+    labels = torch.zeros(OBJECTS, dtype=torch.int64, device=device)
+    targets = [{"boxes": torch.tensor(b, device=device), "labels": labels} for b in boxes]
+    batch = [torch.tensor(image, device=device) for image in images]
+
+    def step() -> float:
+        loss = sum(network(batch, targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss)
+
+    return partial(_repeat, step)
+
+
+def _repeat(step: common.Work) -> str:
+    """Run the steps; the losses are waited for, so that a device has done its work."""
+    losses = [step() for _ in range(STEPS)]
+    return f"{STEPS * BATCH} images, finite: {bool(np.isfinite(losses).all())}"
+
+
+def warmed(way: common.Way) -> common.Way:
+    """Return a way whose first steps are not timed: libraries choose their kernels then."""
+
+    def prepare(folder: Path, size: int) -> common.Work:
+        work = way(folder, size)
+        work()
+        return work
+
+    return prepare
+
+
+if __name__ == "__main__":
+    common.main(
+        common.Stage(
+            title=f"Training, {STEPS} steps of {BATCH} tiles",
+            size="px a tile",
+            sizes=(400,),
+            short=(400,),
+            make=make,
+            ways={
+                "ours, automatic precision": warmed(partial(ours, precision="auto")),
+                "ours, float32": warmed(partial(ours, precision="32-true")),
+                "DeepForest, as it is": warmed(partial(deepforest, enlarged=None)),
+                "DeepForest, tiles not enlarged": warmed(partial(deepforest, enlarged=400)),
+            },
+            ours="ours, automatic precision",
+            needs=dict.fromkeys(
+                ("DeepForest, as it is", "DeepForest, tiles not enlarged"), "deepforest"
+            ),
+        ),
+        __doc__,
+    )
