@@ -52,6 +52,21 @@ def test_non_numbers_go_and_small_ones_take_the_default():
     assert out["diameter"].dtype == np.float64
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [["7", " 8.50 ", "1e3", "-3", "unknown", "", None, "nan", "inf", "12,5", "0x10", "5 m"],
+     ["7", "+5", "1-2", ".5", "3.", "--1", "e", "1e400", "1_000", "\u0663"]],
+)  # fmt: skip
+def test_text_is_read_as_the_numbers_that_pandas_finds_in_it(texts):
+    df = pd.DataFrame({"diameter": pd.Series(texts, dtype="str")})
+    expected = pd.to_numeric(df["diameter"], errors="coerce").astype(float)
+    expected = expected[np.isfinite(expected)]
+    found = an.remove_non_numeric_rows(df, "diameter")["diameter"]
+    pd.testing.assert_series_equal(found, expected)
+    parts = pd.concat([df, df], ignore_index=True)  # an array of two chunks
+    assert len(an.remove_non_numeric_rows(parts, "diameter")) == 2 * len(expected)
+
+
 def test_the_named_column_is_transformed_whatever_its_name():
     out = an.apply_column_transform(pd.DataFrame({"d": [1.0, 2.0]}), "d", lambda x: 3 * x)
     assert out["d"].tolist() == [3.0, 6.0]
