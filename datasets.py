@@ -43,7 +43,6 @@ from ImageData import InputError, Window
 from ModelConfig import AugmentConfig, ModelConfig
 
 Target = dict[str, Tensor]
-Batch = tuple[Tensor, list[Target]]
 
 ITEM_TENSORS = ("boxes", "labels", "frames")  # a row per object
 LEAST_SIDE = 0.01  # px; a thinner box has no area left in float32
@@ -613,10 +612,31 @@ def training_transform(
     return v2.Compose(steps) if steps else None
 
 
+class Targets(list[Target]):
+    """The targets of a batch, one dictionary per tile.
+
+    Between processes they travel as arrays: torch would make a file of shared memory for each of
+    their tensors, which takes longer than all else that a worker does.
+    """
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        """Return what makes them again."""
+        arrays = [{name: value.numpy() for name, value in target.items()} for target in self]
+        return Targets.of_arrays, (arrays,)
+
+    @classmethod
+    def of_arrays(cls, targets: list[dict[str, np.ndarray]]) -> Targets:
+        """Make them of arrays."""
+        return cls({name: torch.from_numpy(a) for name, a in target.items()} for target in targets)
+
+
+Batch = tuple[Tensor, Targets]
+
+
 def collate(items: list[tuple[Tensor, Target]]) -> Batch:
-    """Stack images to (B, bands, size, size); targets stay a list, one dictionary per tile."""
+    """Stack images to (B, bands, size, size); of targets there is one dictionary per tile."""
     images, targets = zip(*items, strict=True)
-    return torch.stack(images), list(targets)
+    return torch.stack(images), Targets(targets)
 
 
 class TileDataModule(pl.LightningDataModule):

@@ -3,12 +3,14 @@
     .bench-venv/bin/python benchmarks/bench_read.py [--short] [--sizes SIDE ...] [--json FILE]
 
 The raster is tiled and zstd-compressed, of three bands of 8 bits; windows have 256 px. Loaders give
-float tensors with boxes, in batches of 8. DeepForest reads PNG chips that are cut beforehand.
+float tensors with boxes, in batches of 8; their workers have started when the clock does.
+DeepForest reads PNG chips that are cut beforehand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -25,12 +27,13 @@ import tiling
 from ImageData import BOX_COLUMNS, ImageData, Window
 
 SIZE, BATCH = 256, 8  # px, side of a window; windows
-WINDOWS = 1_000  # of a measurement
+WINDOWS = 3_000  # of a measurement
+CHIPS = 1_000  # read again and again
 OBJECTS_PER_WINDOW = 20
 
 
 def make(folder: Path, side: int) -> None:
-    """Write the raster 256 rows at a time, its objects, and as many chips as windows are read."""
+    """Write the raster 256 rows at a time, its objects, and chips of it."""
     rng = np.random.default_rng(0)
     grain = np.tile(rng.integers(0, 24, (3, SIZE, 1024), dtype=np.uint8), -(-side // 1024))
     x = np.arange(side) / side
@@ -48,7 +51,7 @@ def make(folder: Path, side: int) -> None:
     rows = []
     (folder / "chips").mkdir()
     with rasterio.open(folder / "raster.tif") as src:
-        for i, window in enumerate(random_windows(side, WINDOWS)):
+        for i, window in enumerate(random_windows(side, CHIPS)):
             pixels = src.read(window=RasterioWindow(*window)).transpose(1, 2, 0)
             Image.fromarray(pixels).save(folder / "chips" / f"{i}.png")
             corner = rng.integers(0, SIZE - 24, (OBJECTS_PER_WINDOW, 2))
@@ -112,21 +115,21 @@ def our_loader(folder: Path, side: int, workers: int) -> common.Work:
     module = TileDataModule(
         tiles, boxes, {"raster": raster}, {"object": 0}, radiometry, conf
     )  # fmt: skip
-
-    def endless() -> Iterator[int]:
-        loader = module.train_dataloader()
-        while True:
-            yield from (len(images) for images, _ in loader)
-
-    return partial(_take, endless())
+    return _take(module.train_dataloader(), lambda batch: len(batch[0]))
 
 
-def _take(sizes: Iterator[int]) -> int:
-    """Load until `WINDOWS` have come; the workers' start counts."""
-    loaded = 0
-    while loaded < WINDOWS:
-        loaded += next(sizes)
-    return loaded
+def _take(loader: Iterable[object], count: Callable[[object], int]) -> common.Work:
+    """Return what loads until `WINDOWS` have come, epoch after epoch; the first batch is here."""
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    next(batches)
+
+    def work() -> int:
+        loaded = 0
+        while loaded < WINDOWS:
+            loaded += count(next(batches))
+        return loaded
+
+    return work
 
 
 def chip_loader(folder: Path, side: int) -> common.Work:
@@ -139,9 +142,10 @@ def chip_loader(folder: Path, side: int) -> common.Work:
         label_dict={"object": 0},
     )  # fmt: skip
     loader = DataLoader(
-        dataset, batch_size=BATCH, shuffle=True, num_workers=2, collate_fn=dataset.collate_fn
-    )
-    return lambda: sum(len(batch[0]) for batch in loader)
+        dataset, batch_size=BATCH, shuffle=True, num_workers=2, collate_fn=dataset.collate_fn,
+        persistent_workers=True,
+    )  # fmt: skip
+    return _take(loader, lambda batch: len(batch[0]))
 
 
 def torchgeo_loader(folder: Path, side: int) -> common.Work:
@@ -153,9 +157,10 @@ def torchgeo_loader(folder: Path, side: int) -> common.Work:
     dataset = RasterDataset(str(folder / "raster.tif"))
     sampler = RandomGeoSampler(dataset, size=SIZE, length=WINDOWS)
     loader = DataLoader(
-        dataset, batch_size=BATCH, sampler=sampler, num_workers=2, collate_fn=stack_samples
-    )
-    return lambda: sum(len(batch["image"]) for batch in loader)
+        dataset, batch_size=BATCH, sampler=sampler, num_workers=2, collate_fn=stack_samples,
+        persistent_workers=True,
+    )  # fmt: skip
+    return _take(loader, lambda batch: len(batch["image"]))
 
 
 if __name__ == "__main__":
