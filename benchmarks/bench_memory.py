@@ -137,7 +137,7 @@ if __name__ == "__main__":
             title="Growing with the raster",
             size="px a side",
             sizes=(4096, 8192, 16384, 65536),
-            short=(4096, 8192),
+            short=(4096, 8192, 16384),
             make=make,
             ways={
                 "tile index": index_tiles,
@@ -147,6 +147,7 @@ if __name__ == "__main__":
                 "empty tiles skipped": partial(predict_raster, written=False),
             },
             ours="tile index",
+            grows=True,
             runs=3,
         ),
         __doc__,

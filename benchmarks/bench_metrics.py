@@ -151,7 +151,7 @@ if __name__ == "__main__":
             title="Evaluating detections",
             size="boxes",
             sizes=(1_000, 10_000, 100_000),
-            short=(1_000, 10_000),
+            short=(1_000, 10_000, 100_000),
             make=make,
             ways={
                 "ours, matching": ours_matching,
@@ -162,6 +162,10 @@ if __name__ == "__main__":
             },
             ours="ours, matching",
             needs={"DeepForest evaluate_boxes": "deepforest"},
+            aims=(
+                common.Aim("ours, matching", "DeepForest evaluate_boxes", 50, memory=0.1),
+                common.Aim("ours, AP family", "pycocotools, AP family", 50, memory=0.2),
+            ),
             largest={"pycocotools, AP family": 1_000, "DeepForest evaluate_boxes": 10_000},
         ),
         __doc__,

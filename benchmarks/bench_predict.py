@@ -61,6 +61,11 @@ MAX_DIAMETER = OVERLAP / sampledata.DIAMETER_SCALE  # larger objects are cut at 
 AGREE_SCORE = 0.3  # detections from it on should be found by the other one, whatever score it gives
 AGREE_IOU = 0.9
 PEERS = ("deepforest", "sahi")
+AIMS = tuple(
+    common.Aim(f"ours, {precision}", peer, speed)
+    for precision, speed in (("bf16", 2), ("fp32", 1.15))
+    for peer in ("DeepForest", "SAHI")
+)
 
 
 @dataclass(frozen=True)
@@ -408,19 +413,21 @@ def benchmark(
         values = (getattr(line, column) for column in columns)
         shown = (f"{v:>15}" if isinstance(v, int) else f"{v:>15.3f}" for v in values)
         log.info("%-26s%s", name, "".join(shown))
+    ours = "ours, bf16" if "ours, bf16" in lines else base
     rows = [
         {"size": side, "way": name, "seconds": line.seconds, "runs": line.rounds,
-         "added_mb": None, "peak_mb": None, "ratio": line.ratio,
+         "added_mb": None, "peak_mb": None, "ratio": line.ratio / lines[ours].ratio,
          "result": f"precision {line.precision:.3f}, recall {line.recall:.3f}"}
         for name, line in lines.items()
     ]  # fmt: skip
     return {
         "title": "Predicting a raster",
         "size": "px a side",
-        "ours": base,
+        "ours": ours,
         "script": Path(__file__).name,
         "machine": common.machine(),
         "rows": rows,
+        "aims": [common.judge(aim, rows) for aim in AIMS if with_ours],
         "settings": settings,
         "lines": {name: asdict(line) for name, line in lines.items()},
         "agreement": agree,  # [a][b]: share of a's detections that b has

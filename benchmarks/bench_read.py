@@ -181,6 +181,7 @@ if __name__ == "__main__":
                 "ours, bare windows and validity": ours,
             },
             ours="ours, loader, 2 workers",
+            aims=(common.Aim("ours, loader, 2 workers", "DeepForest, chips, 2 workers", 2),),
             needs={
                 "DeepForest, chips, 2 workers": "deepforest",
                 "torchgeo, 2 workers, no boxes": "torchgeo",

@@ -131,6 +131,11 @@ if __name__ == "__main__":
                 "DeepForest, tiles not enlarged": warmed(partial(deepforest, enlarged=400)),
             },
             ours="ours, automatic precision",
+            once=("DeepForest, as it is",),
+            aims=(
+                common.Aim("ours, automatic precision", "DeepForest, tiles not enlarged", 1.5),
+                common.Aim("ours, automatic precision", "DeepForest, as it is", 1.5),
+            ),
             needs=dict.fromkeys(
                 ("DeepForest, as it is", "DeepForest, tiles not enlarged"), "deepforest"
             ),

@@ -13,6 +13,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import platform
 import statistics
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -41,6 +42,27 @@ Way = Callable[[Path, int], Work]
 
 
 @dataclass(frozen=True)
+class Aim:
+    """What the project wants to reach, measured at the largest size that both ways did.
+
+    Attributes:
+        way: Name of our way.
+        against: Name of another.
+        speed: At least so many times as fast.
+        memory: At most this share of the memory; None: any.
+    """
+
+    way: str
+    against: str
+    speed: float
+    memory: float | None = None
+
+
+# Doubling a raster's side makes its area four times as large; what it costs may follow the area
+MAX_TIME_GROWTH, MAX_MEMORY_GROWTH = 4.2, 1.05
+
+
+@dataclass(frozen=True)
 class Stage:
     """A stage of the pipeline, and the ways to do its work.
 
@@ -55,7 +77,10 @@ class Stage:
         ours: Name of the way that the others are compared with.
         needs: Name of a way -> the package that it needs, without which it is left out.
         largest: Name of a way -> the largest size that it is asked for.
-        runs: Of each way, at most; `once`: Ways that run only once, as they take minutes.
+        runs: Of each way, at most.
+        once: Ways that run only once, as they take minutes.
+        aims: See `Aim`.
+        grows: Whether the sizes are sides of rasters, so that aims for doubling them hold.
     """
 
     title: str
@@ -69,6 +94,8 @@ class Stage:
     largest: Mapping[str, int] = field(default_factory=dict)
     once: tuple[str, ...] = ()
     runs: int = 5
+    aims: tuple[Aim, ...] = ()
+    grows: bool = False
 
 
 def main(stage: Stage, description: str) -> None:
@@ -97,11 +124,58 @@ def main(stage: Stage, description: str) -> None:
             stage.make(Path(folder), size)
             rows += _take_turns(stage, ways, size, Path(folder), runs)
     log.info("%s\n%s", stage.title, "\n".join(describe(row, stage) for row in rows))
+    aims = [judge(aim, rows) for aim in stage.aims if {aim.way, aim.against} <= {*ways}]
+    if stage.grows and len(sizes) > 1:
+        aims += judge_growth(rows)
+    for aim in aims:
+        log.info("%s", ", ".join(f"{name} {value}" for name, value in aim.items()))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         record = {"title": stage.title, "size": stage.size, "ours": stage.ours,
-                  "script": Path(sys.argv[0]).name, "machine": machine(), "rows": rows}  # fmt: skip
+                  "script": Path(sys.argv[0]).name, "machine": machine(), "rows": rows,
+                  "aims": aims}  # fmt: skip
         args.json.write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def judge(aim: Aim, rows: Sequence[Mapping[str, object]]) -> dict[str, object]:
+    """Tell what was reached of an aim."""
+    by_way = {way: {row["size"]: row for row in rows if row["way"] == way}
+              for way in (aim.way, aim.against)}  # fmt: skip
+    size = max(set(by_way[aim.way]) & set(by_way[aim.against]))
+    mine, other = (found[size] for found in by_way.values())
+    pairs = zip(mine["runs"], other["runs"], strict=False)
+    speed = statistics.median(b / a for a, b in pairs)
+    memory = None
+    if aim.memory is not None:
+        memory = mine["added_mb"] / max(other["added_mb"], 1)
+    return {
+        "what": f"{aim.way}, against {aim.against}", "size": size,
+        "found": f"{speed:.3g} times as fast" + _share(memory),
+        "wanted": f"{aim.speed:.3g}" + _share(aim.memory),
+        "reached": speed >= aim.speed and (memory is None or memory <= aim.memory),
+    }  # fmt: skip
+
+
+def _share(memory: float | None) -> str:
+    return "" if memory is None else f", {memory:.3g} of the memory"
+
+
+def judge_growth(rows: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
+    """Tell how time and peak memory grow as a side doubles, between the two largest sizes."""
+    aims = []
+    for way in dict.fromkeys(row["way"] for row in rows):
+        small, large = [row for row in rows if row["way"] == way][-2:]
+        doublings = math.log2(large["size"] / small["size"])
+        seconds, memory = (
+            (large[name] / small[name]) ** (1 / doublings) for name in ("seconds", "peak_mb")
+        )
+        aims.append({
+            "what": f"{way}, side doubled", "size": large["size"],
+            "found": f"{seconds:.3g} times the time, {memory:.3g} times the memory",
+            "wanted": f"{MAX_TIME_GROWTH}, {MAX_MEMORY_GROWTH}",
+            "reached": seconds <= MAX_TIME_GROWTH and memory <= MAX_MEMORY_GROWTH,
+        })  # fmt: skip
+    return aims
 
 
 def describe(row: Mapping[str, object], stage: Stage) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import common
@@ -39,12 +39,13 @@ def write_report(folder: Path, output: Path) -> None:
         raise SystemExit(f"{folder} holds none of {', '.join(f'{n}.json' for n in ORDER)}")
     machine = next(iter(records.values()))["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    parts = [
+    parts: list[str] = [
         "# Benchmarks",
         INTRODUCTION,
         f"{machine['cores']} cores of {machine['processor']}, Python {machine['python']}, "
         f"{versions}; commit {machine['commit']}.",
     ]
+    parts += ["## What was to be reached", _aims(records.values())]
     for name, record in records.items():
         rows = pd.DataFrame(record["rows"])
         parts += [f"## {record['title']}", f"`benchmarks/{record['script']}`", _table(rows, record)]
@@ -53,6 +54,19 @@ def write_report(folder: Path, output: Path) -> None:
             _draw(rows, record, picture)
             parts.append(f"![time and memory against {record['size']}]({picture.name})")
     output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _aims(records: Iterable[Mapping[str, object]]) -> str:
+    """Return a table of the aims, those that were missed first."""
+    lines = ["| | | size | measured | wanted |", "|---|---|---|---|---|"]
+    aims = [(aim, record) for record in records for aim in record["aims"]]
+    for aim, record in sorted(aims, key=lambda pair: pair[0]["reached"]):
+        word = "reached" if aim["reached"] else "**missed**"
+        lines.append(
+            f"| {word} | {record['title']}: {aim['what']} | {aim['size']:,} {record['size']} "
+            f"| {aim['found']} | {aim['wanted']} |"
+        )
+    return "\n".join(lines)
 
 
 def _table(rows: pd.DataFrame, record: Mapping[str, object]) -> str:
