@@ -30,7 +30,7 @@ bench: $(BENCH_READY)
 	for stage in $(STAGES); do \
 	  $(BENCH_VENV)/bin/python benchmarks/bench_$$stage.py --short --json runs/bench/$$stage.json || exit 1; \
 	done
-	$(BENCH_VENV)/bin/python benchmarks/bench_predict.py --epochs 1 --side 1024 --work runs/bench/predict --json runs/bench/predict.json
+	$(BENCH_VENV)/bin/python benchmarks/bench_predict.py --epochs 1 --rounds 2 --work runs/bench/predict --json runs/bench/predict.json
 	$(BENCH_VENV)/bin/python benchmarks/report.py runs/bench
 
 clean:

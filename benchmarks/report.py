@@ -21,8 +21,9 @@ from imutils import COLORS
 
 INTRODUCTION = """
 `make bench` writes this page. Every way to do a piece of work runs in a process of its own, by
-turns with the others, on the same input; seconds and memory are medians, the ratio is the median
-over the turns. Memory is what a process and its largest child needed above imports and preparation.
+turns with the others, on the same input (predictions: all in one process). Seconds and memory are
+medians of three runs, or of one where it takes minutes; a ratio is the median over the turns.
+Memory is what a process and its children needed above what imports and preparation had taken.
 [measurements.md](measurements.md) holds what takes longer, or a look.
 """.strip()
 ORDER = ("clean", "tiling", "read", "train", "predict", "metrics", "memory")
@@ -71,7 +72,7 @@ def _aims(records: Iterable[Mapping[str, object]]) -> str:
 
 def _table(rows: pd.DataFrame, record: Mapping[str, object]) -> str:
     lines = [
-        f"| {record['size']} | | seconds | times ours | memory (MB) | result |",
+        f"| {record['size']} | | seconds | times that of *{record['ours']}* | memory (MB) | result |",
         "|---|---|---|---|---|---|",
     ]
     compared = rows["way"].str.startswith("ours").any()
