@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import common
@@ -72,7 +72,8 @@ def _aims(records: Iterable[Mapping[str, object]]) -> str:
 
 def _table(rows: pd.DataFrame, record: Mapping[str, object]) -> str:
     lines = [
-        f"| {record['size']} | | seconds | times that of *{record['ours']}* | memory (MB) | result |",
+        f"| {record['size']} | | seconds | times that of *{record['ours']}* | memory (MB) "
+        "| result |",
         "|---|---|---|---|---|---|",
     ]
     compared = rows["way"].str.startswith("ours").any()
@@ -92,7 +93,7 @@ def _table(rows: pd.DataFrame, record: Mapping[str, object]) -> str:
 def _draw(rows: pd.DataFrame, record: Mapping[str, object], path: Path) -> None:
     """Draw time and memory against the size, a line per way."""
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    ways: Sequence[str] = list(dict.fromkeys(rows["way"]))
+    ways, sizes = list(dict.fromkeys(rows["way"])), sorted(set(rows["size"]))
     for i, way in enumerate(ways):
         mine = rows[rows["way"] == way]
         style = {
@@ -104,6 +105,8 @@ def _draw(rows: pd.DataFrame, record: Mapping[str, object], path: Path) -> None:
         axes[1].plot(mine["size"], mine["added_mb"].clip(lower=1), **style)
     for ax, label in zip(axes, ("seconds", "memory (MB)"), strict=True):
         ax.set(xscale="log", yscale="log", xlabel=record["size"], ylabel=label)
+        ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         ax.grid(visible=True, which="both", alpha=0.3)
     axes[0].set_title(record["title"], loc="left")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
