@@ -1,5 +1,6 @@
 # make run    set up, make the sample data if there is none, run the quickstart
 # make test   set up, run the tests
+# make test-long   the tests that take minutes: processes that are killed at random moments
 # make bench  set up the peers, too, measure every stage beside them in short, write docs/benchmarks.md
 # make lab    set up, open the notebook in JupyterLab
 # make clean  remove the environment and caches (data and runs stay)
@@ -13,7 +14,7 @@ BENCH_READY := $(BENCH_VENV)/.ready
 STAGES := clean tiling read train metrics memory
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: run test lab bench sample clean
+.PHONY: run test test-long lab bench sample clean
 
 run: sample
 	mkdir -p runs/quickstart
@@ -22,6 +23,9 @@ run: sample
 test: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+test-long: $(READY)
+	$(BIN)/python -m pytest -m long
 
 lab: sample
 	$(BIN)/jupyter lab main.ipynb $(if $(SUDO),,--allow-root)
