@@ -290,6 +290,8 @@ class Raster:
             image: What `read` returned for it.
         """
         inside, (top, left) = self._clip(window)
+        if inside == window and not self.masked:
+            return self._has_value(image)
         valid = np.zeros((window.height, window.width), dtype=bool)
         if inside.width and inside.height:
             rows, cols = slice(top, top + inside.height), slice(left, left + inside.width)

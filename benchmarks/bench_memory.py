@@ -9,8 +9,8 @@ largest stays small on disk. Statistics and training read windows all over the g
 
 from __future__ import annotations
 
+import math
 import os
-from functools import partial
 from pathlib import Path
 
 import common
@@ -24,7 +24,7 @@ import tiling
 from ImageData import BOX_COLUMNS, ImageData
 
 TILE_SIZE, OVERLAP = 256, 32  # px
-WRITTEN = 4096**2 * 3  # px, or all of a smaller raster
+WRITTEN = 8192**2  # px, or all of a smaller raster
 OBJECTS = 20_000
 TRAINING_READS = 500
 
@@ -96,17 +96,26 @@ def read_training_windows(folder: Path, side: int) -> common.Work:
     return work
 
 
-def predict_raster(folder: Path, side: int, *, written: bool) -> common.Work:
-    """Predict it to a GeoPackage, or only find out which tiles were never written."""
+def _prepare(folder: Path) -> object:
     import predict
 
-    model = make_model()
-    task = predict.prepare(
-        model, folder / "raster.tif", folder / f"out_{os.getpid()}.gpkg", score_threshold=0.005,
-        device="cpu", override=("radiometry",),
+    return predict.prepare(
+        make_model(), folder / "raster.tif", folder / f"out_{os.getpid()}.gpkg",
+        score_threshold=0.005, device="cpu", override=("radiometry",),
     )  # fmt: skip
-    if written:
-        return lambda: predict.run(task).count
+
+
+def predict_raster(folder: Path, side: int) -> common.Work:
+    """Predict it to a GeoPackage."""
+    import predict
+
+    task = _prepare(folder)
+    return lambda: predict.run(task).count
+
+
+def skip_tiles(folder: Path, side: int) -> common.Work:
+    """Find out which tiles were never written."""
+    task = _prepare(folder)
     strips = range(len(task.predictor.strip_tops))
     return lambda: sum(tile.skipped for tile in task.predictor.tiles(strips))
 
@@ -137,17 +146,17 @@ if __name__ == "__main__":
             title="Growing with the raster",
             size="px a side",
             sizes=(4096, 8192, 16384, 65536),
-            short=(4096, 8192, 16384),
+            short=(4096, 8192),
             make=make,
             ways={
                 "tile index": index_tiles,
                 "statistics": measure_statistics,
                 f"{TRAINING_READS} training windows": read_training_windows,
-                "prediction": partial(predict_raster, written=True),
-                "empty tiles skipped": partial(predict_raster, written=False),
+                "prediction": predict_raster,
+                "empty tiles skipped": skip_tiles,
             },
-            ours="tile index",
-            grows=True,
+            grows_to=math.isqrt(WRITTEN),
+            memory="peak",
             runs=3,
         ),
         __doc__,

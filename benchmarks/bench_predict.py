@@ -1,6 +1,6 @@
 """Prediction of a whole raster against DeepForest and SAHI: seconds, and whether they agree.
 
-    .bench-venv/bin/python benchmarks/bench_predict.py [--work DIR] [--rounds 3] [--json FILE]
+    .bench-venv/bin/python benchmarks/bench_predict.py [--short] [--work DIR] [--json FILE]
 
 requirements-bench.txt tells how to install the peers. All three run the same weights, on a CPU, on
 the same windows. The peers get the network as torchvision runs its own: contiguous, in full
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import importlib.metadata
 import importlib.util
 import io
 import logging
@@ -66,6 +65,10 @@ AIMS = tuple(
     for precision, speed in (("bf16", 2), ("fp32", 1.15))
     for peer in ("DeepForest", "SAHI")
 )
+AGAINST = {
+    "DeepForest": "ours, bf16", "DeepForest, tile by tile": "ours, bf16", "SAHI": "ours, bf16",
+    "ours, fp32": "ours, bf16", "network, fp32": "ours, fp32", "network, bf16": "ours, bf16",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -180,13 +183,15 @@ def as_torchvision_has_it(network: TileRetinaNet) -> RetinaNet:
     return plain.requires_grad_(False)
 
 
-def deepforest_runner(plain: RetinaNet, labels: Sequence[str], raster: Path) -> Callable[[], Found]:
+def deepforest_runner(
+    plain: RetinaNet, labels: Sequence[str], raster: Path, batch_size: int
+) -> Callable[[], Found]:
     """Return a function that runs DeepForest."""
     from deepforest import main
 
     ids = {label: i for i, label in enumerate(labels)}
     config = {
-        "workers": 0, "batch_size": BATCH_SIZE, "accelerator": "cpu", "devices": 1,
+        "workers": 0, "batch_size": batch_size, "accelerator": "cpu", "devices": 1,
         "num_classes": len(ids), "nms_thresh": plain.nms_thresh, "score_thresh": plain.score_thresh,
     }  # fmt: skip
     detector = main.deepforest(model=plain, config_args=config)  # a model given is not downloaded
@@ -348,7 +353,7 @@ def compare(
     lines = {}
     for name, mine in found.items():
         # DeepForest cuts fractions off, so that small boxes of its own are not quite the base's
-        theirs = found[base].in_whole_px() if name == "DeepForest" else found[base]
+        theirs = found[base].in_whole_px() if name.startswith("DeepForest") else found[base]
         shown = mine.scores >= AGREE_SCORE
         hits = metrics.match_boxes(mine.boxes[shown], mine.scores[shown], truth, 0.5) >= 0
         lines[name] = Line(
@@ -365,16 +370,6 @@ def compare(
     return lines
 
 
-def describe_machine() -> dict[str, object]:
-    """Return what the figures depend on."""
-    flags = torch.cpu.get_capabilities()
-    return {
-        "threads": torch.get_num_threads(),
-        "bf16_in_hardware": bool(flags.get("avx512_bf16") or flags.get("amx_bf16")),
-        **{name: importlib.metadata.version(name) for name in ("torch", "torchvision", *PEERS)},
-    }
-
-
 def benchmark(
     checkpoint: Path, folder: Path, side: int, rounds: int, *, with_ours: bool
 ) -> dict[str, object]:
@@ -386,7 +381,8 @@ def benchmark(
     check_same_network(model, plain, tiles[:BATCH_SIZE])
     call = partial(bare_runner, windows=windows, tiles=tiles, nms_threshold=plain.nms_thresh)
     runners = {
-        "DeepForest": deepforest_runner(plain, model.labels, image),
+        "DeepForest": deepforest_runner(plain, model.labels, image, BATCH_SIZE),
+        "DeepForest, tile by tile": deepforest_runner(plain, model.labels, image, 1),
         "SAHI": sahi_runner(plain, model.labels, image),
         "network, fp32, contiguous": call(lambda batch: plain(list(batch))),
         "network, fp32": call(model, batch_size=strips.CPU_BATCH),
@@ -404,7 +400,8 @@ def benchmark(
     }
     settings = {
         "side": side, "windows": len(windows), "tile_size": TILE_SIZE, "overlap": OVERLAP,
-        "batch_size": BATCH_SIZE, "rounds": rounds, "base": base, **describe_machine(),
+        "batch_size": BATCH_SIZE, "rounds": rounds, "base": base,
+        "threads": torch.get_num_threads(),
     }  # fmt: skip
     log.info("%s", ", ".join(f"{name} {value}" for name, value in settings.items()))
     columns = [f.name for f in fields(Line) if f.name != "rounds"]
@@ -413,17 +410,18 @@ def benchmark(
         values = (getattr(line, column) for column in columns)
         shown = (f"{v:>15}" if isinstance(v, int) else f"{v:>15.3f}" for v in values)
         log.info("%-26s%s", name, "".join(shown))
-    ours = "ours, bf16" if "ours, bf16" in lines else base
     rows = [
         {"size": side, "way": name, "seconds": line.seconds, "runs": line.rounds,
-         "added_mb": None, "peak_mb": None, "ratio": line.ratio / lines[ours].ratio,
+         "added_mb": None, "peak_mb": None, "against": against,
+         "ratio": common.ratio(line.rounds, lines[against].rounds) if against else None,
          "result": f"precision {line.precision:.3f}, recall {line.recall:.3f}"}
         for name, line in lines.items()
+        for against in [AGAINST.get(name) if with_ours else None]
     ]  # fmt: skip
     return {
         "title": "Predicting a raster",
         "size": "px a side",
-        "ours": ours,
+        "memory": "peak_mb",
         "script": Path(__file__).name,
         "machine": common.machine(),
         "rows": rows,
@@ -442,9 +440,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5, help="of the training, 208 tiles each")
     parser.add_argument("--side", type=int, default=2048, help="of the raster, px")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--short", action="store_true", help="one epoch, two rounds")
     parser.add_argument("--no-ours", action="store_true", help="only the peers and bare calls")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
+    if args.short:
+        args.epochs, args.rounds = 1, 2
     if missing := [name for name in PEERS if importlib.util.find_spec(name) is None]:
         parser.error(f"{', '.join(missing)} not installed; requirements-bench.txt tells how")
     for name in ("pytorch_lightning", "predict"):  # hints at hardware; every catalogue written

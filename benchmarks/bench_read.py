@@ -2,9 +2,10 @@
 
     .bench-venv/bin/python benchmarks/bench_read.py [--short] [--sizes SIDE ...] [--json FILE]
 
-The raster is tiled and zstd-compressed, of three bands of 8 bits; windows have 256 px. Loaders give
-float tensors with boxes, in batches of 8; their workers have started when the clock does.
-DeepForest reads PNG chips that are cut beforehand.
+The raster is tiled and zstd-compressed, of three bands of 8 bits; windows have 256 px, and lie
+anywhere. Loaders give float tensors with boxes, in batches of 8; their workers have started when
+the clock does. DeepForest reads PNG chips that are cut beforehand. All have GDAL's block cache as
+the project sets it, 64 MB.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rasterio.windows import Window as RasterioWindow
 import fileio
 import splits
 import tiling
-from ImageData import BOX_COLUMNS, ImageData, Window
+from ImageData import BOX_COLUMNS, Window
 
 SIZE, BATCH = 256, 8  # px, side of a window; windows
 WINDOWS = 3_000  # of a measurement
@@ -34,21 +35,11 @@ OBJECTS_PER_WINDOW = 20
 
 def make(folder: Path, side: int) -> None:
     """Write the raster 256 rows at a time, its objects, and chips of it."""
+    common.write_raster(folder / "raster.tif", side)
+    boxes = common.draw_boxes(side, (side // SIZE) ** 2 * OBJECTS_PER_WINDOW, 20)
+    boxes.to_csv(folder / "objects.csv", index=False)
     rng = np.random.default_rng(0)
-    grain = np.tile(rng.integers(0, 24, (3, SIZE, 1024), dtype=np.uint8), -(-side // 1024))
-    x = np.arange(side) / side
-    place = {"crs": "EPSG:32633", "transform": rasterio.Affine(1, 0, 400_000, 0, -1, 5_600_000)}
-    layout = {"width": side, "height": side, "count": 3, "dtype": "uint8"}
-    with fileio.create_raster(folder / "raster.tif", **layout, **place) as dst:
-        for top in range(0, side, SIZE):
-            ground = 100 + 100 * np.sin(9 * x) * np.cos(9 * top / side)
-            rows = ground.astype(np.uint8) + np.roll(grain, top // 7, axis=2)[..., :side]
-            dst.write(rows, window=RasterioWindow(0, top, side, SIZE))
-    center = rng.integers(12, side - 12, ((side // SIZE) ** 2 * OBJECTS_PER_WINDOW, 2))
-    radius = rng.integers(3, 11, (len(center), 1))
-    df = pd.DataFrame(np.hstack([center - radius, center + radius]), columns=BOX_COLUMNS)
-    df.assign(label="object").to_csv(folder / "objects.csv", index=False)
-    rows = []
+    lines = []
     (folder / "chips").mkdir()
     with rasterio.open(folder / "raster.tif") as src:
         for i, window in enumerate(random_windows(side, CHIPS)):
@@ -56,8 +47,8 @@ def make(folder: Path, side: int) -> None:
             Image.fromarray(pixels).save(folder / "chips" / f"{i}.png")
             corner = rng.integers(0, SIZE - 24, (OBJECTS_PER_WINDOW, 2))
             boxes = np.hstack([corner, corner + rng.integers(6, 22, (OBJECTS_PER_WINDOW, 1))])
-            rows += [[f"{i}.png", *box, "object"] for box in boxes.tolist()]
-    table = pd.DataFrame(rows, columns=["image_path", *BOX_COLUMNS, "label"])
+            lines += [[f"{i}.png", *box, "object"] for box in boxes.tolist()]
+    table = pd.DataFrame(lines, columns=["image_path", *BOX_COLUMNS, "label"])
     table.to_csv(folder / "chips" / "chips.csv", index=False)
 
 
@@ -93,27 +84,21 @@ def our_loader(folder: Path, side: int, workers: int) -> common.Work:
     from imutils import Radiometry
     from ModelConfig import ModelConfig
 
-    raster = fileio.read_raster(folder / "raster.tif")
-    boxes = pd.read_csv(folder / "objects.csv")
-    low, high = (boxes[BOX_COLUMNS[i : i + 2]].to_numpy() for i in (0, 2))
-    center = (low + high) / 2
-    df = boxes.assign(pixel_x=center[:, 0], pixel_y=center[:, 1], diameter=(high - low)[:, 0])
+    image = common.read_image(folder)
     blocks = splits.ground_blocks(
-        [raster], split_by="block", max_tile_size=SIZE, block_size=None, test_proportion=0.01,
+        [image.raster], split_by="block", max_tile_size=SIZE, block_size=None, test_proportion=0.01,
         validation_proportion=0.01, seed=0,
     )  # fmt: skip
     directory = tiling.make_single_size(
-        SIZE, [ImageData(raster, "raster", df)], blocks, folder / f"tiles_{workers}",
+        SIZE, [image], blocks, folder / f"tiles_{workers}",
         tiling.TilingOptions(evaluation_overlap=0), workers=1,
     )  # fmt: skip
     tiles, boxes = tiling.read_tiles(directory)
     conf = ModelConfig(batch_size=BATCH, workers=workers)
-    for name in ("flips", "turns"):
-        setattr(conf.train.augment, name, False)
     conf.train.augment.enabled = False
     radiometry = Radiometry("none", (0.0,) * 3, (255.0,) * 3, (0.5,) * 3, (0.25,) * 3)
     module = TileDataModule(
-        tiles, boxes, {"raster": raster}, {"object": 0}, radiometry, conf
+        tiles, boxes, {"raster": image.raster}, {"object": 0}, radiometry, conf
     )  # fmt: skip
     return _take(module.train_dataloader(), lambda batch: len(batch[0]))
 
@@ -132,8 +117,8 @@ def _take(loader: Iterable[object], count: Callable[[object], int]) -> common.Wo
     return work
 
 
-def chip_loader(folder: Path, side: int) -> common.Work:
-    """Load DeepForest's dataset of chips with two workers, unvaried."""
+def chip_loader(folder: Path, side: int, workers: int) -> common.Work:
+    """Load DeepForest's dataset of chips, unvaried."""
     from deepforest.datasets.training import BoxDataset
     from torch.utils.data import DataLoader
 
@@ -142,14 +127,14 @@ def chip_loader(folder: Path, side: int) -> common.Work:
         label_dict={"object": 0},
     )  # fmt: skip
     loader = DataLoader(
-        dataset, batch_size=BATCH, shuffle=True, num_workers=2, collate_fn=dataset.collate_fn,
-        persistent_workers=True,
+        dataset, batch_size=BATCH, shuffle=True, num_workers=workers, collate_fn=dataset.collate_fn,
+        persistent_workers=workers > 0,
     )  # fmt: skip
     return _take(loader, lambda batch: len(batch[0]))
 
 
-def torchgeo_loader(folder: Path, side: int) -> common.Work:
-    """Load random windows with torchgeo's raster dataset and sampler, two workers; no boxes."""
+def torchgeo_loader(folder: Path, side: int, workers: int) -> common.Work:
+    """Load random windows with torchgeo's raster dataset and sampler; no boxes."""
     from torch.utils.data import DataLoader
     from torchgeo.datasets import RasterDataset, stack_samples
     from torchgeo.samplers import RandomGeoSampler
@@ -157,8 +142,8 @@ def torchgeo_loader(folder: Path, side: int) -> common.Work:
     dataset = RasterDataset(str(folder / "raster.tif"))
     sampler = RandomGeoSampler(dataset, size=SIZE, length=WINDOWS)
     loader = DataLoader(
-        dataset, batch_size=BATCH, sampler=sampler, num_workers=2, collate_fn=stack_samples,
-        persistent_workers=True,
+        dataset, batch_size=BATCH, sampler=sampler, num_workers=workers, collate_fn=stack_samples,
+        persistent_workers=workers > 0,
     )  # fmt: skip
     return _take(loader, lambda batch: len(batch["image"]))
 
@@ -168,23 +153,36 @@ if __name__ == "__main__":
         common.Stage(
             title=f"Reading {WINDOWS} random windows",
             size="px a side",
-            sizes=(4096, 16384),
-            short=(4096,),
+            sizes=(8192, 16384),
+            short=(8192,),
             make=make,
             ways={
                 "ours, loader, 2 workers": partial(our_loader, workers=2),
                 "ours, loader, 1 worker": partial(our_loader, workers=1),
                 "ours, loader, no workers": partial(our_loader, workers=0),
-                "DeepForest, chips, 2 workers": chip_loader,
-                "torchgeo, 2 workers, no boxes": torchgeo_loader,
+                "DeepForest, chips, 2 workers": partial(chip_loader, workers=2),
+                "DeepForest, chips, no workers": partial(chip_loader, workers=0),
+                "torchgeo, no boxes, 2 workers": partial(torchgeo_loader, workers=2),
+                "torchgeo, no boxes, no workers": partial(torchgeo_loader, workers=0),
                 "rasterio, bare windows": bare,
                 "ours, bare windows and validity": ours,
             },
-            ours="ours, loader, 2 workers",
-            aims=(common.Aim("ours, loader, 2 workers", "DeepForest, chips, 2 workers", 2),),
+            against={
+                "DeepForest, chips, 2 workers": "ours, loader, 2 workers",
+                "DeepForest, chips, no workers": "ours, loader, no workers",
+                "torchgeo, no boxes, 2 workers": "ours, loader, 2 workers",
+                "torchgeo, no boxes, no workers": "ours, loader, no workers",
+                "rasterio, bare windows": "ours, bare windows and validity",
+            },
+            aims=(
+                common.Aim("ours, loader, 2 workers", "DeepForest, chips, 2 workers", 2),
+                common.Aim("ours, loader, no workers", "DeepForest, chips, no workers", 2),
+            ),
             needs={
                 "DeepForest, chips, 2 workers": "deepforest",
-                "torchgeo, 2 workers, no boxes": "torchgeo",
+                "DeepForest, chips, no workers": "deepforest",
+                "torchgeo, no boxes, 2 workers": "torchgeo",
+                "torchgeo, no boxes, no workers": "torchgeo",
             },
         ),
         __doc__,

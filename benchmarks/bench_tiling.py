@@ -14,15 +14,13 @@ from functools import partial
 from pathlib import Path
 
 import common
-import numpy as np
-import pandas as pd
 import rasterio
 from rasterio.windows import Window as RasterioWindow
 
 import fileio
 import splits
 import tiling
-from ImageData import BOX_COLUMNS, ImageData, Window
+from ImageData import Window
 
 TILE_SIZE = 256  # px
 OBJECTS = 20_000
@@ -30,42 +28,24 @@ OBJECTS = 20_000
 
 def make(folder: Path, side: int) -> None:
     """Write a raster, and its objects as tables for all."""
-    rng = np.random.default_rng(0)
-    grain = np.tile(rng.integers(0, 24, (3, TILE_SIZE, 1024), dtype=np.uint8), -(-side // 1024))
-    x = np.arange(side) / side
-    layout = {"width": side, "height": side, "count": 3, "dtype": "uint8"}
-    with fileio.create_raster(folder / "raster.tif", **layout) as dst:
-        for top in range(0, side, TILE_SIZE):
-            ground = 100 + 100 * np.sin(9 * x) * np.cos(9 * top / side)
-            rows = ground.astype(np.uint8) + np.roll(grain, top // 7, axis=2)[..., :side]
-            dst.write(rows, window=((top, top + TILE_SIZE), (0, side)))
-    center = rng.integers(40, side - 40, (OBJECTS, 2))
-    radius = rng.integers(3, 31, (OBJECTS, 1))
-    df = pd.DataFrame(np.hstack([center - radius, center + radius]), columns=BOX_COLUMNS)
-    df = df.assign(image_path="raster.tif", label="object")
-    df.to_csv(folder / "objects.csv", index=False)
-    fileio.write_annotations(
-        folder / "objects.json", df.assign(pixel_x=center[:, 0], pixel_y=center[:, 1],
-        diameter=2 * radius[:, 0]), fileio.read_raster(folder / "raster.tif"),
-    )  # fmt: skip
+    common.write_raster(folder / "raster.tif", side)
+    boxes = common.draw_boxes(side, OBJECTS, 60).assign(image_path="raster.tif")
+    boxes.to_csv(folder / "objects.csv", index=False)
+    raster = fileio.read_raster(folder / "raster.tif")
+    fileio.write_annotations(folder / "objects.json", common.with_centers(boxes), raster)
 
 
 def ours(folder: Path, side: int, workers: int | None = 1, **options: object) -> common.Work:
-    """Index the raster with the project; tell how many training tiles are kept."""
-    raster = fileio.read_raster(folder / "raster.tif")
-    boxes = pd.read_csv(folder / "objects.csv")
-    low, high = (boxes[BOX_COLUMNS[i : i + 2]].to_numpy() for i in (0, 2))
-    center, diameter = (low + high) / 2, (high - low)[:, 0]
-    df = boxes.assign(pixel_x=center[:, 0], pixel_y=center[:, 1], diameter=diameter)
-    images = [ImageData(raster, "raster", df)]
+    """Index the raster with the project; tell how many tiles there are."""
+    image = common.read_image(folder)
 
     def work() -> int:
         blocks = splits.ground_blocks(
-            [raster], split_by="block", max_tile_size=TILE_SIZE, block_size=None,
+            [image.raster], split_by="block", max_tile_size=TILE_SIZE, block_size=None,
             test_proportion=0.01, validation_proportion=0.01, seed=0,
         )  # fmt: skip
         directory = tiling.make_single_size(
-            TILE_SIZE, images, blocks, folder / f"tiles_{os.getpid()}",
+            TILE_SIZE, [image], blocks, folder / f"tiles_{os.getpid()}",
             tiling.TilingOptions(evaluation_overlap=0, **options), workers=workers,
         )  # fmt: skip
         return len(tiling.read_tiles(directory)[0])
@@ -134,13 +114,23 @@ if __name__ == "__main__":
                 "DeepForest split_raster, chips": deepforest,
                 "SAHI slice_coco, no chips": sahi,
                 "ours, chips": partial(ours, workers=None, materialize=True),
+                "ours, chips, one thread": partial(ours, materialize=True),
                 "ours, black pixels filtered": partial(
                     ours, filters=(tiling.black_pixel_filter,), pixel_limit=2500
                 ),
                 "ours, the filter alone": filter_all,
                 "rasterio, every window read": read_all,
             },
-            ours="ours, index",
+            against={
+                "DeepForest split_raster, chips": "ours, chips",
+                "SAHI slice_coco, no chips": "ours, index",
+                "ours, the filter alone": "rasterio, every window read",
+            },
+            agree=(
+                ("ours, index", "ours, chips", "ours, chips, one thread",
+                 "DeepForest split_raster, chips", "SAHI slice_coco, no chips",
+                 "ours, the filter alone", "rasterio, every window read"),
+            ),
             needs={"DeepForest split_raster, chips": "deepforest",
                    "SAHI slice_coco, no chips": "sahi"},
             largest={"DeepForest split_raster, chips": 8192, "SAHI slice_coco, no chips": 8192},

@@ -3,7 +3,7 @@
 A script describes a `Stage` and calls `main`. For each size its input is made once; then every way
 runs as often as asked, in turn, so that what else the machine does meets all of them alike. A way
 prepares itself untimed, imports included, and returns what is timed. Memory is what the process
-needed at most above what it had before, and its children at most (looked at every 20 ms).
+needed at most above what it had before, and its children at most (looked at ten times a second).
 """
 
 from __future__ import annotations
@@ -20,22 +20,32 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import psutil
+from rasterio import Affine
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+PROJECT = Path(__file__).parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import fileio
+from ImageData import BOX_COLUMNS, ImageData
 
 log = logging.getLogger("benchmarks")
-PROJECT = Path(__file__).parent.parent
-PACKAGES = ("torch", "torchvision", "rasterio", "numpy", "pandas", "deepforest", "sahi", "torchgeo")
+PACKAGES = (
+    "torch", "torchvision", "rasterio", "numpy", "pandas", "pyarrow", "shapely", "deepforest",
+    "sahi", "torchgeo", "pycocotools",
+)  # fmt: skip
 MEGABYTE = 1e6
-LOOK_EVERY = 0.02  # s
+LOOK_EVERY = 0.1  # s
+# Doubling a raster's side makes its area four times as large; what it costs may follow the area
+MAX_TIME_GROWTH, MAX_MEMORY_GROWTH = 4.2, 1.05
 
 Work = Callable[[], object]
 Way = Callable[[Path, int], Work]
@@ -58,10 +68,6 @@ class Aim:
     memory: float | None = None
 
 
-# Doubling a raster's side makes its area four times as large; what it costs may follow the area
-MAX_TIME_GROWTH, MAX_MEMORY_GROWTH = 4.2, 1.05
-
-
 @dataclass(frozen=True)
 class Stage:
     """A stage of the pipeline, and the ways to do its work.
@@ -73,14 +79,17 @@ class Stage:
         short: Of the short one.
         make: Writes the input of a size into a folder.
         ways: Name -> way, given the folder and the size. What is timed returns something that tells
-            whether all did the same, such as the number of tiles.
-        ours: Name of the way that the others are compared with.
+            what came of it, such as the number of tiles.
+        against: Name of a way -> the way of ours that does the same work.
+        agree: Sets of ways whose results must be the same.
         needs: Name of a way -> the package that it needs, without which it is left out.
         largest: Name of a way -> the largest size that it is asked for.
         runs: Of each way, at most.
         once: Ways that run only once, as they take minutes.
         aims: See `Aim`.
-        grows: Whether the sizes are sides of rasters, so that aims for doubling them hold.
+        grows_to: Largest side of a raster up to which aims for doubling it hold, px.
+        memory: Which memory counts: "added" by the work, or the "peak" of its process, where the
+            preparation does the work once to warm it.
     """
 
     title: str
@@ -89,13 +98,15 @@ class Stage:
     short: tuple[int, ...]
     make: Callable[[Path, int], None]
     ways: Mapping[str, Way]
-    ours: str
+    against: Mapping[str, str] = field(default_factory=dict)
+    agree: tuple[tuple[str, ...], ...] = ()
     needs: Mapping[str, str] = field(default_factory=dict)
     largest: Mapping[str, int] = field(default_factory=dict)
     once: tuple[str, ...] = ()
     runs: int = 5
     aims: tuple[Aim, ...] = ()
-    grows: bool = False
+    grows_to: int | None = None
+    memory: str = "added"
 
 
 def main(stage: Stage, description: str) -> None:
@@ -123,36 +134,38 @@ def main(stage: Stage, description: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             stage.make(Path(folder), size)
             rows += _take_turns(stage, ways, size, Path(folder), runs)
+    aims = [found for aim in stage.aims if (found := judge(aim, rows, f"{stage.memory}_mb"))]
+    if stage.grows_to is not None:
+        aims += judge_growth([row for row in rows if row["size"] <= stage.grows_to])
     log.info("%s\n%s", stage.title, "\n".join(describe(row, stage) for row in rows))
-    aims = [judge(aim, rows) for aim in stage.aims if {aim.way, aim.against} <= {*ways}]
-    if stage.grows and len(sizes) > 1:
-        aims += judge_growth(rows)
     for aim in aims:
         log.info("%s", ", ".join(f"{name} {value}" for name, value in aim.items()))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        record = {"title": stage.title, "size": stage.size, "ours": stage.ours,
-                  "script": Path(sys.argv[0]).name, "machine": machine(), "rows": rows,
-                  "aims": aims}  # fmt: skip
-        args.json.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        record = {
+            "title": stage.title, "size": stage.size, "memory": f"{stage.memory}_mb",
+            "script": Path(sys.argv[0]).name, "machine": machine(), "rows": rows, "aims": aims,
+        }  # fmt: skip
+        fileio.write_json(args.json, record)
 
 
-def judge(aim: Aim, rows: Sequence[Mapping[str, object]]) -> dict[str, object]:
-    """Tell what was reached of an aim."""
-    by_way = {way: {row["size"]: row for row in rows if row["way"] == way}
-              for way in (aim.way, aim.against)}  # fmt: skip
-    size = max(set(by_way[aim.way]) & set(by_way[aim.against]))
-    mine, other = (found[size] for found in by_way.values())
-    pairs = zip(mine["runs"], other["runs"], strict=False)
-    speed = statistics.median(b / a for a, b in pairs)
-    memory = None
+def judge(
+    aim: Aim, rows: Sequence[Mapping[str, object]], memory: str = "added_mb"
+) -> dict[str, object] | None:
+    """Tell what was reached of an aim; None where its ways have no size in common."""
+    mine, other = ({row["size"]: row for row in rows if row["way"] == way}
+                   for way in (aim.way, aim.against))  # fmt: skip
+    if not mine.keys() & other.keys():
+        return None
+    size = max(mine.keys() & other.keys())
+    mine, other = mine[size], other[size]
+    speed, share = 1 / ratio(mine["runs"], other["runs"]), None
     if aim.memory is not None:
-        memory = mine["added_mb"] / max(other["added_mb"], 1)
+        share = mine[memory] / max(other[memory], 1)
     return {
         "what": f"{aim.way}, against {aim.against}", "size": size,
-        "found": f"{speed:.3g} times as fast" + _share(memory),
+        "found": f"{speed:.3g} times as fast" + _share(share),
         "wanted": f"{aim.speed:.3g}" + _share(aim.memory),
-        "reached": speed >= aim.speed and (memory is None or memory <= aim.memory),
+        "reached": speed >= aim.speed and (share is None or share <= aim.memory),
     }  # fmt: skip
 
 
@@ -160,11 +173,21 @@ def _share(memory: float | None) -> str:
     return "" if memory is None else f", {memory:.3g} of the memory"
 
 
+def ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
+    """Return the median ratio over the turns; one that ran once is compared with the median."""
+    if len(seconds) == len(others):
+        return statistics.median(a / b for a, b in zip(seconds, others, strict=True))
+    return statistics.median(seconds) / statistics.median(others)
+
+
 def judge_growth(rows: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
     """Tell how time and peak memory grow as a side doubles, between the two largest sizes."""
     aims = []
     for way in dict.fromkeys(row["way"] for row in rows):
-        small, large = [row for row in rows if row["way"] == way][-2:]
+        sizes = [row for row in rows if row["way"] == way][-2:]
+        if len(sizes) < 2:
+            continue
+        small, large = sizes
         doublings = math.log2(large["size"] / small["size"])
         seconds, memory = (
             (large[name] / small[name]) ** (1 / doublings) for name in ("seconds", "peak_mb")
@@ -182,10 +205,10 @@ def describe(row: Mapping[str, object], stage: Stage) -> str:
     """Return a line of the table."""
     text = (
         f"{row['size']:>9} {stage.size:<12} {row['way']:<34} {row['seconds']:9.3f} s "
-        f"{row['added_mb']:8.0f} MB"
+        f"{row[f'{stage.memory}_mb']:8.0f} MB"
     )
-    if row["ratio"] is not None and row["way"] != stage.ours:
-        text += f"   {row['ratio']:8.2f} times the time of {stage.ours}"
+    if row["ratio"] is not None:
+        text += f"   {row['ratio']:8.2f} times the time of {row['against']}"
     return f"{text}   ({row['result']})"
 
 
@@ -193,17 +216,16 @@ def machine() -> dict[str, object]:
     """Return what the figures depend on."""
     versions = {}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     commit = subprocess.run(
-        ["git", "-C", str(PROJECT), "rev-parse", "--short", "HEAD"],
+        ["git", "-C", str(PROJECT), "describe", "--always", "--dirty", "--abbrev=7"],
         capture_output=True, text=True, check=False,
     ).stdout.strip()  # fmt: skip
     return {
         "processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version(),
-        "commit": commit, "versions": versions,
+        "memory_gb": round(psutil.virtual_memory().total / 1e9), "commit": commit,
+        "versions": versions,
     }  # fmt: skip
 
 
@@ -221,83 +243,144 @@ def _is_there(package: str | None) -> bool:
     return there
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """One run of a way; memory in MB."""
+
+    seconds: float
+    added_mb: float
+    peak_mb: float
+    result: object
+
+
 def _take_turns(
-    stage: Stage, ways: list[str], size: int, folder: Path, runs: int
+    stage: Stage, ways: Sequence[str], size: int, folder: Path, runs: int
 ) -> list[dict[str, object]]:
     ways = [way for way in ways if size <= stage.largest.get(way, size)]
-    found = {way: [] for way in ways}
+    found: dict[str, list[Measurement]] = {way: [] for way in ways}
     for turn in range(runs):
-        shift = turn % len(ways)  # nobody is always first
+        shift = turn % max(len(ways), 1)  # nobody is always first
         for way in ways[shift:] + ways[:shift]:
-            if way in stage.once and turn:
+            if (way in stage.once and turn) or (turn and not found[way]):
                 continue
-            command = [sys.executable, sys.argv[0], "--one", way, str(size), str(folder)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found[way].append(json.loads(done.stdout.splitlines()[-1]))
-            log.info("%s %d: %s %s", stage.title, size, way, found[way][-1])
-    ours = [one["seconds"] for one in found.get(stage.ours, [])]
+            try:
+                found[way].append(_run(way, size, folder))
+            except subprocess.CalledProcessError as error:
+                log.warning("%s %d: %s failed: %s", stage.title, size, way, error)
+                continue
+            log.info("%s %d: %s %s", stage.title, size, way, asdict(found[way][-1]))
+    results = {way: measured[0].result for way, measured in found.items() if measured}
+    for together in stage.agree:
+        several = {way: results[way] for way in together if way in results}
+        if not all(_is_close(a, b) for a in several.values() for b in several.values()):
+            raise RuntimeError(f"{stage.title}, {size}: ways that do the same differ: {several}")
+    seconds = {way: [one.seconds for one in found[way]] for way in results}
     rows = []
-    for way, figures in found.items():
-        seconds = [one["seconds"] for one in figures]
-        pairs = list(zip(seconds, ours, strict=False))
+    for way, result in results.items():
+        against = stage.against.get(way)
         rows.append({
-            "size": size, "way": way, "seconds": statistics.median(seconds), "runs": seconds,
-            "added_mb": statistics.median(one["added_mb"] for one in figures),
-            "peak_mb": statistics.median(one["peak_mb"] for one in figures),
-            "ratio": statistics.median(a / b for a, b in pairs) if pairs else None,
-            "result": figures[0]["result"],
+            "size": size, "way": way, "seconds": statistics.median(seconds[way]),
+            "runs": seconds[way], "result": result, "against": against,
+            "added_mb": statistics.median(one.added_mb for one in found[way]),
+            "peak_mb": statistics.median(one.peak_mb for one in found[way]),
+            "ratio": ratio(seconds[way], seconds[against]) if against in seconds else None,
         })  # fmt: skip
     return rows
 
 
-def _measure(work: Work) -> None:
-    with Memory() as memory:
-        start = time.perf_counter()
-        result = work()
-        seconds = time.perf_counter() - start
+def _is_close(a: object, b: object) -> bool:
+    numbers = isinstance(a, float) and isinstance(b, float)
+    return math.isclose(a, b, rel_tol=1e-9) if numbers else a == b
+
+
+def _run(way: str, size: int, folder: Path) -> Measurement:
+    """Measure a way in a process of its own, and watch its children from here."""
+    command = [sys.executable, sys.argv[0], "--one", way, str(size), str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        watched, children = psutil.Process(process.pid), 0
+        while True:
+            try:
+                output, _ = process.communicate(timeout=LOOK_EVERY)
+                break
+            except subprocess.TimeoutExpired:
+                children = max(children, _used_by_children(watched))
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
     # what a way prints itself comes before
-    sys.stdout.write("\n" + json.dumps(
-        {"seconds": seconds, "added_mb": memory.peak_mb - memory.before_mb,
-         "peak_mb": memory.peak_mb, "result": result}
-    ) + "\n")  # fmt: skip
+    one = json.loads(output.splitlines()[-1])
+    for name in ("added_mb", "peak_mb"):
+        one[name] += children / MEGABYTE
+    return Measurement(**one)
+
+
+def _used_by_children(process: psutil.Process) -> int:
+    """Return the bytes that the children of a process do not share with others."""
+    used = 0
+    with contextlib.suppress(psutil.Error):
+        for child in process.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                used += child.memory_full_info().uss
+    return used
+
+
+def _measure(work: Work) -> None:
+    before = psutil.Process().memory_info().rss
+    peak_memory()  # from here on
+    start = time.perf_counter()
+    result = work()
+    seconds = time.perf_counter() - start
+    peak = peak_memory() or psutil.Process().memory_info().rss
+    one = Measurement(seconds, (peak - before) / MEGABYTE, peak / MEGABYTE, result)
+    sys.stdout.write("\n" + json.dumps(asdict(one)) + "\n")
     sys.stdout.flush()
 
 
-class Memory:
-    """Peak memory, MB, of this process and its children while in the context.
+def peak_memory() -> int | None:
+    """Return the peak of this process since the last call, bytes, as Linux counts it."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+    reset.write_text("5", encoding="ascii")
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
-    The kernel knows the peak of this process (Linux; elsewhere, and for children, it is looked at
-    every `LOOK_EVERY`). Of children counts what they do not share.
-    """
 
-    def __enter__(self) -> Memory:
-        """Start over."""
-        self._process, self._done = psutil.Process(), threading.Event()
-        self._own = self._children = 0
-        self.before_mb = self._process.memory_info().rss / MEGABYTE
-        reset = Path("/proc/self/clear_refs")
-        if reset.exists():
-            reset.write_text("5", encoding="ascii")  # the peak is now what is in use
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._thread.start()
-        return self
+# ---------------------------------------------------------------------------------------------
+# Rasters and objects
+# ---------------------------------------------------------------------------------------------
 
-    def __exit__(self, *error: object) -> None:
-        """Take the peak."""
-        self._done.set()
-        self._thread.join()
-        status = Path("/proc/self/status")
-        if status.exists():
-            lines = status.read_text(encoding="ascii", errors="replace").splitlines()
-            kilobytes = next(line.split()[1] for line in lines if line.startswith("VmHWM"))
-            self._own = int(kilobytes) * 1024
-        self.peak_mb = (self._own + self._children) / MEGABYTE
 
-    def _look(self) -> None:
-        while not self._done.wait(LOOK_EVERY):
-            self._own = max(self._own, self._process.memory_info().rss)
-            used = 0
-            for child in self._process.children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    used += child.memory_full_info().uss
-            self._children = max(self._children, used)
+def write_raster(path: Path, side: int, rows: int = 256) -> None:
+    """Write hills with grain, three bands of 8 bits on the map, some rows at a time."""
+    rng = np.random.default_rng(0)
+    grain = np.tile(rng.integers(0, 24, (3, rows, 1024), dtype=np.uint8), -(-side // 1024))
+    x = np.arange(side) / side
+    place = {"crs": "EPSG:32633", "transform": Affine(1, 0, 400_000, 0, -1, 5_600_000)}
+    layout = {"width": side, "height": side, "count": 3, "dtype": "uint8"}
+    with fileio.create_raster(path, **layout, **place) as dst:
+        for top in range(0, side, rows):
+            ground = 100 + 100 * np.sin(9 * x) * np.cos(9 * top / side)
+            strip = ground.astype(np.uint8) + np.roll(grain, top // 7, axis=2)[..., :side]
+            dst.write(strip, window=((top, top + rows), (0, side)))
+
+
+def draw_boxes(side: int, count: int, largest: int) -> pd.DataFrame:
+    """Draw squares of whole px, 6 to `largest` wide, as `xmin, ymin, xmax, ymax, label`."""
+    rng = np.random.default_rng(0)
+    center = rng.integers(largest, side - largest, (count, 2))
+    radius = rng.integers(3, largest // 2 + 1, (count, 1))
+    df = pd.DataFrame(np.hstack([center - radius, center + radius]), columns=BOX_COLUMNS)
+    return df.assign(label="object")
+
+
+def read_image(folder: Path) -> ImageData:
+    """Return raster.tif of a folder with the boxes of its objects.csv."""
+    boxes = pd.read_csv(folder / "objects.csv")
+    return ImageData(fileio.read_raster(folder / "raster.tif"), "raster", with_centers(boxes))
+
+
+def with_centers(boxes: pd.DataFrame) -> pd.DataFrame:
+    """Add `pixel_x, pixel_y, diameter` to square boxes."""
+    low, high = (boxes[BOX_COLUMNS[i : i + 2]].to_numpy() for i in (0, 2))
+    center = (low + high) / 2
+    return boxes.assign(pixel_x=center[:, 0], pixel_y=center[:, 1], diameter=(high - low)[:, 0])

@@ -17,14 +17,16 @@ import pandas as pd
 mpl.use("agg")
 from matplotlib import pyplot as plt
 
+import fileio
 from imutils import COLORS
 
 INTRODUCTION = """
 `make bench` writes this page. Every way to do a piece of work runs in a process of its own, by
-turns with the others, on the same input (predictions: all in one process). Seconds and memory are
-medians of three runs, or of one where it takes minutes; a ratio is the median over the turns.
-Memory is what a process and its children needed above what imports and preparation had taken.
-[measurements.md](measurements.md) holds what takes longer, or a look.
+turns with the others, on the same input (predictions: all in one process, after a round that
+warms). Seconds and memory are medians of so many runs, a ratio is the median over the turns.
+Memory is what a process needed at most above what it held before the work, imports included, and
+what its children needed at most; where it says peak, all that the process held.
+[measurements.md](measurements.md) holds what takes longer or has to be looked at.
 """.strip()
 ORDER = ("clean", "tiling", "read", "train", "predict", "metrics", "memory")
 MARKERS = "os^Dv<>"
@@ -38,23 +40,31 @@ def write_report(folder: Path, output: Path) -> None:
     }
     if not records:
         raise SystemExit(f"{folder} holds none of {', '.join(f'{n}.json' for n in ORDER)}")
-    machine = next(iter(records.values()))["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    parts: list[str] = [
-        "# Benchmarks",
-        INTRODUCTION,
-        f"{machine['cores']} cores of {machine['processor']}, Python {machine['python']}, "
-        f"{versions}; commit {machine['commit']}.",
-    ]
+    parts = ["# Benchmarks", INTRODUCTION, *_machines(records)]
     parts += ["## What was to be reached", _aims(records.values())]
     for name, record in records.items():
         rows = pd.DataFrame(record["rows"])
         parts += [f"## {record['title']}", f"`benchmarks/{record['script']}`", _table(rows, record)]
-        if len(set(rows["size"])) > 1:
-            picture = output.parent / f"benchmarks_{name}.png"
-            _draw(rows, record, picture)
-            parts.append(f"![time and memory against {record['size']}]({picture.name})")
-    output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        picture = output.parent / f"benchmarks_{name}.png"
+        _draw(rows, record, picture)
+        parts.append(f"![time and memory against {record['size']}]({picture.name})")
+    fileio.write_text(output, "\n\n".join(parts) + "\n")
+
+
+def _machines(records: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """Return a line per machine, with the versions of software, and what was measured on it."""
+    by_machine: dict[str, list[str]] = {}
+    for name, record in records.items():
+        m = record["machine"]
+        versions = ", ".join(f"{package} {version}" for package, version in m["versions"].items())
+        line = (
+            f"{m['cores']} cores of {m['processor']}, {m['memory_gb']} GB, Python {m['python']}, "
+            f"{versions}; commit {m['commit']}."
+        )
+        by_machine.setdefault(line, []).append(name)
+    if len(by_machine) == 1:
+        return [*by_machine]
+    return [f"{', '.join(names)}: {line}" for line, names in by_machine.items()]
 
 
 def _aims(records: Iterable[Mapping[str, object]]) -> str:
@@ -71,43 +81,53 @@ def _aims(records: Iterable[Mapping[str, object]]) -> str:
 
 
 def _table(rows: pd.DataFrame, record: Mapping[str, object]) -> str:
+    peak = " at peak" if record["memory"] == "peak_mb" else ""
     lines = [
-        f"| {record['size']} | | seconds | times that of *{record['ours']}* | memory (MB) "
-        "| result |",
-        "|---|---|---|---|---|---|",
+        f"| {record['size']} | | runs | seconds | ratio | memory{peak} (MB) | result |",
+        "|---|---|---|---|---|---|---|",
     ]
-    compared = rows["way"].str.startswith("ours").any()
     for row in rows.to_dict("records"):
-        is_peer = compared and not row["way"].startswith("ours") and row["ratio"] is not None
-        ratio = f"{row['ratio']:.3g}" if is_peer else ""
-        memory = "" if row["added_mb"] is None else f"{row['added_mb']:,.0f}"
-        result = row["result"]
-        shown = f"{result:.4g}" if isinstance(result, float) else result
+        ratio = "" if pd.isna(row["ratio"]) else f"{row['ratio']:.3g} of *{row['against']}*"
+        memory = "" if pd.isna(row[record["memory"]]) else f"{row[record['memory']]:,.0f}"
         lines.append(
-            f"| {row['size']:,} | {row['way']} | {row['seconds']:.3g} | {ratio} "
-            f"| {memory} | {shown} |"
+            f"| {row['size']:,} | {row['way']} | {len(row['runs'])} | {row['seconds']:.3g} "
+            f"| {ratio} | {memory} | {_shown(row['result'])} |"
         )
     return "\n".join(lines)
 
 
+def _shown(result: object) -> str:
+    if isinstance(result, list):
+        return ", ".join(map(_shown, result))
+    return f"{result:.4g}" if isinstance(result, float) else str(result)
+
+
 def _draw(rows: pd.DataFrame, record: Mapping[str, object], path: Path) -> None:
-    """Draw time and memory against the size, a line per way."""
+    """Draw time and memory against the size, a line per way; of one size, bars."""
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     ways, sizes = list(dict.fromkeys(rows["way"])), sorted(set(rows["size"]))
-    for i, way in enumerate(ways):
-        mine = rows[rows["way"] == way]
-        style = {
-            "color": COLORS[i % len(COLORS)],
-            "marker": MARKERS[i % len(MARKERS)],
-            "label": way,
-        }
-        axes[0].plot(mine["size"], mine["seconds"], **style)
-        axes[1].plot(mine["size"], mine["added_mb"].clip(lower=1), **style)
-    for ax, label in zip(axes, ("seconds", "memory (MB)"), strict=True):
-        ax.set(xscale="log", yscale="log", xlabel=record["size"], ylabel=label)
-        ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
-        ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+    columns = {"seconds": "seconds", record["memory"]: "memory (MB)"}
+    for ax, (column, label) in zip(axes, columns.items(), strict=True):
+        values = rows.assign(shown=rows[column].astype(float).clip(lower=1e-4))
+        if column != "seconds":
+            values["shown"] = values["shown"].clip(lower=1)
+        for i, way in enumerate(ways):
+            mine, color = values[values["way"] == way], COLORS[i % len(COLORS)]
+            if len(sizes) > 1:
+                marker = MARKERS[i % len(MARKERS)]
+                ax.plot(mine["size"], mine["shown"], color=color, marker=marker, label=way)
+            else:
+                ax.barh(-i, mine["shown"], color=color, label=way)
+        if len(sizes) > 1:
+            ax.set(xscale="log", yscale="log", xlabel=record["size"], ylabel=label)
+            ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
+            ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+        else:
+            ax.set(xscale="log", xlabel=label, yticks=[])
         ax.grid(visible=True, which="both", alpha=0.3)
+        ax.set_axisbelow(True)
+        if values["shown"].isna().all():
+            ax.remove()
     axes[0].set_title(record["title"], loc="left")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     fig.savefig(path, dpi=110)

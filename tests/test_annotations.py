@@ -285,6 +285,38 @@ def test_steps_that_lose_track_of_rows_are_refused(tmp_path, step):
         an.preprocess_df(write(tmp_path, DIRTY), canvas(), extra_steps=[step])
 
 
+@pytest.mark.parametrize("row", [0, 99, -1], ids=["dropped before", "beyond", "before"])
+def test_rows_that_a_step_was_not_given_are_refused(row):
+    raw = pd.DataFrame({"a": [1, 2, 3]})
+
+    def foreign(df):
+        return df.set_axis([an.ROW_BASE + row, *df.index[1:]])
+
+    with pytest.raises(InputError, match="cleaning step foreign must return"):
+        an.run_steps(raw, {"first": lambda df: df.iloc[1:], "foreign": foreign})
+
+
+def test_rows_keep_their_account_in_any_order_and_down_to_none():
+    raw = pd.DataFrame(
+        {"a": [1, 2, 3, 4], **{name: [1.0, 2.0, 3.0, 4.0] for name in an.BOX_COLUMNS}}
+    )
+    steps = {
+        "turn": lambda df: df.iloc[::-1].assign(xmin=df["xmin"] + 10),
+        "drop": lambda df: df[df["a"] != 3],
+        "change": lambda df: df.assign(a=df["a"].where(df["a"] > 1, 9)),
+        "all": lambda df: pd.DataFrame(columns=df.columns),
+    }
+    cleaned = an.run_steps(raw, steps)
+    report = cleaned.report.set_index("step")
+    assert report["changed"].to_dict() == {"turn": 4, "drop": 0, "change": 1, "all": 0}
+    assert report["dropped"].tolist() == [0, 1, 0, 3]
+    lost = cleaned.quarantine
+    assert lost["row"].tolist() == [0, 1, 2, 3]
+    assert lost["reason"].tolist() == ["all", "all", "drop", "all"]
+    assert lost["px_xmin"].tolist() == [11, 12, 13, 14]
+    assert lost["a"].tolist() == [1, 2, 3, 4]  # as they came
+
+
 def test_what_own_steps_break_is_still_caught(tmp_path):
     def shrink(df):
         return df.assign(diameter=1e-7)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import pickle
+from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +19,7 @@ from torchvision.transforms import v2
 import datasets
 import fileio
 import tiling
-from datasets import BboxDataset, RandomViews, TileDataModule, TileSampler
+from datasets import BboxDataset, RandomViews, Targets, TileDataModule, TileSampler
 from ImageData import BOX_COLUMNS, ImageData, InputError, Window
 from imutils import Radiometry
 from ModelConfig import AugmentConfig, ModelConfig
@@ -561,3 +563,18 @@ def test_difficulty_is_a_moving_mean_and_unknown_tiles_get_the_mean():
     assert sampler.difficulty[1] == pytest.approx(0.7 * 3)
     with pytest.raises(InputError, match="must be finite and >= 0"):
         sampler.update([2], [float("nan")])
+
+
+def test_targets_cross_processes_as_they_are():
+    targets = Targets([
+        {"boxes": torch.rand(3, 4), "labels": torch.arange(3), "tile": torch.tensor(7),
+         "counted": torch.rand(5, 5) > 0.5},
+        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)},
+    ])  # fmt: skip
+    again = pickle.loads(ForkingPickler.dumps(targets))
+    assert type(again) is Targets
+    for before, after in zip(targets, again, strict=True):
+        assert before.keys() == after.keys()
+        for name, value in before.items():
+            torch.testing.assert_close(after[name], value, rtol=0, atol=0)
+    assert b"rebuild" not in bytes(ForkingPickler.dumps(targets))  # no tensor is shared

@@ -378,6 +378,24 @@ def test_chips_are_png_where_it_holds_the_pixels(tmp_path, dtype, bands, suffix)
             np.testing.assert_array_equal(src.read(), turned)
 
 
+def test_chips_show_the_boxes_where_the_tiles_have_them(prepared, tmp_path):
+    kept = prepared.tiles[prepared.tiles["kept"]]
+    assert set(kept["angle"]) == {0, 90, 180, 270}
+    table = tiling.write_chips(tmp_path, kept, prepared.boxes, prepared.images)
+    expected = 0
+    for tile in kept.itertuples():
+        shown = prepared.boxes[prepared.boxes["window"] == tile.window]
+        name = f"tile_{tile.raster}_{tile.window}_{tile.angle}.png"
+        mine = table[table["tile_path"] == name]
+        turned = tiling.boxes_of_tile(
+            shown[BOX_COLUMNS].to_numpy(), tile.angle, tile.width, tile.height
+        )
+        np.testing.assert_allclose(mine[BOX_COLUMNS], turned, rtol=1e-5)
+        assert mine["label"].tolist() == shown["label"].tolist()
+        expected += len(shown)
+    assert len(table) == expected > 0
+
+
 def test_whole_rasters_turn_with_their_boxes_and_their_place(prepared, tmp_path):
     image = prepared.images[0]
     frames = tiling.rotate_single_annotation(image, tmp_path, [90, 180, 270])
@@ -416,7 +434,8 @@ def test_memory_does_not_grow_with_the_raster(tmp_path):
                    "ours, black pixels filtered", str(side), str(folder)]  # fmt: skip
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         peaks.append(json.loads(output.splitlines()[-1])["peak_mb"])
-    assert peaks[1] < 1.05 * peaks[0]  # the rasters have 48 and 192 MB of pixels
+    # the rasters have 48 and 192 MB of pixels, of which GDAL keeps up to 64 MB
+    assert peaks[1] - peaks[0] < 40
 
 
 def test_an_index_of_twenty_thousand_objects_takes_under_three_seconds(tmp_path):
