@@ -87,7 +87,7 @@ def _table(rows: pd.DataFrame, record: Mapping[str, object]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows.to_dict("records"):
-        ratio = "" if pd.isna(row["ratio"]) else f"{row['ratio']:.3g} of *{row['against']}*"
+        ratio = "" if pd.isna(row["ratio"]) else f"{row['ratio']:.3g} x *{row['against']}*"
         memory = "" if pd.isna(row[record["memory"]]) else f"{row[record['memory']]:,.0f}"
         lines.append(
             f"| {row['size']:,} | {row['way']} | {len(row['runs'])} | {row['seconds']:.3g} "
@@ -105,31 +105,32 @@ def _shown(result: object) -> str:
 def _draw(rows: pd.DataFrame, record: Mapping[str, object], path: Path) -> None:
     """Draw time and memory against the size, a line per way; of one size, bars."""
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    ways, sizes = list(dict.fromkeys(rows["way"])), sorted(set(rows["size"]))
-    columns = {"seconds": "seconds", record["memory"]: "memory (MB)"}
-    for ax, (column, label) in zip(axes, columns.items(), strict=True):
-        values = rows.assign(shown=rows[column].astype(float).clip(lower=1e-4))
-        if column != "seconds":
-            values["shown"] = values["shown"].clip(lower=1)
-        for i, way in enumerate(ways):
-            mine, color = values[values["way"] == way], COLORS[i % len(COLORS)]
-            if len(sizes) > 1:
-                marker = MARKERS[i % len(MARKERS)]
-                ax.plot(mine["size"], mine["shown"], color=color, marker=marker, label=way)
-            else:
-                ax.barh(-i, mine["shown"], color=color, label=way)
+    labels = {"seconds": "seconds", record["memory"]: "memory (MB)"}
+    rows = rows.astype(dict.fromkeys(labels, float))
+    rows[record["memory"]] = rows[record["memory"]].clip(lower=1)
+    sizes, ways = sorted(set(rows["size"])), list(dict.fromkeys(rows["way"]))[::-1]
+    for ax, (column, label) in zip(axes, labels.items(), strict=True):
         if len(sizes) > 1:
+            for i, (way, mine) in enumerate(rows.groupby("way", sort=False)):
+                style = ("-", "--")[i // len(COLORS)] + MARKERS[i % len(MARKERS)]
+                color = COLORS[i % len(COLORS)]
+                ax.plot(mine["size"], mine[column], style, color=color, label=way)
             ax.set(xscale="log", yscale="log", xlabel=record["size"], ylabel=label)
             ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
             ax.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         else:
-            ax.set(xscale="log", xlabel=label, yticks=[])
+            values = rows.set_index("way").loc[ways, column]
+            ax.barh(ways, values, color=[COLORS[way.startswith("ours")] for way in ways])
+            ax.set(xscale="log", xlabel=label)
+            ax.tick_params(axis="y", labelleft=ax is axes[0])
         ax.grid(visible=True, which="both", alpha=0.3)
         ax.set_axisbelow(True)
-        if values["shown"].isna().all():
+        if rows[column].isna().all():
             ax.remove()
     axes[0].set_title(record["title"], loc="left")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    if len(sizes) > 1:
+        handles = axes[0].get_legend_handles_labels()
+        fig.legend(*handles, loc="outside right upper", fontsize=8)
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
