@@ -68,7 +68,7 @@ def ours(folder: Path, size: int, precision: str) -> common.Work:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     return partial(_repeat, step)
 
@@ -104,7 +104,7 @@ def deepforest(folder: Path, size: int, enlarged: int | None) -> common.Work:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     return partial(_repeat, step)
 
