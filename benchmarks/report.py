@@ -88,7 +88,7 @@ def _table(rows: pd.DataFrame, record: Mapping[str, object]) -> str:
     ]
     for row in rows.to_dict("records"):
         ratio = "" if pd.isna(row["ratio"]) else f"{row['ratio']:.3g} x *{row['against']}*"
-        memory = "" if pd.isna(row[record["memory"]]) else f"{row[record['memory']]:,.0f}"
+        memory = "" if pd.isna(row[record["memory"]]) else f"{max(row[record['memory']], 0):,.0f}"
         lines.append(
             f"| {row['size']:,} | {row['way']} | {len(row['runs'])} | {row['seconds']:.3g} "
             f"| {ratio} | {memory} | {_shown(row['result'])} |"
@@ -121,7 +121,7 @@ def _draw(rows: pd.DataFrame, record: Mapping[str, object], path: Path) -> None:
         else:
             values = rows.set_index("way").loc[ways, column]
             ax.barh(ways, values, color=[COLORS[way.startswith("ours")] for way in ways])
-            ax.set(xscale="log", xlabel=label)
+            ax.set(xlabel=label)
             ax.tick_params(axis="y", labelleft=ax is axes[0])
         ax.grid(visible=True, which="both", alpha=0.3)
         ax.set_axisbelow(True)
