@@ -624,18 +624,12 @@ def write_chips(
         What `tile.csv` holds: `xmin, ymin, xmax, ymax` (px of the chip), `label`, `tile_path`.
     """
     rasters = {image.image_identifier: image.raster for image in images}
-    is_png = {name: (r.dtype, len(r.bands)) in PNG_KINDS for name, r in rasters.items()}
-    kept = tiles[tiles["kept"]]
-    names = [
-        f"tile_{raster}_{window}_{angle}.{'png' if is_png[raster] else 'tif'}"
-        for raster, window, angle in zip(kept["raster"], kept["window"], kept["angle"], strict=True)
-    ]
-    jobs = [
-        (rasters[raster], window, angle, directory / name)
-        for raster, window, angle, name in zip(
-            kept["raster"], _windows(kept), kept["angle"], names, strict=True
-        )
-    ]
+    kept, names, jobs = tiles[tiles["kept"]], [], []
+    for tile, window in zip(kept.itertuples(), _windows(kept), strict=True):
+        raster = rasters[tile.raster]
+        suffix = "png" if (raster.dtype, len(raster.bands)) in PNG_KINDS else "tif"
+        names.append(f"tile_{tile.raster}_{tile.window}_{tile.angle}.{suffix}")
+        jobs.append((raster, window, tile.angle, directory / names[-1]))
     places = kept[["window", "angle", "width", "height"]].assign(tile_path=names)
     shown = places.merge(boxes, on="window")
     for (angle, width, height), group in shown.groupby(["angle", "width", "height"]):

@@ -19,14 +19,14 @@ import pandas as pd
 
 import fileio
 import imutils
-import splits
 import tiling
-from ImageData import BOX_COLUMNS, ImageData
+from ImageData import ImageData
 
 TILE_SIZE, OVERLAP = 256, 32  # px
 WRITTEN = 8192**2  # px, or all of a smaller raster
 OBJECTS = 20_000
 TRAINING_READS = 500
+RADIOMETRY = imutils.Radiometry("none", (0.0,), (255.0,), (0.5,), (0.3,))
 
 
 def make(folder: Path, side: int) -> None:
@@ -44,22 +44,13 @@ def make(folder: Path, side: int) -> None:
 
 
 def _index(folder: Path, side: int) -> tuple[fileio.Raster, pd.DataFrame, Path]:
-    rng = np.random.default_rng(0)
-    center = rng.uniform(40, side - 40, (OBJECTS, 2))
-    radius = rng.uniform(3, 30, (OBJECTS, 1))
-    df = pd.DataFrame(np.hstack([center - radius, center + radius]), columns=BOX_COLUMNS)
-    df = df.assign(pixel_x=center[:, 0], pixel_y=center[:, 1], diameter=2 * radius[:, 0],
-                   label="object")  # fmt: skip
-    raster = fileio.read_raster(folder / "raster.tif")
-    blocks = splits.ground_blocks(
-        [raster], split_by="block", max_tile_size=TILE_SIZE, block_size=None,
-        test_proportion=0.2, validation_proportion=0.25, seed=0,
+    boxes = common.with_centers(common.draw_boxes(side, OBJECTS, 60))
+    image = ImageData(fileio.read_raster(folder / "raster.tif"), "raster", boxes)
+    blocks, directory = common.index_tiles(
+        image, TILE_SIZE, folder / f"tiles_{os.getpid()}",
+        tiling.TilingOptions(angles=(90, 180, 270), evaluation_overlap=60), shares=(0.2, 0.25),
     )  # fmt: skip
-    directory = tiling.make_single_size(
-        TILE_SIZE, [ImageData(raster, "raster", df)], blocks, folder / f"tiles_{os.getpid()}",
-        tiling.TilingOptions(angles=(90, 180, 270), evaluation_overlap=60), workers=1,
-    )  # fmt: skip
-    return raster, blocks[blocks["split"] == "train"], directory
+    return image.raster, blocks[blocks["split"] == "train"], directory
 
 
 def index_tiles(folder: Path, side: int) -> common.Work:
@@ -88,8 +79,7 @@ def read_training_windows(folder: Path, side: int) -> common.Work:
     def work() -> int:
         tiles, boxes = tiling.read_tiles(directory)
         train = tiles[(tiles["split"] == "train") & tiles["kept"]]
-        radiometry = imutils.Radiometry("none", (0.0,), (255.0,), (0.5,), (0.3,))
-        dataset = BboxDataset(train, boxes, {"raster": raster}, {"object": 0}, radiometry)
+        dataset = BboxDataset(train, boxes, {"raster": raster}, {"object": 0}, RADIOMETRY)
         rows = np.random.default_rng(0).integers(0, len(dataset), TRAINING_READS)
         return sum(len(dataset[int(row)][0]) for row in rows)
 
@@ -130,9 +120,8 @@ def make_model() -> object:
 
     torch.manual_seed(0)
     anchors = Anchors(tuple((8.0 * 2**i, 12.0 * 2**i) for i in range(5)), (1.0,), 2)
-    radiometry = imutils.Radiometry("none", (0.0,), (255.0,), (0.5,), (0.3,))
     contract = DataContract(
-        tile_size=TILE_SIZE, bands=(1,), band_count=1, dtype="uint8", radiometry=radiometry,
+        tile_size=TILE_SIZE, bands=(1,), band_count=1, dtype="uint8", radiometry=RADIOMETRY,
         anchors=anchors, detections_per_tile=100, resolution=None, split_hash="",
         evaluation_overlap=OVERLAP,
     )  # fmt: skip

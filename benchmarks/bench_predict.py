@@ -359,7 +359,7 @@ def compare(
         lines[name] = Line(
             seconds=statistics.median(times[name]),
             rounds=times[name],
-            ratio=statistics.median(a / b for a, b in zip(times[name], times[base], strict=True)),
+            ratio=common.ratio(times[name], times[base]),
             found=int(shown.sum()),
             precision=float(hits.sum() / max(shown.sum(), 1)),
             recall=float(hits.sum() / len(truth)),
@@ -410,14 +410,15 @@ def benchmark(
         values = (getattr(line, column) for column in columns)
         shown = (f"{v:>15}" if isinstance(v, int) else f"{v:>15.3f}" for v in values)
         log.info("%-26s%s", name, "".join(shown))
-    rows = [
-        {"size": side, "way": name, "seconds": line.seconds, "runs": line.rounds,
-         "added_mb": None, "peak_mb": None, "against": against,
-         "ratio": common.ratio(line.rounds, lines[against].rounds) if against else None,
-         "result": f"precision {line.precision:.3f}, recall {line.recall:.3f}"}
-        for name, line in lines.items()
-        for against in [AGAINST.get(name) if with_ours else None]
-    ]  # fmt: skip
+    rows = []
+    for name, line in lines.items():
+        against = AGAINST.get(name) if with_ours else None
+        rows.append({
+            "size": side, "way": name, "seconds": line.seconds, "runs": line.rounds,
+            "added_mb": None, "peak_mb": None, "against": against,
+            "ratio": common.ratio(line.rounds, times[against]) if against else None,
+            "result": f"precision {line.precision:.3f}, recall {line.recall:.3f}",
+        })  # fmt: skip
     return {
         "title": "Predicting a raster",
         "size": "px a side",

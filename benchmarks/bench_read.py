@@ -23,7 +23,6 @@ from PIL import Image
 from rasterio.windows import Window as RasterioWindow
 
 import fileio
-import splits
 import tiling
 from ImageData import BOX_COLUMNS, Window
 
@@ -67,15 +66,8 @@ def bare(folder: Path, side: int) -> common.Work:
 
 def ours(folder: Path, side: int) -> common.Work:
     """Read with the project's raster, pixels and which of them are valid."""
-    raster = fileio.read_raster(folder / "raster.tif")
-
-    def work() -> int:
-        return sum(
-            raster.read_valid(window, raster.read(window)).shape[0] > 0
-            for window in random_windows(side, WINDOWS)
-        )
-
-    return work
+    raster, windows = fileio.read_raster(folder / "raster.tif"), random_windows(side, WINDOWS)
+    return lambda: sum(raster.read_valid(w, raster.read(w)).shape[0] > 0 for w in windows)
 
 
 def our_loader(folder: Path, side: int, workers: int) -> common.Work:
@@ -85,14 +77,8 @@ def our_loader(folder: Path, side: int, workers: int) -> common.Work:
     from ModelConfig import ModelConfig
 
     image = common.read_image(folder)
-    blocks = splits.ground_blocks(
-        [image.raster], split_by="block", max_tile_size=SIZE, block_size=None, test_proportion=0.01,
-        validation_proportion=0.01, seed=0,
-    )  # fmt: skip
-    directory = tiling.make_single_size(
-        SIZE, [image], blocks, folder / f"tiles_{workers}",
-        tiling.TilingOptions(evaluation_overlap=0), workers=1,
-    )  # fmt: skip
+    options = tiling.TilingOptions(evaluation_overlap=0)
+    _, directory = common.index_tiles(image, SIZE, folder / f"tiles_{workers}", options)
     tiles, boxes = tiling.read_tiles(directory)
     conf = ModelConfig(batch_size=BATCH, workers=workers)
     conf.train.augment.enabled = False

@@ -18,7 +18,6 @@ import rasterio
 from rasterio.windows import Window as RasterioWindow
 
 import fileio
-import splits
 import tiling
 from ImageData import Window
 
@@ -40,12 +39,8 @@ def ours(folder: Path, side: int, workers: int | None = 1, **options: object) ->
     image = common.read_image(folder)
 
     def work() -> int:
-        blocks = splits.ground_blocks(
-            [image.raster], split_by="block", max_tile_size=TILE_SIZE, block_size=None,
-            test_proportion=0.01, validation_proportion=0.01, seed=0,
-        )  # fmt: skip
-        directory = tiling.make_single_size(
-            TILE_SIZE, [image], blocks, folder / f"tiles_{os.getpid()}",
+        _, directory = common.index_tiles(
+            image, TILE_SIZE, folder / f"tiles_{os.getpid()}",
             tiling.TilingOptions(evaluation_overlap=0, **options), workers=workers,
         )  # fmt: skip
         return len(tiling.read_tiles(directory)[0])

@@ -11,25 +11,32 @@ head, and as many anchors a place, on levels P3 to P6; torchvision adds P7, 16 o
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import common
 import numpy as np
 
+if TYPE_CHECKING:
+    import torch
+
 BATCH, STEPS, OBJECTS = 4, 5, 30
 
 
-def make(folder: Path, size: int) -> None:
-    """Write nothing: the images are noise."""
+def _batch(size: int) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
+    """Return images and targets, on the device that there is."""
+    import torch
 
-
-def _batch(size: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     images = rng.random((BATCH, 3, size, size), dtype=np.float32)
     corner = rng.uniform(0, size - 40, (BATCH, OBJECTS, 2))
     boxes = np.concatenate([corner, corner + rng.uniform(8, 40, (BATCH, OBJECTS, 2))], axis=2)
-    return images, boxes.astype(np.float32)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    labels = torch.zeros(OBJECTS, dtype=torch.int64, device=device)
+    boxes = torch.tensor(boxes, dtype=torch.float32, device=device)
+    return torch.tensor(images, device=device), [{"boxes": b, "labels": labels} for b in boxes]
 
 
 def ours(folder: Path, size: int, precision: str) -> common.Work:
@@ -41,7 +48,8 @@ def ours(folder: Path, size: int, precision: str) -> common.Work:
     from ModelConfig import ModelConfig
     from networks import DataContract, fit_anchors, freeze_stages
 
-    images, boxes = _batch(size)
+    images, targets = _batch(size)
+    boxes = torch.cat([target["boxes"] for target in targets]).cpu().numpy()
     conf = ModelConfig(
         backbone="resnet50", fpn_channels=256, head_depth=4, finest_level=3, anchors_per_level=3,
         aspect_ratios=(0.5, 1.0, 2.0), norm="frozen", freeze_stages=1,
@@ -49,28 +57,19 @@ def ours(folder: Path, size: int, precision: str) -> common.Work:
     contract = DataContract(
         tile_size=size, bands=(1, 2, 3), band_count=3, dtype="uint8",
         radiometry=Radiometry("none", (0.0,) * 3, (1.0,) * 3, (0.5,) * 3, (0.3,) * 3),
-        anchors=fit_anchors(boxes.reshape(-1, 4), conf), detections_per_tile=100, resolution=None,
+        anchors=fit_anchors(boxes, conf), detections_per_tile=100, resolution=None,
         split_hash="", evaluation_overlap=40,
     )  # fmt: skip
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = LargeRasterORModel(["object"], conf, contract)
     freeze_stages(model.network.backbone, conf.freeze_stages)
-    network = model.network.to(device).train()
-    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
-    labels = torch.zeros(OBJECTS, dtype=torch.int64, device=device)
-    targets = [{"boxes": torch.tensor(b, device=device), "labels": labels} for b in boxes]
-    batch, precision = torch.tensor(images, device=device), resolve_precision(precision, device)
+    network, device = model.network.to(images.device).train(), images.device.type
+    precision = resolve_precision(precision, device)
 
-    def step() -> float:
+    def losses() -> dict[str, torch.Tensor]:
         with autocast(device, precision):
-            losses, _ = network(batch, targets, detect=False)
-        loss = sum(losses.values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return float(loss.detach())
+            return network(images, targets, detect=False)[0]
 
-    return partial(_repeat, step)
+    return _training(losses, torch.optim.AdamW(network.parameters(), fused=True))
 
 
 def deepforest(folder: Path, size: int, enlarged: int | None) -> common.Work:
@@ -83,7 +82,7 @@ def deepforest(folder: Path, size: int, enlarged: int | None) -> common.Work:
     from torchvision.ops import FrozenBatchNorm2d
     from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-    images, boxes = _batch(size)
+    images, targets = _batch(size)
     # what `retinanet_resnet50_fpn(weights="COCO_V1").backbone` is, without the download
     backbone = _resnet_fpn_extractor(
         resnet50(weights=None, norm_layer=FrozenBatchNorm2d), trainable_layers=3,
@@ -92,38 +91,32 @@ def deepforest(folder: Path, size: int, enlarged: int | None) -> common.Work:
     sides = {"min_size": enlarged, "max_size": enlarged} if enlarged else {}
     network = RetinaNet(backbone, num_classes=1, **sides)
     detector = main.deepforest(model=network, config_args={"num_classes": 1})
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = detector.model.to(device).train()
+    network, images = detector.model.to(images.device).train(), list(images)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
-    labels = torch.zeros(OBJECTS, dtype=torch.int64, device=device)
-    targets = [{"boxes": torch.tensor(b, device=device), "labels": labels} for b in boxes]
-    batch = [torch.tensor(image, device=device) for image in images]
+    return _training(lambda: network(images, targets), optimizer)
+
+
+def _training(
+    losses: Callable[[], Mapping[str, torch.Tensor]], optimizer: torch.optim.Optimizer
+) -> common.Work:
+    """Return what makes some steps, after as many that warm: libraries choose their kernels then.
+
+    Each loss is waited for, so that a device has done its work.
+    """
 
     def step() -> float:
-        loss = sum(network(batch, targets).values())
+        loss = sum(losses().values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         return float(loss.detach())
 
-    return partial(_repeat, step)
+    def work() -> str:
+        finite = np.isfinite([step() for _ in range(STEPS)]).all()
+        return f"{STEPS * BATCH} images, finite: {bool(finite)}"
 
-
-def _repeat(step: common.Work) -> str:
-    """Run the steps; the losses are waited for, so that a device has done its work."""
-    losses = [step() for _ in range(STEPS)]
-    return f"{STEPS * BATCH} images, finite: {bool(np.isfinite(losses).all())}"
-
-
-def warmed(way: common.Way) -> common.Way:
-    """Return a way whose first steps are not timed: libraries choose their kernels then."""
-
-    def prepare(folder: Path, size: int) -> common.Work:
-        work = way(folder, size)
-        work()
-        return work
-
-    return prepare
+    work()
+    return work
 
 
 if __name__ == "__main__":
@@ -133,12 +126,12 @@ if __name__ == "__main__":
             size="px a tile",
             sizes=(400,),
             short=(400,),
-            make=make,
+            make=None,
             ways={
-                "ours, automatic precision": warmed(partial(ours, precision="auto")),
-                "ours, float32": warmed(partial(ours, precision="32-true")),
-                "DeepForest, as it is": warmed(partial(deepforest, enlarged=None)),
-                "DeepForest, tiles not enlarged": warmed(partial(deepforest, enlarged=400)),
+                "ours, automatic precision": partial(ours, precision="auto"),
+                "ours, float32": partial(ours, precision="32-true"),
+                "DeepForest, as it is": partial(deepforest, enlarged=None),
+                "DeepForest, tiles not enlarged": partial(deepforest, enlarged=400),
             },
             against=dict.fromkeys(
                 ("ours, float32", "DeepForest, as it is", "DeepForest, tiles not enlarged"),

@@ -35,6 +35,8 @@ PROJECT = Path(__file__).parent.parent
 sys.path.insert(0, str(PROJECT))
 
 import fileio
+import splits
+import tiling
 from ImageData import BOX_COLUMNS, ImageData
 
 log = logging.getLogger("benchmarks")
@@ -77,7 +79,7 @@ class Stage:
         size: What the sizes count, with its unit.
         sizes: Of the full benchmark.
         short: Of the short one.
-        make: Writes the input of a size into a folder.
+        make: Writes the input of a size into a folder; None: there is nothing to write.
         ways: Name -> way, given the folder and the size. What is timed returns something that tells
             what came of it, such as the number of tiles.
         against: Name of a way -> the way of ours that does the same work.
@@ -96,7 +98,7 @@ class Stage:
     size: str
     sizes: tuple[int, ...]
     short: tuple[int, ...]
-    make: Callable[[Path, int], None]
+    make: Callable[[Path, int], None] | None
     ways: Mapping[str, Way]
     against: Mapping[str, str] = field(default_factory=dict)
     agree: tuple[tuple[str, ...], ...] = ()
@@ -132,7 +134,8 @@ def main(stage: Stage, description: str) -> None:
     rows = []
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
-            stage.make(Path(folder), size)
+            if stage.make is not None:
+                stage.make(Path(folder), size)
             rows += _take_turns(stage, ways, size, Path(folder), runs)
     aims = [found for aim in stage.aims if (found := judge(aim, rows, f"{stage.memory}_mb"))]
     if stage.grows_to is not None:
@@ -289,8 +292,7 @@ def _take_turns(
 
 
 def _is_close(a: object, b: object) -> bool:
-    numbers = isinstance(a, float) and isinstance(b, float)
-    return math.isclose(a, b, rel_tol=1e-9) if numbers else a == b
+    return np.allclose(a, b, rtol=1e-9, atol=0) if isinstance(a, float | list) else a == b
 
 
 def _run(way: str, size: int, folder: Path) -> Measurement:
@@ -384,3 +386,26 @@ def with_centers(boxes: pd.DataFrame) -> pd.DataFrame:
     low, high = (boxes[BOX_COLUMNS[i : i + 2]].to_numpy() for i in (0, 2))
     center = (low + high) / 2
     return boxes.assign(pixel_x=center[:, 0], pixel_y=center[:, 1], diameter=(high - low)[:, 0])
+
+
+def index_tiles(
+    image: ImageData,
+    size: int,
+    directory: Path,
+    options: tiling.TilingOptions,
+    *,
+    shares: tuple[float, float] = (0.01, 0.01),
+    workers: int | None = 1,
+) -> tuple[pd.DataFrame, Path]:
+    """Split a raster's ground and index its tiles; `shares` are of test and validation.
+
+    Returns:
+        The blocks of ground, and the folder of the index.
+    """
+    blocks = splits.ground_blocks(
+        [image.raster], split_by="block", max_tile_size=size, block_size=None,
+        test_proportion=shares[0], validation_proportion=shares[1], seed=0,
+    )  # fmt: skip
+    return blocks, tiling.make_single_size(
+        size, [image], blocks, directory, options, workers=workers
+    )

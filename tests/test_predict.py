@@ -622,7 +622,7 @@ def test_ctrl_c_ends_the_command_with_a_hint(tmp_path, small_scene, checkpoint):
         [sys.executable, str(PROJECT / "predict.py"), *words], stderr=subprocess.PIPE, text=True
     )
     journal = tmp_path / "out.csv.journal"
-    while process.poll() is None and not list(journal.glob("*.npz")):
+    while process.poll() is None and not list(journal.glob("strip_*.npz")):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, message = process.communicate(timeout=60)
