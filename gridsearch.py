@@ -11,147 +11,34 @@ that was interrupted is; a failed one is recorded with its traceback and the sea
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
 import secrets
 import shutil
-import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import pandas as pd
-import pytorch_lightning as pl
-import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
-from pytorch_lightning.callbacks import ModelCheckpoint
 
-import annotations
 import fileio
-import imutils
-import splits
-import tiling
-from datasets import HardTiles, TileDataModule, class_ids
-from ImageData import BOX_COLUMNS, CENTER_COLUMNS, ImageData, InputError
-from LargeRasterOR import BEST_BY, DivergedError, LargeRasterORModel
-from logger import LoggerProtocol, get_logging_key, make_model_logger
+from ImageData import ImageData, InputError
+from LargeRasterOR import BEST_BY
+from logger import get_logging_key, make_model_logger
 from ModelConfig import ModelConfig
-from networks import (
-    GOOD_ANCHOR,
-    LAST_LEVEL,
-    DataContract,
-    detections_limit,
-    fit_anchors,
-    good_anchor_share,
-)
+from trials import EVALUATION_FILES, SearchData, train_iteration
 
 log = logging.getLogger(__name__)
 
 TRASH = ".trash-"  # prefix of folders that are being deleted
 OUTCOMES = {"values", "error"}  # attributes of a trial, one of which tells that it came to an end
-BEST_FILES = (
-    "detections.csv",
-    "objects.csv",
-    "curve.csv",
-    "confusion.csv",
-)  # of the best trial, for the run
-
-
-@dataclass(frozen=True)
-class SearchData:
-    """What all trials of a search share.
-
-    Attributes:
-        tilings: Tile size -> folder of its index.
-        rasters: Identifier -> raster.
-        ids: Label -> class id.
-        radiometry: How raw values become model input.
-        blocks: Ground blocks.
-        evaluation_overlap: Overlap of evaluation windows in px.
-        tile_marks: Tile size -> fingerprint of its index.
-    """
-
-    tilings: Mapping[int, Path]
-    rasters: Mapping[str, fileio.Raster]
-    ids: Mapping[str, int]
-    radiometry: imutils.Radiometry
-    blocks: pd.DataFrame
-    evaluation_overlap: int
-    tile_marks: Mapping[int, str]
-
-
-def prepare_search(
-    images: Sequence[ImageData],
-    blocks: pd.DataFrame,
-    tilings: Mapping[int, Path],
-    sample_sizes: Sequence[float],
-    conf: ModelConfig,
-    *,
-    stretch: str = "auto",
-    percentiles: tuple[float, float] = (0.5, 99.5),
-) -> tuple[SearchData, pd.DataFrame]:
-    """Fix what all trials share, and refuse what would fail after hours of training.
-
-    Args:
-        images: The annotated rasters.
-        blocks: Ground blocks.
-        tilings: Tile size -> folder of its index.
-        sample_sizes: All sample sizes of the search.
-        conf: Configuration of all trials.
-        stretch: See `imutils.measure_radiometry`.
-        percentiles: See there.
-
-    Returns:
-        The shared data, and the number of objects per label and split (of the last tile size and
-        the largest sample).
-
-    Raises:
-        InputError: Splits share ground, a split has no tile or object, a label is never seen in
-            training, or a model as configured cannot be built.
-    """
-    rasters = {image.image_identifier: image.raster for image in images}
-    indexes = {size: tiling.read_tiles(directory) for size, directory in tilings.items()}
-    pixels = tiling.sample_pixels(blocks[blocks["split"] == "train"], rasters, seed=conf.seed)
-    data = SearchData(
-        tilings=dict(tilings),
-        rasters=rasters,
-        ids=class_ids([label for image in images for label in image.df["label"].unique()]),
-        radiometry=imutils.measure_radiometry(pixels, stretch, percentiles),
-        blocks=blocks,
-        evaluation_overlap=tiling.evaluation_overlap(images),
-        tile_marks={size: fileio.fingerprint(index) for size, index in indexes.items()},
-    )
-    counts = None
-    for size, (tiles, boxes) in indexes.items():
-        for sample_size in sorted(sample_sizes):
-            try:
-                module = _module(data, tiles, boxes, conf, sample_size)
-                used = [module.train.tiles, module.full_validation.tiles, module.test.tiles]
-                counts = splits.check_labels(pd.concat(used), boxes)
-            except InputError as error:
-                raise InputError(
-                    f"tiles of {size} px, sample size {sample_size}: {error}"
-                ) from error
-    model = LargeRasterORModel(data.ids, conf, make_contract(data, module, size))
-    model.load_pretrained()
-    model.create_trainer()
-    return data, counts
-
-
-def _module(
-    data: SearchData, tiles: pd.DataFrame, boxes: pd.DataFrame, conf: ModelConfig, sample: float
-) -> TileDataModule:
-    return TileDataModule(
-        tiles, boxes, data.rasters, data.ids, data.radiometry, conf, sample_size=sample
-    )
 
 
 def run_search(
@@ -265,177 +152,6 @@ def _train_trial(
     return values
 
 
-def train_iteration(
-    hyperparams: Mapping[str, Any],
-    data: SearchData,
-    conf: ModelConfig,
-    trial_dir: Path,
-    logger: LoggerProtocol,
-    callbacks: Sequence[pl.Callback] = (),
-    *,
-    progress: bool = False,
-) -> dict[str, float]:
-    """Train one model, choose its threshold on all validation ground, test it on the test ground.
-
-    Writes to `trial_dir`: `checkpoints/best.ckpt` (highest `val_AP50`, with the threshold);
-    `detections.csv`, `objects.csv`, `curve.csv`, `confusion.csv` of the test.
-
-    Args:
-        hyperparams: `patch_size, n_epochs, sample_size, learning_rate, batch_size`.
-        data: What all trials share.
-        conf: Configuration; a copy takes the hyperparameters.
-        trial_dir: The trial's folder.
-        logger: Its record.
-        callbacks: Further Lightning callbacks.
-        progress: Show bars.
-
-    Returns:
-        The test's values by the names of `metrics.evaluate`, the validation's with `val_` before
-        them, and `training_time` in s.
-    """
-    conf = copy.deepcopy(conf)
-    conf.batch_size = hyperparams["batch_size"]
-    conf.train.epochs = hyperparams["n_epochs"]
-    conf.train.lr = hyperparams["learning_rate"]
-    pl.seed_everything(conf.seed, workers=True, verbose=False)
-
-    size = hyperparams["patch_size"]
-    tiles, boxes = tiling.read_tiles(data.tilings[size])
-    if fileio.fingerprint((tiles, boxes)) != data.tile_marks[size]:
-        raise InputError(
-            f"the tiles in {data.tilings[size]} changed while the search ran; another run must not "
-            "write to them. Run all again, or give each run a TILING_DIRECTORY of its own"
-        )
-    module = _module(data, tiles, boxes, conf, hyperparams["sample_size"])
-    contract = make_contract(data, module, size)
-    model = LargeRasterORModel(data.ids, conf, contract)
-    model.load_pretrained()
-    checkpoint = ModelCheckpoint(
-        trial_dir / "checkpoints", filename="best", monitor=BEST_BY, mode="max"
-    )
-    trainer = model.create_trainer(
-        logger, [checkpoint, HardTiles(module.sampler), *callbacks],
-        progress=progress, root_dir=trial_dir,
-    )  # fmt: skip
-    fitted = contract.anchors
-    covered = good_anchor_share(fitted, module.train.boxes[module.train.owned])
-    log.info(
-        "%d training tiles, %d of validation, %d of test; network: %s, norm %s, P%d-P%d of %d "
-        "channels, input enlarged by %g; anchors of %s px, ratios %s (%.0f %% of the objects have "
-        "one of IoU above %g); up to %d detections per tile, of %d candidates per level",
-        len(module.train), len(module.validation), len(module.test), conf.backbone,
-        conf.architecture()["norm"], fitted.finest_level, LAST_LEVEL, conf.fpn_channels,
-        fitted.input_scale, fitted.sizes, fitted.aspect_ratios, 100 * covered, GOOD_ANCHOR,
-        contract.detections_per_tile, model.network.topk_candidates,
-    )  # fmt: skip
-    start = time.monotonic()
-    try:
-        trainer.fit(model, datamodule=module)
-    except DivergedError as error:
-        named = module.train.tiles.iloc[error.tiles][["raster", *tiling.WINDOW_COLUMNS]]
-        places = "; ".join(f"{t.raster} at x {t.x}, y {t.y}" for t in named.itertuples())
-        raise InputError(
-            f"{error}. Tiles of {size} px: {places}. Look at them, or lower LEARNING_RATES; the "
-            f"best epoch until then, if there was one, is in {trial_dir / 'checkpoints'}"
-        ) from error
-    training_time = time.monotonic() - start
-    logger.log({"training_time": training_time})
-    steps = trainer.estimated_stepping_batches
-    if conf.train.max_minutes is not None and trainer.global_step < steps:
-        log.warning(
-            "train.max_minutes ended the training after %d of %d steps", trainer.global_step, steps
-        )
-
-    best = Path(checkpoint.best_model_path)
-    state = torch.load(best, map_location="cpu", weights_only=True)
-    model.load_state_dict(state["state_dict"])
-    right, down = model.network.offset.tolist()
-    log.info(
-        "annotated boxes lie %.2f px %s and %.2f px %s what shows objects",
-        abs(right), "right of" if right > 0 else "left of",
-        abs(down), "below" if down > 0 else "above",
-    )  # fmt: skip
-    (validated,) = trainer.validate(model, module.full_validation_dataloader(), verbose=False)
-    state["state_dict"]["operating_threshold"] = model.operating_threshold.cpu()
-    state |= {"optimizer_states": [], "lr_schedulers": []}  # most of a file that only detects
-    for training in ("current_model_state", "averaging_state"):
-        state.pop(training, None)
-    with fileio.atomic_path(best) as temporary:
-        torch.save(state, temporary)
-    (tested,) = trainer.test(model, module.test_dataloader(), verbose=False)
-
-    values = {**tested, **validated, "offset_x": right, "offset_y": down,
-              "training_time": training_time}  # fmt: skip
-    write_evaluation(trial_dir, model, data.blocks)
-    for name in BEST_FILES:
-        logger.log_artifact(trial_dir / name, name, "evaluation", "of the test ground")
-    log.info(
-        "test, views %r: AP50 %.3f, F1 %.3f (precision %.3f, recall %.3f at score %.2f), "
-        "%.0f s of training",
-        conf.views, values["AP50"], values["box_f1"], values["box_precision"], values["box_recall"],
-        values["score_threshold"], training_time,
-    )  # fmt: skip
-    return values
-
-
-def make_contract(data: SearchData, module: TileDataModule, tile_size: int) -> DataContract:
-    """Derive what depends on the training tiles of a trial, for its model and its checkpoint."""
-    raster = next(iter(data.rasters.values()))
-    # of all tiles, so that no limit cuts what is measured; their labels are not looked at
-    tiles = (module.train, module.full_validation, module.test)
-    densest = max(int(np.max(t.last - t.first, initial=0)) for t in tiles)
-    return DataContract(
-        tile_size=tile_size,
-        bands=raster.bands,
-        band_count=raster.band_count,
-        dtype=raster.dtype,
-        radiometry=data.radiometry,
-        # neighbours are cut
-        anchors=fit_anchors(module.train.boxes[module.train.owned], module.conf),
-        detections_per_tile=module.conf.detections_per_tile or detections_limit(densest),
-        resolution=raster.resolution,
-        split_hash=fileio.fingerprint(data.blocks),
-        evaluation_overlap=min(data.evaluation_overlap, tile_size // 2),
-    )
-
-
-def write_evaluation(trial_dir: Path, model: LargeRasterORModel, blocks: pd.DataFrame) -> None:
-    """Write the model's last evaluation as tables; places are in px of the raster.
-
-    `detections.csv`, of all scores: `raster, block, pixel_x, pixel_y, diameter, label, score, xmin,
-    ymin, xmax, ymax, found`; `found` is the `object` of the block that the detection found, -1 for
-    none, -2 for one on an object of other ground, or on ground that does not count.
-    `objects.csv`: `raster, block, object, label, xmin, ymin, xmax, ymax, counted, found_score`;
-    `counted` unless the centre lies on other ground; the score of the detection that found it.
-    `curve.csv`: `threshold, precision, recall, f1`. `confusion.csv`: counts.
-    """
-    raster_of = blocks.set_index("block")["raster"]
-    labels = np.asarray(model.labels, dtype=object)
-    detections, objects = [], []
-    for block, ground in model.grounds.items():
-        place = {"raster": raster_of[block], "block": block}
-        matches = model.evaluation.matches[block]
-        boxes = dict(zip(BOX_COLUMNS, ground.boxes.T, strict=True))
-        found = annotations.measure_bboxes(pd.DataFrame(boxes)).assign(
-            **place, label=labels[ground.labels], score=ground.scores.astype(float), found=matches
-        )
-        columns = [*place, *CENTER_COLUMNS, "diameter", "label", "score", *BOX_COLUMNS, "found"]
-        detections.append(found[columns])
-
-        score = np.full(len(ground.truth_boxes), np.nan)
-        score[matches[matches >= 0]] = ground.scores[matches >= 0]
-        boxes = dict(zip(BOX_COLUMNS, ground.truth_boxes.T, strict=True))
-        first = place | {"object": np.arange(len(score)), "label": labels[ground.truth_labels]}
-        last = {"counted": ~ground.truth_ignored, "found_score": score}
-        objects.append(pd.DataFrame(first | boxes | last))
-    fileio.write_table(trial_dir / "detections.csv", pd.concat(detections, ignore_index=True))
-    fileio.write_table(trial_dir / "objects.csv", pd.concat(objects, ignore_index=True))
-    fileio.write_table(trial_dir / "curve.csv", pd.DataFrame(vars(model.evaluation.curve)))
-    confusion = pd.DataFrame(model.evaluation.confusion, columns=[*model.labels, "(missed)"])
-    confusion.insert(0, "(truth)", [*model.labels, "(background)"])
-    fileio.write_table(trial_dir / "confusion.csv", confusion)
-
-
 def read_leaderboard(study: optuna.Study, run_dir: Path) -> pd.DataFrame:
     """Tabulate the trials of a study, best test AP50 first, failed ones last.
 
@@ -497,7 +213,7 @@ def _finish(study: optuna.Study, run_dir: Path) -> pd.DataFrame:
         )
     best = board[board["selected"]].iloc[0]
     checkpoint, trial_dir = Path(best["checkpoint"]), trial_dir_of(best)
-    for source in (checkpoint, *(trial_dir / name for name in BEST_FILES)):
+    for source in (checkpoint, *(trial_dir / name for name in EVALUATION_FILES)):
         with fileio.atomic_path(run_dir / source.name) as temporary:
             shutil.copyfile(source, temporary)
     summary = {

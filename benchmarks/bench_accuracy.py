@@ -40,6 +40,7 @@ import gridsearch
 import metrics
 import splits
 import tiling
+import trials
 from datasets import BboxDataset, TileDataModule
 from logger import configure_logger
 from ModelConfig import RunParameters
@@ -49,7 +50,7 @@ SHOWN = ("AP50", "AP50_low", "AP50_high", "AP", "box_f1", "box_precision", "box_
 MANY = 10_000  # epochs, which the clock cuts short
 
 
-def prepare(params: RunParameters) -> tuple[gridsearch.SearchData, TileDataModule]:
+def prepare(params: RunParameters) -> tuple[trials.SearchData, TileDataModule]:
     """Clean, split and tile as the notebook does."""
     rasters = fileio.read_rasters(params.image_paths, params.BANDS, params.RESOLUTION_TOLERANCE)
     images, _ = annotations.clean_annotations(
@@ -67,7 +68,7 @@ def prepare(params: RunParameters) -> tuple[gridsearch.SearchData, TileDataModul
     )
     conf = params.model_config()
     conf.batch_size = params.BATCH_SIZES[0]
-    data, _ = gridsearch.prepare_search(
+    data, _ = trials.prepare_search(
         images, blocks, tilings, params.SAMPLE_SIZES, conf, **params.stretch_options()
     )
     tiles, boxes = tiling.read_tiles(tilings[params.PATCH_SIZES[0]])
@@ -75,7 +76,7 @@ def prepare(params: RunParameters) -> tuple[gridsearch.SearchData, TileDataModul
     return data, module
 
 
-def train_ours(params: RunParameters, data: gridsearch.SearchData) -> dict[str, float]:
+def train_ours(params: RunParameters, data: trials.SearchData) -> dict[str, float]:
     """Search the one trial; its values are of the test ground."""
     board = gridsearch.run_search(data, params.search_space, params.model_config(), params.run_dir)
     names = [n for n in (*SHOWN, "val_AP50", "training_time") if n in board]

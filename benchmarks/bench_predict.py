@@ -46,6 +46,7 @@ import sampledata
 import splits
 import strips
 import tiling
+import trials
 from ImageData import Window
 from LargeRasterOR import LargeRasterORModel, autocast
 from ModelConfig import ModelConfig
@@ -150,7 +151,7 @@ def train(folder: Path, epochs: int) -> Path:
         "patch_size": [TILE_SIZE], "n_epochs": [epochs], "sample_size": [1.0],
         "learning_rate": [5e-4], "batch_size": [BATCH_SIZE],
     }  # fmt: skip
-    data, _ = gridsearch.prepare_search(images, blocks, tilings, space["sample_size"], conf)
+    data, _ = trials.prepare_search(images, blocks, tilings, space["sample_size"], conf)
     gridsearch.run_search(data, space, conf, folder / "run")
     return folder / "run" / "best.ckpt"
 

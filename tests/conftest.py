@@ -14,10 +14,10 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import annotations
 import fileio
-import gridsearch
 import sampledata
 import splits
 import tiling
+import trials
 from ModelConfig import ModelConfig
 
 PROJECT = Path(__file__).parent.parent
@@ -65,7 +65,7 @@ def prepared(small_sample, tmp_path_factory):
         workers=1,
     )  # fmt: skip
     conf = ModelConfig(fpn_channels=16, accelerator="cpu")
-    data, counts = gridsearch.prepare_search(images, blocks, tilings, [1.0], conf)
+    data, counts = trials.prepare_search(images, blocks, tilings, [1.0], conf)
     tiles, boxes = tiling.read_tiles(tilings[128])
     return SimpleNamespace(
         folder=folder, tables=small_sample.tables, images=images, report=report, blocks=blocks,

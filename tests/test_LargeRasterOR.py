@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.models import resnet18
 
 import gridsearch
+import trials
 from datasets import BboxDataset, HardTiles, TileDataModule, collate
 from ImageData import InputError
 from imutils import Radiometry
@@ -59,7 +60,7 @@ def overfitted(prepared, tmp_path_factory):
         tiles[keep], prepared.boxes, data.rasters, data.ids, data.radiometry, conf
     )
     torch.manual_seed(0)
-    contract = gridsearch.make_contract(data, module, 128)
+    contract = trials.make_contract(data, module, 128)
     model = LargeRasterORModel(data.ids, conf, contract)
     trainer = model.create_trainer(root_dir=tmp_path_factory.mktemp("fit"))
     steps = DataLoader(ConcatDataset([module.train] * 80), collate_fn=collate)
@@ -126,7 +127,7 @@ def test_testing_before_validating_is_refused(prepared, tmp_path):
     module = TileDataModule(
         prepared.tiles, prepared.boxes, data.rasters, data.ids, data.radiometry, conf
     )
-    model = LargeRasterORModel(data.ids, conf, gridsearch.make_contract(data, module, 128))
+    model = LargeRasterORModel(data.ids, conf, trials.make_contract(data, module, 128))
     trainer = model.create_trainer(root_dir=tmp_path)
     with pytest.raises(InputError, match="validate it before testing"):
         trainer.test(model, module.test_dataloader(), verbose=False)
@@ -171,7 +172,7 @@ def test_the_rate_rises_then_falls(prepared, tmp_path):
     module = TileDataModule(
         prepared.tiles, prepared.boxes, data.rasters, data.ids, data.radiometry, conf
     )
-    model = LargeRasterORModel(data.ids, conf, gridsearch.make_contract(data, module, 128))
+    model = LargeRasterORModel(data.ids, conf, trials.make_contract(data, module, 128))
     rates = []
     original = model.training_step
 
@@ -196,7 +197,7 @@ def fit(prepared, folder, conf, callbacks=(), sample_size=1.0):
         sample_size=sample_size,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = LargeRasterORModel(data.ids, conf, gridsearch.make_contract(data, module, 128))
+    model = LargeRasterORModel(data.ids, conf, trials.make_contract(data, module, 128))
     model.load_pretrained()
     trainer = model.create_trainer(
         callbacks=[HardTiles(module.sampler), *callbacks], root_dir=folder

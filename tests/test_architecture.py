@@ -30,7 +30,8 @@ LAYERS = [
     ["networks", "atlas"],
     ["LargeRasterOR"],
     ["strips"],
-    ["gridsearch", "predict", "preflight"],
+    ["trials", "predict", "preflight"],
+    ["gridsearch"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 WITHOUT_TORCH = LEVEL["tiling"]  # the highest layer that worker processes import
@@ -93,7 +94,7 @@ def test_notebook_is_stripped_and_its_cells_are_short(notebook):
         assert not cell.outputs
         assert cell.execution_count is None
         if not {"parameters"} & set(cell.metadata.get("tags", [])):
-            assert len(cell.source.splitlines()) <= 18, cell.source
+            assert len(cell.source.splitlines()) <= 20, cell.source  # the imports are the longest
 
 
 def test_contents_lead_to_every_section(notebook):

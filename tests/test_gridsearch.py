@@ -19,6 +19,7 @@ from conftest import PROJECT
 
 import fileio
 import gridsearch
+import trials
 from ImageData import InputError
 from LargeRasterOR import LargeRasterORModel
 from ModelConfig import ModelConfig
@@ -42,7 +43,7 @@ def fake_training(values_of=lambda h: h["sample_size"] * h["learning_rate"] * 10
         value = values_of(hyperparams)
         (trial_dir / "checkpoints").mkdir(parents=True)
         (trial_dir / "checkpoints" / "best.ckpt").write_text(str(value))
-        for name in gridsearch.BEST_FILES:
+        for name in trials.EVALUATION_FILES:
             (trial_dir / name).write_text(f"value\n{value}\n")
         return {"AP50": 1 - value, "val_AP50": value, "box_f1": value}
 
@@ -237,7 +238,7 @@ def test_models_that_cannot_be_built_show_before_the_search(prepared):
     bad = conf()
     bad.weights = "/no/such/file.pth"
     with pytest.raises(InputError, match="WEIGHTS must be a file"):
-        gridsearch.prepare_search(prepared.images, prepared.blocks, prepared.tilings, [1.0], bad)
+        trials.prepare_search(prepared.images, prepared.blocks, prepared.tilings, [1.0], bad)
 
 
 def test_a_search_in_which_all_fail_says_why(prepared, tmp_path, monkeypatch):
@@ -335,4 +336,4 @@ def test_problems_of_the_splits_show_before_the_search(prepared, tmp_path):
     tiles.to_parquet(tmp_path / "tiles.parquet")
     prepared.boxes.to_parquet(tmp_path / "boxes.parquet")
     with pytest.raises(InputError, match="no train tile is left after filtering"):
-        gridsearch.prepare_search(prepared.images, prepared.blocks, {128: tmp_path}, [1.0], conf())
+        trials.prepare_search(prepared.images, prepared.blocks, {128: tmp_path}, [1.0], conf())
