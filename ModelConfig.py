@@ -44,7 +44,7 @@ MAY_CHANGE = {
     "FORCE_CREATION", "ACCELERATOR", "DEVICES", "WORKERS", "RUNS_DIR", "DF_DIR", "IMG_DIR",
     "TILING_DIRECTORY", "IMAGE_OUTPUT_DIRECTORY", "MATERIALIZE_TILES", "WANDB_ACTIVE",
     "WANDB_PROJECT", "PLOT_IMAGE", "INTERACTIVE", "PREDICT_FILENAMES", "CATALOGUE_FORMATS",
-    "CATALOGUE_GEOMETRY", "DENSITY_CELL",
+    "CATALOGUE_GEOMETRY", "DENSITY_CELL", "SCHEDULER",
 }  # fmt: skip
 PARAMETER_OF = {  # field of the model's configuration -> parameter of a run
     "batch_size": "BATCH_SIZES", "train.epochs": "N_EPOCHS", "train.lr": "LEARNING_RATES",
@@ -289,6 +289,7 @@ class RunParameters:
     DEVICES: int | str | list[int]
     PRECISION: Precision
     WORKERS: Annotated[int, Field(ge=0)] | None
+    SCHEDULER: Annotated[str, Field(pattern=r"^[a-z]+://\S+:\d+$")] | None
     SEED: Annotated[int, Field(ge=0, lt=2**32)]
     RUN_NAME: Annotated[str, Field(pattern=r"^[\w][\w.+-]*$")]
     RUNS_DIR: Path
@@ -351,6 +352,10 @@ class RunParameters:
                 f"{PARAMETER_OF[name]}"
             )
         self.model_config()  # raises where an option is wrong
+        if self.SCHEDULER:  # its workers may work in other folders
+            for name in ("DF_DIR", "IMG_DIR", "CACHE_DIR", "RUNS_DIR", "IMAGE_OUTPUT_DIRECTORY"):
+                if (path := getattr(self, name)) is not None:
+                    object.__setattr__(self, name, path.absolute())
         if strangers := sorted(set(self.TEST_FILENAMES or []) - set(self.IMAGE_FILENAMES)):
             raise InputError(
                 f"TEST_FILENAMES must be among IMAGE_FILENAMES, these are not: {strangers}"
@@ -574,6 +579,7 @@ class RunParameters:
             "geometry": self.CATALOGUE_GEOMETRY,
             "density_cell": self.DENSITY_CELL,
             "device": "cuda" if self.ACCELERATOR == "gpu" else self.ACCELERATOR,
+            "scheduler": self.SCHEDULER,
             "precision": self.PRECISION,
             "resolution_tolerance": self.RESOLUTION_TOLERANCE,
         }

@@ -879,6 +879,7 @@ def clean_annotations(
     output_dir: Path,
     region_paths: Sequence[tuple[Path | None, Path | None]] | None = None,
     workers: int | None = None,
+    scheduler: str | None = None,
     progress: bool = False,
     **options: object,
 ) -> tuple[list[ImageData], pd.DataFrame]:
@@ -897,6 +898,7 @@ def clean_annotations(
         output_dir: Where clean tables, quarantine and report go.
         region_paths: Per raster, see `read_regions`.
         workers: Processes; None takes all cores.
+        scheduler: Of a Dask cluster that takes their place, see `parallel.imap_ordered`.
         progress: Show a bar.
         options: Passed to `preprocess_df`.
 
@@ -911,7 +913,7 @@ def clean_annotations(
         ]
     cleaned = parallel.map_ordered(
         partial(_preprocess_job, options=options), list(zip(df_paths, rasters, strict=True)),
-        workers=workers, description="cleaning", progress=progress,
+        workers=workers, scheduler=scheduler, description="cleaning", progress=progress,
     )  # fmt: skip
     common = gather_common_labels([c.df for c in cleaned], label_percentile)
     merged = sorted(common.index[~common])

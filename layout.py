@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ import rasterio.shutil
 from rasterio.enums import ColorInterp, Resampling
 from rasterio.windows import Window as RasterioWindow
 
+import parallel
 from artefacts import atomic_path, fingerprint, write_json
 from ImageData import InputError, Window
 from rasters import GDAL_ERRORS, Raster, create_raster, read_bands
@@ -351,7 +353,14 @@ def raster_fingerprint(raster: Raster) -> str:
     return prints[0] if len(prints) == 1 else fingerprint(prints)
 
 
-def check_layout(rasters: Sequence[Raster], *, repair: bool, cache_dir: Path | str) -> list[Raster]:
+def check_layout(
+    rasters: Sequence[Raster],
+    *,
+    repair: bool,
+    cache_dir: Path | str,
+    scheduler: str | None = None,
+    progress: bool = False,
+) -> list[Raster]:
     """Repair the rasters that are laid out badly, or warn of each, with measured figures.
 
     A copy is made once, as `cache_dir/<fingerprint>/<stem>.tif`: its name is the raster's. The
@@ -362,60 +371,66 @@ def check_layout(rasters: Sequence[Raster], *, repair: bool, cache_dir: Path | s
         rasters: The rasters of a run.
         repair: Whether to make copies.
         cache_dir: Where copies and diagnoses are kept.
+        scheduler: Of a Dask cluster that is to measure and to copy; here it is one raster after
+            the other, for a measurement wants the machine for itself, and a copy takes all cores.
+        progress: Show bars.
 
     Returns:
         Handles to read from, in the same order, with the bands and regions of those given.
     """
-    checked = []
-    for raster in rasters:
-        diagnosis, folder = _known_diagnosis(raster, Path(cache_dir))
-        if diagnosis is None or not diagnosis.advisable:
-            checked.append(raster)
-            continue
-        if repair and raster.path.is_file():
-            try:
-                checked.append(_cached_copy(raster, diagnosis, folder))
-                continue
-            except InputError as error:
-                log.warning("%s is read as it is, it cannot be repaired: %s", raster.path, error)
+    cache_dir, work = Path(cache_dir), {"scheduler": scheduler, "progress": progress}
+    known = parallel.map_ordered(
+        partial(_known_diagnosis, cache_dir=cache_dir), rasters,
+        workers=1, description="measuring layouts", **work,
+    )  # fmt: skip
+    slow = [i for i, diagnosis in enumerate(known) if diagnosis and diagnosis.advisable]
+    bad = [i for i in slow if repair and rasters[i].path.is_file()]
+    copies = parallel.map_ordered(
+        partial(_cached_copy, cache_dir=cache_dir), [rasters[i] for i in bad],
+        workers=1, description="rewriting rasters", **work,
+    )  # fmt: skip
+    checked = list(rasters)
+    for i, copy in zip(bad, copies, strict=True):
+        if isinstance(copy, Raster):
+            checked[i] = copy
+            slow.remove(i)
+        else:
+            log.warning("%s is read as it is, it cannot be repaired: %s", rasters[i].path, copy)
+    for i in slow:
         log.warning(
             "%s reads %.3g windows per second, %.1f times as many are expected of a tiled copy on "
             "this machine (%s); set REPAIR_LAYOUT = True, or run: python fileio.py doctor %s "
-            "--rewrite OUT.tif", raster.path, diagnosis.windows_per_second, diagnosis.gain,
-            "; ".join(diagnosis.problems), raster.path,
+            "--rewrite OUT.tif", rasters[i].path, known[i].windows_per_second, known[i].gain,
+            "; ".join(known[i].problems), rasters[i].path,
         )  # fmt: skip
-        checked.append(raster)
     return checked
 
 
-def _cached_copy(raster: Raster, diagnosis: Diagnosis, folder: Path) -> Raster:
-    copy = folder / f"{raster.identifier}.tif"
-    # the fingerprint misses a change between its pieces, the file's time does not
-    changed = max(Path(file).stat().st_mtime_ns for file in raster.files)
-    if not copy.exists() or copy.stat().st_mtime_ns < changed:
-        log.info(
-            "%s is being rewritten to %s: %.3g windows per second, %.3g expected", raster.path,
-            copy, diagnosis.windows_per_second, diagnosis.expected_windows_per_second,
-        )  # fmt: skip
-        rewrite(raster, copy)
-    return Raster.open(copy, raster.bands).with_regions(raster.regions)
+def _cached_copy(raster: Raster, cache_dir: Path) -> Raster | InputError:
+    """Return a handle to a raster's tiled copy, made if there is none, or why it cannot be made."""
+    copy = cache_dir / raster_fingerprint(raster) / f"{raster.identifier}.tif"
+    try:
+        # the fingerprint misses a change between its pieces, the file's time does not
+        changed = max(Path(file).stat().st_mtime_ns for file in raster.files)
+        if not copy.exists() or copy.stat().st_mtime_ns < changed:
+            log.info("%s is being rewritten to %s", raster.path, copy)
+            rewrite(raster, copy)
+        return Raster.open(copy, raster.bands).with_regions(raster.regions)
+    except InputError as error:
+        return error
 
 
-def _known_diagnosis(
-    raster: Raster, cache_dir: Path, **measuring: float
-) -> tuple[Diagnosis | None, Path | None]:
-    """Return a raster's diagnosis, measured once, and its folder; None if its header is fine."""
+def _known_diagnosis(raster: Raster, cache_dir: Path, **measuring: float) -> Diagnosis | None:
+    """Return a raster's diagnosis, measured once; None if its header is fine."""
     with raster.anew() as src:
         slow, _ = _problems(src, measuring.get("window_size", 256))
     if not slow:
-        return None, None
-    key = raster_fingerprint(raster)
-    folder = cache_dir / key
-    record = folder / DIAGNOSIS
+        return None
+    record = cache_dir / raster_fingerprint(raster) / DIAGNOSIS
     with suppress(OSError, ValueError, TypeError):
         values = json.loads(record.read_text(encoding="utf-8"))
         lists = {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
-        return Diagnosis(**values | lists), folder
+        return Diagnosis(**values | lists)
     diagnosis = diagnose(raster, **measuring)
     write_json(record, asdict(diagnosis))
-    return diagnosis, folder
+    return diagnosis

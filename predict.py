@@ -658,11 +658,10 @@ def _predict_strips(task: Task, numbers: list[int], progress: bool) -> Iterator[
                 report.advance()
                 yield path
         return
-    with parallel.connect(wanted.scheduler) as executor:
-        yield from parallel.imap_ordered(
-            predictor.predict_one, numbers, workers=wanted.workers, executor=executor,
-            description=description, progress=progress,
-        )  # fmt: skip
+    yield from parallel.imap_ordered(
+        predictor.predict_one, numbers, workers=wanted.workers, scheduler=wanted.scheduler,
+        description=description, progress=progress,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------

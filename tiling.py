@@ -11,7 +11,6 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +36,7 @@ TILES_NAME, BOXES_NAME = "tiles.parquet", "boxes.parquet"
 PNG_KINDS = {("uint8", 1), ("uint8", 3), ("uint16", 1)}  # types and numbers of bands
 ATTEMPTS = 32  # windows drawn at most for each that is to have a valid pixel
 JOB_WINDOWS = 256  # windows per worker call: long enough to pay for the call, short enough to share
+SAMPLE_WINDOWS = 16  # the same for samples, which are few
 
 TileFilter = Callable[[np.ndarray, int], bool]  # (image (H, W, bands), pixel_limit) -> keep
 
@@ -286,6 +286,7 @@ def make_tiles(
     *,
     force: bool = False,
     workers: int | None = None,
+    scheduler: str | None = None,
     progress: bool = False,
 ) -> dict[int, Path]:
     """Make the tile index of every size, or reuse what was made from the same input.
@@ -298,6 +299,7 @@ def make_tiles(
         options: See `TilingOptions`.
         force: Make them anew in any case.
         workers: Processes for filters, threads for chips; None takes all cores.
+        scheduler: Of a Dask cluster that takes their place, see `parallel.imap_ordered`.
         progress: Show bars.
 
     Returns:
@@ -306,7 +308,7 @@ def make_tiles(
     return {
         size: make_single_size(
             size, images, blocks, tiling_directory, options,
-            force=force, workers=workers, progress=progress,
+            force=force, workers=workers, scheduler=scheduler, progress=progress,
         )
         for size in sizes
     }  # fmt: skip
@@ -321,6 +323,7 @@ def make_single_size(
     *,
     force: bool = False,
     workers: int | None = None,
+    scheduler: str | None = None,
     progress: bool = False,
 ) -> Path:
     """Make the tile index of one size; see `make_tiles`."""
@@ -338,13 +341,14 @@ def make_single_size(
         return directory
 
     fileio.recreate_directory(directory)
+    work = {"workers": workers, "scheduler": scheduler, "progress": progress}
     windows, boxes = index_windows(size, images, blocks, options)
-    windows = _reject(windows, boxes, images, options, workers, progress)
+    windows = _reject(windows, boxes, images, options, work)
     tiles = _turn(windows, options.angles)
     fileio.write_table(directory / TILES_NAME, tiles)
     fileio.write_table(directory / BOXES_NAME, boxes)
     if options.materialize:
-        write_chips(directory, tiles, boxes, images, workers=workers, progress=progress)
+        write_chips(directory, tiles, boxes, images, **work)
     fileio.mark_finished(manifest, made_from, [TILES_NAME, BOXES_NAME])
     log.info(
         "tiles of %d px: %d of %d windows kept, %d tiles with turned ones", size,
@@ -425,15 +429,12 @@ def _reject(
     boxes: pd.DataFrame,
     images: Sequence[ImageData],
     options: TilingOptions,
-    workers: int | None,
-    progress: bool,
+    work: Mapping[str, object],
 ) -> pd.DataFrame:
     reason = pd.Series("", index=windows.index, dtype=object)
     train = windows["split"] == "train"
     rasters = {image.image_identifier: image.raster for image in images}
-    attempt = partial(
-        _try_windows, rasters=rasters, options=options, workers=workers, progress=progress
-    )
+    attempt = partial(_try_windows, rasters=rasters, options=options, work=work)
     empty = train & ~windows["window"].isin(boxes["window"])
     filled = windows.index[train & ~empty]
     reason[filled] = attempt(windows.loc[filled])
@@ -457,8 +458,7 @@ def _try_windows(
     windows: pd.DataFrame,
     rasters: Mapping[str, fileio.Raster],
     options: TilingOptions,
-    workers: int | None,
-    progress: bool,
+    work: Mapping[str, object],
 ) -> pd.Series:
     """Look at the pixels of windows where they can matter; return why each is rejected, or ""."""
     reason = pd.Series("", index=windows.index, dtype=object)
@@ -471,9 +471,8 @@ def _try_windows(
                 jobs.append((rasters[name], _windows(part)))
     options_of = {name: getattr(options, name) for name in ("filters", "pixel_limit", "min_valid")}
     answers = parallel.map_ordered(
-        partial(_filter_job, **options_of), jobs,
-        workers=workers, description="filtering tiles", progress=progress,
-    )  # fmt: skip
+        partial(_filter_job, **options_of), jobs, description="filtering tiles", **work
+    )
     for place, answer in zip(places, answers, strict=True):
         reason[place] = answer
     return reason
@@ -539,6 +538,7 @@ def sample_pixels(
     seed: int,
     max_windows: int = 128,
     pixels_per_window: int = 4096,
+    scheduler: str | None = None,
 ) -> np.ndarray:
     """Read some valid pixels that count, from windows all over the ground.
 
@@ -549,6 +549,8 @@ def sample_pixels(
         max_windows: Windows of up to 128 px that are to give pixels; windows without any are
             replaced, up to `ATTEMPTS` times as many.
         pixels_per_window: Most pixels to take from each.
+        scheduler: Of a Dask cluster that is to read them; here they take a moment, unless rasters
+            are remote.
 
     Returns:
         Raw values (bands, N), in the rasters' own type.
@@ -558,24 +560,39 @@ def sample_pixels(
     """
     if ground.empty:
         raise InputError("there is no ground to sample: nothing of it is written, or counts")
-    rng = np.random.default_rng(seed)
-    samples = []
-    for name, place in _random_windows(ground, ATTEMPTS * max_windows, rng):
-        image, _, counted = read_tile(rasters[name], place, 0)
-        if counted.any():
-            pixels = image[:, counted]
-            if pixels.shape[1] > pixels_per_window:
-                pixels = pixels[:, rng.integers(pixels.shape[1], size=pixels_per_window)]
-            samples.append(pixels)
-        if len(samples) == max_windows:
-            break
+    places = _random_windows(ground, ATTEMPTS * max_windows, np.random.default_rng(seed))
+    jobs = ((rasters[name], window, [seed, i]) for i, (name, window) in enumerate(places))
+    samples: list[np.ndarray] = []
+    while len(samples) < max_windows and (some := list(itertools.islice(jobs, max_windows))):
+        found = parallel.map_ordered(
+            partial(_sample_windows, most=pixels_per_window),
+            [some[i : i + SAMPLE_WINDOWS] for i in range(0, len(some), SAMPLE_WINDOWS)],
+            workers=1, scheduler=scheduler, description="sampling pixels",
+        )  # fmt: skip
+        samples += itertools.chain(*found)
     if not samples:
         raise InputError(
             f"none of {ATTEMPTS * max_windows} windows sampled from "
             f"{sorted(set(ground['raster']))} has a valid pixel that counts; check the nodata "
             "value and the masks of these files, and their area of interest"
         )
-    return np.concatenate(samples, axis=1)
+    return np.concatenate(samples[:max_windows], axis=1)
+
+
+def _sample_windows(
+    jobs: Sequence[tuple[fileio.Raster, Window, Sequence[int]]], most: int
+) -> list[np.ndarray]:
+    """Read at most so many of the pixels that count of each window that has any."""
+    samples = []
+    for raster, window, seed in jobs:
+        image, _, counted = read_tile(raster, window, 0)
+        pixels = image[:, counted]
+        if pixels.shape[1] > most:  # each window draws for itself, whoever reads the others
+            drawn = np.random.default_rng(seed).integers(pixels.shape[1], size=most)
+            pixels = pixels[:, drawn]
+        if pixels.size:
+            samples.append(pixels)
+    return samples
 
 
 def counted_share(raster: fileio.Raster, side: int = 64, seconds: float = 3.0) -> float:
@@ -613,6 +630,7 @@ def write_chips(
     images: Sequence[ImageData],
     *,
     workers: int | None = None,
+    scheduler: str | None = None,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Write every kept tile as an image file, and `tile.csv` with the boxes they show.
@@ -637,12 +655,12 @@ def write_chips(
         shown.loc[group.index, BOX_COLUMNS] = imutils.rotate_boxes(corners, angle, width, height)
     count = parallel.cpu_count() if workers is None else max(workers, 1)
     step = max(1, min(JOB_WINDOWS, len(jobs) // (8 * count)))
-    with ThreadPoolExecutor(count) as threads:  # encoders free the GIL
-        parallel.map_ordered(
-            split_and_save_tiles,
-            [jobs[i : i + step] for i in range(0, len(jobs), step)],
-            executor=threads, description="writing chips", progress=progress,
-        )  # fmt: skip
+    parallel.map_ordered(
+        split_and_save_tiles,
+        [jobs[i : i + step] for i in range(0, len(jobs), step)],
+        workers=count, scheduler=scheduler, threads=True,  # encoders free the GIL
+        description="writing chips", progress=progress,
+    )  # fmt: skip
     table = shown[[*BOX_COLUMNS, "label", "tile_path"]]
     fileio.write_table(directory / "tile.csv", table)
     return table

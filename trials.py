@@ -72,6 +72,7 @@ def prepare_search(
     *,
     stretch: str = "auto",
     percentiles: tuple[float, float] = (0.5, 99.5),
+    scheduler: str | None = None,
 ) -> tuple[SearchData, pd.DataFrame]:
     """Fix what all trials share, and refuse what would fail after hours of training.
 
@@ -83,6 +84,7 @@ def prepare_search(
         conf: Configuration of all trials.
         stretch: See `imutils.measure_radiometry`.
         percentiles: See there.
+        scheduler: Of a Dask cluster that is to read the pixels for it.
 
     Returns:
         The shared data, and the number of objects per label and split (of the last tile size and
@@ -94,7 +96,8 @@ def prepare_search(
     """
     rasters = {image.image_identifier: image.raster for image in images}
     indexes = {size: tiling.read_tiles(directory) for size, directory in tilings.items()}
-    pixels = tiling.sample_pixels(blocks[blocks["split"] == "train"], rasters, seed=conf.seed)
+    ground = blocks[blocks["split"] == "train"]
+    pixels = tiling.sample_pixels(ground, rasters, seed=conf.seed, scheduler=scheduler)
     data = SearchData(
         tilings=dict(tilings),
         rasters=rasters,
