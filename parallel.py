@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
-import operator
 import os
 import secrets
 import socket
@@ -42,7 +41,9 @@ Result = TypeVar("Result")
 PROJECT = Path(__file__).absolute().parent
 AHEAD = 3  # items per worker that are at work or wait for it, so that it is never idle
 KEPT = 16  # items per worker, from the one whose result is awaited to the last that is begun
+LARGE = 100_000  # bytes of a function, from which it is worth not to be sent with every item
 PATIENCE = 10.0  # s without any result, after which the cluster is looked at
+JOINING = 60.0  # s that the first worker of a cluster may take to join it
 
 
 def cpu_count() -> int:
@@ -275,17 +276,18 @@ class _Cluster(_Pool):
     def __init__(self, function: Callable, scheduler: str) -> None:
         from distributed import KilledWorker
 
-        self.final = (InputError, KilledWorker)
+        self.final = (InputError, KilledWorker)  # the latter took four workers along
         self.scheduler, self.client = scheduler, _client_of(scheduler)
-        self.executor = self.client.get_executor(pure=False)
-        # A task of its own: sent once, and should all who hold it die, the scheduler has it still.
+        self.looked, self.threads = -PATIENCE, 0
         # All goes as bytes, for the scheduler unpacks tasks, too, and need not know our modules.
-        self.function = self.client.submit(
-            cloudpickle.loads, cloudpickle.dumps(partial(_work, function)), pure=False
-        )
+        self.function = cloudpickle.dumps(partial(_on_worker, function))
+        if len(self.function) > LARGE:  # sent once; workers pass it on to each other
+            import dask
+
+            with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TiB"}):
+                self.function = self.client.submit(bytes, self.function, pure=False)
         # keys of one group: the scheduler hands out its tasks when workers are free, not before
         self.keys = zip(itertools.repeat(f"largeraster-{secrets.token_hex(4)}"), itertools.count())
-        self.looked, self.threads = 0.0, 0
 
     @property
     def size(self) -> int:
@@ -298,8 +300,13 @@ class _Cluster(_Pool):
         return AHEAD * self.size
 
     def submit(self, item: object) -> Future:
-        return self.executor.submit(
-            operator.call, self.function, cloudpickle.dumps(item), key=next(self.keys)
+        def unpack(function: bytes, packed: bytes) -> object:
+            import cloudpickle
+
+            return cloudpickle.loads(function)(cloudpickle.loads(packed))
+
+        return self.client.submit(
+            unpack, self.function, cloudpickle.dumps(item), key=next(self.keys)
         )
 
     def check(self) -> None:
@@ -314,10 +321,10 @@ class _Cluster(_Pool):
             log.warning("no worker is left at %s; waiting for one", self.scheduler)
 
 
-def _work(function: Callable[[Item], Result], packed: bytes) -> Result:
-    """Do a packed item on a worker of a cluster."""
+def _on_worker(function: Callable[[Item], Result], item: Item) -> Result:
+    """Do an item on a worker of a cluster."""
     try:
-        return function(cloudpickle.loads(packed))
+        return function(item)
     except Exception as error:
         error.add_note(
             f"on {socket.gethostname()}, a worker of the cluster; it must find all files under the "
@@ -337,7 +344,7 @@ def _client_of(scheduler: str) -> Client:
     return client
 
 
-def _connect(scheduler: str, seconds: float = 10) -> Client:
+def _connect(scheduler: str) -> Client:
     """Connect to the scheduler with an address.
 
     Raises:
@@ -352,8 +359,8 @@ def _connect(scheduler: str, seconds: float = 10) -> Client:
         ) from None
     place = urlparse(scheduler)
     try:
-        socket.create_connection((place.hostname, place.port), timeout=seconds).close()
-        client = Client(scheduler, timeout=seconds, set_as_default=False)
+        socket.create_connection((place.hostname, place.port), timeout=PATIENCE).close()
+        client = Client(scheduler, timeout=PATIENCE, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
             f"no Dask scheduler answers at {scheduler} ({error}); start one with `dask scheduler`, "
@@ -361,7 +368,7 @@ def _connect(scheduler: str, seconds: float = 10) -> Client:
         ) from error
     atexit.register(client.close, timeout=3)
     try:
-        client.wait_for_workers(1, timeout=seconds)
+        client.wait_for_workers(1, timeout=JOINING)
     except TimeoutError:
         client.close()
         raise InputError(

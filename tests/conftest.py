@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib as mpl
 import pytest
+from distributed import Client
 
 mpl.use("Agg")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 import annotations
 import fileio
+import parallel
 import sampledata
 import splits
 import tiling
@@ -29,6 +37,52 @@ def make_samples(folder, sizes):
     for seed, (name, (width, height)) in enumerate(sizes.items()):
         image, table = folder / "images" / f"{name}.tif", folder / "datasets" / f"{name}.csv"
         sampledata.make_sample(image, table, width=width, height=height, seed=seed)
+
+
+@contextmanager
+def dask_cluster(folder, workers):
+    """Start a scheduler and workers as a user would, but anywhere; yield the former's address."""
+    # the tests' own modules are found, the project's only as the work tells where they are
+    environment = os.environ | {"PYTHONPATH": str(PROJECT / "tests"), "OMP_NUM_THREADS": "1"}
+
+    def start(*words):
+        return subprocess.Popen(
+            [sys.executable, "-m", "dask", *words, "--no-dashboard"],
+            cwd=folder, env=environment, start_new_session=True,
+            stderr=(folder / f"{words[0]}.log").open("w"),
+        )  # fmt: skip
+
+    place, processes = folder / "scheduler.json", []
+    try:
+        processes.append(
+            start("scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(place))
+        )
+        deadline, address = time.monotonic() + 120, None
+        while address is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+            with suppress(OSError, ValueError):
+                address = json.loads(place.read_text())["address"]
+        processes.append(
+            start("worker", address, "--nworkers", str(workers), "--nthreads", "1",
+                  "--local-directory", str(folder))
+        )  # fmt: skip
+        with Client(address, timeout=60, set_as_default=False) as client:
+            client.wait_for_workers(workers, timeout=120)
+        yield SimpleNamespace(address=address, scheduler=processes[0])
+    finally:
+        with suppress(KeyError):
+            parallel._clients.pop(address).close(timeout=10)
+        for process in reversed(processes):
+            with suppress(ProcessLookupError):  # and what it started
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """Address of a Dask scheduler with two workers, processes of their own."""
+    with dask_cluster(tmp_path_factory.mktemp("cluster"), workers=2) as made:
+        yield made.address
 
 
 @pytest.fixture(scope="session")
