@@ -12,6 +12,7 @@ import fileio
 import layout
 import parallel
 import tiling
+from ImageData import InputError, Window
 
 
 def contents(folder):
@@ -43,7 +44,7 @@ def test_cleaning(small_sample, tmp_path, cluster):
 
 
 def test_tile_index_and_chips(prepared, tmp_path, cluster):
-    bright = 90
+    bright = prepared.images[0].raster.read(Window(0, 0, 640, 512)).mean()
     options = tiling.TilingOptions(
         angles=(90,), filters=(lambda pixels, limit: pixels.mean() > bright,), materialize=True,
         empty_tile_ratio=1.0,
@@ -126,6 +127,6 @@ def test_a_file_that_a_worker_does_not_find_is_named_with_the_cure(tmp_path, pre
     gone = fileio.read_raster(image.raster.path)
     object.__setattr__(gone, "path", tmp_path / "gone.tif")
     ground = pd.DataFrame([{"raster": "one", "x": 0, "y": 0, "width": 400, "height": 300}])
-    with pytest.raises(fileio.InputError, match=r"gone\.tif has disappeared") as caught:
+    with pytest.raises(InputError, match=r"gone\.tif has disappeared") as caught:
         tiling.sample_pixels(ground, {"one": gone}, seed=0, scheduler=cluster)
     assert "find all files under the same paths" in caught.value.__notes__[0]
