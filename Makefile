@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH_VENV := .bench-venv
 BENCH_READY := $(BENCH_VENV)/.ready
-STAGES := clean tiling read train predict metrics memory
+STAGES := clean tiling dask read train predict metrics memory
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
 .PHONY: run test test-long lab bench sample clean

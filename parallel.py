@@ -44,6 +44,10 @@ KEPT = 16  # items per worker, from the one whose result is awaited to the last 
 LARGE = 100_000  # bytes of a function, from which it is worth not to be sent with every item
 PATIENCE = 10.0  # s without any result, after which the cluster is looked at
 JOINING = 60.0  # s that the first worker of a cluster may take to join it
+CURE = (
+    "put the project on a disk that all machines share, or start each worker in the project's "
+    "folder, with PYTHONPATH=."
+)
 
 
 def cpu_count() -> int:
@@ -303,7 +307,12 @@ class _Cluster(_Pool):
         def unpack(function: bytes, packed: bytes) -> object:
             import cloudpickle
 
-            return cloudpickle.loads(function)(cloudpickle.loads(packed))
+            try:
+                call, item = cloudpickle.loads(function), cloudpickle.loads(packed)
+            except ImportError as error:  # a worker that has joined since we looked
+                error.add_note(CURE)
+                raise
+            return call(item)
 
         return self.client.submit(
             unpack, self.function, cloudpickle.dumps(item), key=next(self.keys)
@@ -401,8 +410,7 @@ def _show_modules(client: Client, scheduler: str) -> None:
             client.close()
             raise InputError(
                 f"worker {worker} of the Dask scheduler at {scheduler} does not find the project's "
-                f"modules ({error}), for {folder} is not there; put the project on a disk that all "
-                "machines share, or start each worker in the project's folder, with PYTHONPATH=."
+                f"modules ({error}), for {folder} is not there; {CURE}"
             )
 
 

@@ -396,6 +396,7 @@ def index_tiles(
     *,
     shares: tuple[float, float] = (0.01, 0.01),
     workers: int | None = 1,
+    scheduler: str | None = None,
 ) -> tuple[pd.DataFrame, Path]:
     """Split a raster's ground and index its tiles; `shares` are of test and validation.
 
@@ -407,5 +408,5 @@ def index_tiles(
         test_proportion=shares[0], validation_proportion=shares[1], seed=0,
     )  # fmt: skip
     return blocks, tiling.make_single_size(
-        size, [image], blocks, directory, options, workers=workers
+        size, [image], blocks, directory, options, workers=workers, scheduler=scheduler
     )
