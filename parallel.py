@@ -7,6 +7,7 @@ processes like one from a module. Send paths and windows to the workers, never p
 from __future__ import annotations
 
 import atexit
+import heapq
 import itertools
 import logging
 import os
@@ -112,7 +113,7 @@ def imap_ordered(
             for turn in range(len(items)):
                 while turn not in results:
                     under_way.begin(turn)
-                    for index, result in under_way.wait():
+                    for index, result in under_way.collect():
                         results[index] = result
                         report.advance()
                 yield results.pop(turn)
@@ -125,7 +126,7 @@ class _UnderWay(Generic[Item, Result]):
 
     def __init__(self, items: Sequence[Item], pool: _Pool, description: str) -> None:
         self.items, self.pool, self.description = items, pool, description
-        self.waiting = deque(range(len(items)))
+        self.waiting = [*range(len(items))]  # a heap: what is tried again comes first
         self.running: dict[Future[Result], int] = {}  # in the order of their submission
         self.done: SimpleQueue[Future[Result]] = SimpleQueue()
         self.failures: Counter[int] = Counter()
@@ -138,12 +139,12 @@ class _UnderWay(Generic[Item, Result]):
             alone = self.deaths and max(self.deaths[i] for i in (index, *self.running.values())) > 1
             if len(self.running) >= (1 if alone else self.pool.limit):
                 break
-            self.waiting.popleft()
+            heapq.heappop(self.waiting)
             future = self.pool.submit(self.items[index])
             self.running[future] = index
             future.add_done_callback(self.done.put)
 
-    def wait(self) -> Iterator[tuple[int, Result]]:
+    def collect(self) -> Iterator[tuple[int, Result]]:
         """Yield the next result, unless there is none for some time, or the item failed."""
         try:
             future = self.done.get(timeout=PATIENCE)
@@ -168,7 +169,7 @@ class _UnderWay(Generic[Item, Result]):
                 "%s: %s failed and is tried once more: %r", self.description or "working",
                 _shown(self.items[index]), error,
             )  # fmt: skip
-            self.waiting.appendleft(index)
+            heapq.heappush(self.waiting, index)
         else:
             yield self.running.pop(future), result
 
@@ -195,7 +196,7 @@ class _UnderWay(Generic[Item, Result]):
             "%s: a worker process died; tried again: %s", self.description or "working",
             ", ".join(_shown(self.items[index]) for index in suspects),
         )  # fmt: skip
-        self.waiting.extendleft(reversed(indexes))
+        self.waiting = sorted([*indexes, *self.waiting])
 
     def _name(self, error: BaseException, index: int) -> None:
         if not isinstance(error, InputError):  # which names what it is about itself

@@ -39,7 +39,7 @@ def ours(folder: Path, side: int, *, on_cluster: bool) -> common.Work:
     workers: dict[str, object] = {"workers": WORKERS}
     if on_cluster:
         cluster = LocalCluster(
-            n_workers=WORKERS, threads_per_worker=1, processes=True, dashboard_address=None
+            n_workers=WORKERS, threads_per_worker=1, processes=True, dashboard_address=":0"
         )
         atexit.register(cluster.close)
         workers = {"scheduler": cluster.scheduler_address}
