@@ -36,7 +36,8 @@ class Scenario:
         spread: Sigma of the logarithm of a shard's time, whose mean stays.
         slow_share: Share of the workers (0-1) that are slow.
         slow_factor: How many times as long these take.
-        worker_mtbf: Mean time between the deaths of a worker, s.
+        kills: Times at which some worker dies, s.
+        worker_mtbf: Mean time between further deaths of a worker, s.
         worker_repair: Time until another one takes its place, s.
         failure_share: Share of the attempts (0-1) that end in an error.
         retries: Errors of a shard after which it is tried again; one more stops the run.
@@ -61,6 +62,7 @@ class Scenario:
     spread: float = 0.0
     slow_share: float = 0.0
     slow_factor: float = 1.0
+    kills: tuple[float, ...] = ()
     worker_mtbf: float = math.inf
     worker_repair: float = 0.0
     failure_share: float = 0.0
@@ -170,6 +172,16 @@ class _Storage:
         return attempt
 
 
+def draw_lengths(scenario: Scenario) -> list[float]:
+    """Draw how many times the mean each shard takes when it is first tried."""
+    rng = random.Random(scenario.seed)
+    return [_draw_length(rng, scenario.spread) for _ in range(scenario.shards)]
+
+
+def _draw_length(rng: random.Random, sigma: float) -> float:
+    return math.exp(rng.gauss(0, sigma) - sigma**2 / 2) if sigma else 1.0
+
+
 def simulate(scenario: Scenario) -> Outcome:
     """Let a scenario happen, until the last shard is merged."""
     return _Simulation(scenario).run()
@@ -178,9 +190,9 @@ def simulate(scenario: Scenario) -> Outcome:
 class _Simulation:
     def __init__(self, scenario: Scenario) -> None:
         s = self.scenario = scenario
-        self.rng = random.Random(s.seed)
+        self.rng = random.Random(s.seed + 1)
         # drawn here, so that they do not depend on who does them
-        self.length = [self._draw_length() for _ in range(s.shards)]
+        self.length = draw_lengths(s)
         slow = [self.rng.random() < s.slow_share for _ in range(s.workers)]
         self.slowness = [s.slow_factor if is_slow else 1.0 for is_slow in slow]
         self.now = self.scheduler_free = 0.0
@@ -202,6 +214,8 @@ class _Simulation:
 
     def run(self) -> Outcome:
         s, outcome = self.scenario, self.outcome
+        for time in s.kills:
+            self._at(time, self._lose_worker)
         self._expect(s.worker_mtbf / s.workers, self._lose_worker)
         self._expect(s.merger_mtbf, self._stop)
         self._dispatch()
@@ -234,10 +248,6 @@ class _Simulation:
     def _suffer(self, mean: float, accident: Callable[[], None]) -> None:
         accident()
         self._expect(mean, accident)
-
-    def _draw_length(self) -> float:
-        sigma = self.scenario.spread
-        return math.exp(sigma * self.rng.gauss(0, 1) - sigma**2 / 2) if sigma else 1.0
 
     # --- from the scheduler to the catalogue ---
 
@@ -286,7 +296,9 @@ class _Simulation:
         if attempt.over:
             return
         s, attempt.start = self.scenario, self.now
-        length = self._draw_length() if self.tried[attempt.shard] else self.length[attempt.shard]
+        length = self.length[attempt.shard]
+        if self.tried[attempt.shard]:
+            length = _draw_length(self.rng, s.spread)
         self.tried[attempt.shard] = 1
         seconds = s.seconds * length * self.slowness[attempt.worker]
         self._at(self.now + seconds, self._need_one_less, attempt)

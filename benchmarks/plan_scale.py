@@ -1,0 +1,347 @@
+"""What archives of rasters would cost, and what saturates first: rates measured here, the rest told.
+
+    python benchmarks/plan_scale.py [--rates FILE] [--pixels GREY RGB] [--json FILE] [--docs FOLDER]
+
+Rates are measured on one core of this machine, and on a Dask scheduler with two workers; medians.
+--rates takes those of an earlier call. What cannot be measured here is in `Assumptions`: what a GPU
+computes, what a shared storage delivers, what goes wrong how often. The plans are arithmetic;
+`simulate.py` tells what failures, slow workers and the order of merging add. --pixels names a grey
+and a coloured raster whose pixels fill those that are read, as what they compress to matters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import multiprocessing
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import common
+import matplotlib as mpl
+import numpy as np
+import rasterio
+
+mpl.use("agg")
+from matplotlib import pyplot as plt
+from simulate import Outcome, Scenario, draw_lengths, simulate
+
+import fileio
+import imutils
+import tiling
+from ImageData import ImageData, Window
+
+log = logging.getLogger("plan_scale")
+
+TILE, OVERLAP = 512, 64  # px
+CORE_PX = (TILE - OVERLAP) ** 2  # that a tile adds
+KINDS = {"uint8, 1 band": ("uint8", 1), "uint8, 3 bands": ("uint8", 3),
+         "float32, 1 band": ("float32", 1)}  # fmt: skip
+WIDTH, ROWS = 8192, 4  # px, tiles: of the rasters that are read
+FORMATS = ("gpkg", "parquet", "csv")
+MERGED = 100, 2000  # strips, objects in each
+TASKS = 5_000  # that do nothing
+DAY, HOUR = 86_400.0, 3_600.0  # s
+GIGA = 1e9
+
+
+# ---------------------------------------------------------------------------------------------
+# Measured
+# ---------------------------------------------------------------------------------------------
+
+
+def measure(pixels: Sequence[Path], runs: int = 5) -> dict[str, float]:
+    """Measure what the plans need; core-seconds are a process's own, so that others do not count.
+
+    Returns:
+        Name with its unit -> value.
+    """
+    rates: dict[str, float] = {}
+    for stage in (measure_reading, measure_network, measure_raster, measure_merging,
+                  measure_index, measure_scheduler):  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            options = {"pixels": pixels} if stage is measure_reading else {}
+            found = stage(Path(folder), runs=runs, **options)
+        for name, value in found.items():
+            log.info("%s: %.4g", name, value)
+        rates |= found
+    return rates
+
+
+def _core_seconds(work: Callable[[], object], runs: int) -> float:
+    """Return the median of what a piece of work takes of the cores, s; once it is warm."""
+    work()
+    taken = []
+    for _ in range(runs):
+        start = time.process_time()
+        work()
+        taken.append(time.process_time() - start)
+    return statistics.median(taken)
+
+
+def _bytes_read() -> int:
+    lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("rchar")))
+
+
+def measure_reading(folder: Path, runs: int, pixels: Sequence[Path]) -> dict[str, float]:
+    """Read rows of tiles as a prediction does, stretched; every strip from a file of its own."""
+    rates, height = {}, TILE + (ROWS - 1) * (TILE - OVERLAP)
+    for kind, (dtype, bands) in KINDS.items():
+        path = folder / "0.tif"
+        common.write_raster(path, WIDTH)  # pixels that nobody gave
+        with rasterio.open(pixels[bands > 1] if pixels else path) as src:
+            window = rasterio.windows.Window(0, 0, min(src.width, WIDTH), min(src.height, height))
+            image = src.read(list(range(1, bands + 1)), window=window)
+        repeats = (1, -(-height // image.shape[1]), -(-WIDTH // image.shape[2]))
+        image = np.tile(image, repeats)[:, :height, :WIDTH].astype(dtype)
+        if dtype == "float32":  # calibrated values fill their mantissa
+            image += np.random.default_rng(0).normal(0, 1, image.shape).astype(dtype)
+        layout = {"width": WIDTH, "height": height, "count": bands, "dtype": dtype}
+        with fileio.create_raster(path, **layout) as dst:
+            dst.write(image)
+        radiometry = imutils.Radiometry(
+            "minmax", (0.0,) * bands, (255.0,) * bands, (0.5,) * bands, (0.3,) * bands
+        )
+        extent, seconds, moved = Window(0, 0, WIDTH, height), [], []
+        for row in range(ROWS):  # no block is in a cache from the row above, as on another worker
+            copy = shutil.copy(path, folder / f"{kind}_{row}.tif")
+            raster = fileio.read_raster(copy)
+            grid = tiling.window_grid(extent, TILE, OVERLAP, slice(row, row + 1))
+            windows = [Window(*values) for values in grid[tiling.WINDOW_COLUMNS].to_numpy()]
+            bytes_before, start = _bytes_read(), time.process_time()
+            for window in windows:
+                read, valid, _ = tiling.read_tile(raster, window, 0)
+                radiometry.stretch(read, valid)
+            seconds.append((time.process_time() - start) / len(windows))
+            moved.append((_bytes_read() - bytes_before) / (WIDTH * (TILE - OVERLAP)))
+        rates[f"{kind}: read, core-s/tile"] = statistics.median(seconds)
+        rates[f"{kind}: read, bytes/px"] = statistics.mean(moved)
+        rates[f"{kind}: on disk, bytes/px"] = path.stat().st_size / (WIDTH * height)
+    return rates
+
+
+def _model(bands: int = 1) -> object:
+    """Return the default model with random weights, for objects of 12 to 60 px."""
+    import torch
+
+    from LargeRasterOR import LargeRasterORModel
+    from ModelConfig import ModelConfig
+    from networks import DataContract, fit_anchors
+
+    torch.manual_seed(0)
+    sides = np.linspace(12, 60, 100)
+    boxes = np.stack([0 * sides, 0 * sides, sides, sides], axis=1)
+    contract = DataContract(
+        tile_size=TILE, bands=tuple(range(1, bands + 1)), band_count=bands, dtype="uint8",
+        radiometry=imutils.Radiometry("none", (0.0,), (255.0,), (0.5,), (0.3,)),
+        anchors=fit_anchors(boxes), detections_per_tile=200, resolution=None, split_hash="",
+        evaluation_overlap=OVERLAP,
+    )  # fmt: skip
+    model = LargeRasterORModel(["object"], ModelConfig(), contract).eval()
+    model.operating_threshold.fill_(0.5)
+    return model
+
+
+def measure_network(folder: Path, runs: int) -> dict[str, float]:
+    """Run the default network on one core, with detections and what it takes to sort them out."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import strips
+    from LargeRasterOR import VIEWS, autocast, detect_views, resolve_precision
+
+    model, tiles = _model(), torch.rand(strips.CPU_BATCH, 1, TILE, TILE)
+    model.limit_detections(TILE, 0.05)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def detect(precision: str) -> None:
+        with torch.inference_mode(), autocast("cpu", precision):
+            detect_views(model, tiles, VIEWS["none"])
+
+    try:
+        rates = {
+            f"network, {precision}: core-s/tile":
+                _core_seconds(partial(detect, precision), runs) / len(tiles)
+            for precision in dict.fromkeys(["32-true", resolve_precision("auto", "cpu")])
+        }  # fmt: skip
+        with FlopCounterMode(display=False) as counter:
+            detect("32-true")
+    finally:
+        torch.set_num_threads(before)
+    return rates | {"network: FLOP/tile": counter.get_total_flops() / len(tiles)}
+
+
+def _draw_parts(rows: np.ndarray, width: int, objects: int) -> Iterable[object]:
+    """Draw what strips found, a tenth of it twice."""
+    import strips
+    from catalogue import Detections
+
+    rng = np.random.default_rng(0)
+    for top in rows:
+        first = int(objects / 1.1)
+        center = rng.uniform((10, top + 10), (width - 10, top + TILE - OVERLAP), (first, 2))
+        radius = rng.uniform(4, 10, (first, 1))
+        boxes = np.hstack([center - radius, center + radius])
+        boxes = np.concatenate([boxes, boxes[: objects - first] + 1.0])
+        scores = rng.uniform(0.5, 1, objects).astype(np.float32)
+        found = Detections(boxes, scores, np.zeros(objects, np.int64))
+        yield strips.Part(found, width // (TILE - OVERLAP), 0, 0, np.empty((0, 4), np.int64))
+
+
+def _task(folder: Path, suffix: str, strip_count: int) -> object:
+    """Plan a prediction of an empty raster on the map, whose strips are rows of 64 tiles."""
+    import predict
+
+    path = folder / "raster.tif"
+    if not path.exists():
+        side = 64 * (TILE - OVERLAP) + OVERLAP
+        height = strip_count * (TILE - OVERLAP) + OVERLAP
+        place = {"crs": "EPSG:32633", "transform": rasterio.Affine(1, 0, 4e5, 0, -1, 5.6e6)}
+        layout = {"width": side, "height": height, "count": 1, "dtype": "uint8"}
+        with fileio.create_raster(path, sparse_ok=True, **layout, **place):
+            pass
+    return predict.prepare(
+        _saved_model(folder), path, folder / f"{time.monotonic_ns()}.{suffix}", device="cpu",
+        override=("radiometry",),
+    )  # fmt: skip
+
+
+def _saved_model(folder: Path, bands: int = 1) -> Path:
+    import pytorch_lightning as pl
+
+    path = folder / "best.ckpt"
+    if not path.exists():
+        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False,
+                             enable_model_summary=False)  # fmt: skip
+        trainer.strategy.connect(_model(bands))
+        trainer.save_checkpoint(path, weights_only=True)
+    return path
+
+
+def measure_merging(folder: Path, runs: int) -> dict[str, float]:
+    """Merge strips that the journal holds already, as a prediction that goes on does."""
+    import catalogue
+    import predict
+    import strips
+
+    count, objects = MERGED
+    rates: dict[str, float] = {}
+
+    def merge(suffix: str, parts: Sequence[strips.Part]) -> tuple[float, int, int]:
+        task = _task(folder, suffix, len(parts))
+        for number, part in enumerate(parts):
+            part.write(task.predictor.part_path(number))
+        start = time.process_time()
+        result = predict.run(task)
+        return time.process_time() - start, result.count, task.outputs[0].stat().st_size
+
+    task = _task(folder, "csv", count)
+    if len(task.predictor.strip_tops) != count:
+        raise RuntimeError(f"{len(task.predictor.strip_tops)} strips, expected {count}")
+    full = list(_draw_parts(task.predictor.strip_tops, task.predictor.raster.width, objects))
+    empty = [replace(part, found=catalogue.Detections.none()) for part in full]
+    for suffix in FORMATS:
+        few = statistics.median(merge(suffix, empty)[0] for _ in range(3))
+        many, found, size = zip(*(merge(suffix, full) for _ in range(3)), strict=True)
+        rates[f"merging, {suffix}: core-s/object"] = (statistics.median(many) - few) / found[0]
+        rates[f"catalogue, {suffix}: bytes/object"] = size[0] / found[0]
+        if suffix == "gpkg":
+            rates["merging: core-s/strip"] = few / count
+
+    def push() -> None:
+        front = catalogue.SeamFront(0.3)
+        for part, next_y in zip(full, [*task.predictor.strip_tops[1:], np.inf], strict=True):
+            front.push(part.found, next_y)
+
+    rates["seams alone: core-s/object"] = _core_seconds(push, 3) / (count * objects)
+    path = full[0].write(folder / "part.npz")
+    rates["journal: bytes/object"] = path.stat().st_size / objects
+    rates["journal: look, core-s/strip"] = _core_seconds(partial(strips.Part.read, path), runs)
+    return rates
+
+
+def measure_raster(folder: Path, runs: int) -> dict[str, float]:
+    """Take what each raster costs, however small: checks, typical values, an empty catalogue."""
+    import predict
+    import strips
+    from catalogue import Detections
+
+    path, model = folder / "small.tif", _saved_model(folder, bands=3)
+    common.write_raster(path, 1024)
+    nothing = strips.Part(Detections.none(), 9, 0, 0, np.empty((0, 4), np.int64))
+    number = iter(range(runs + 1))
+
+    def predict_one() -> None:
+        task = predict.prepare(model, path, folder / f"{next(number)}.gpkg", device="cpu")
+        for strip in range(len(task.predictor.strip_tops)):
+            nothing.write(task.predictor.part_path(strip))
+        predict.run(task)
+
+    raster = fileio.read_raster(path)
+    ground = predict._cells(raster, 1)
+    sample = partial(tiling.sample_pixels, ground, {raster.identifier: raster}, seed=0)
+    return {
+        "statistics: core-s/raster": _core_seconds(sample, runs),
+        "checks and outputs: core-s/raster": _core_seconds(predict_one, runs),
+    }
+
+
+def measure_index(folder: Path, runs: int) -> dict[str, float]:
+    """Index the tiles of an empty raster for training."""
+    side, objects = 65_536, 100_000
+    layout = {"width": side, "height": side, "count": 1, "dtype": "uint8", "sparse_ok": True}
+    with fileio.create_raster(folder / "raster.tif", **layout):
+        pass
+    boxes = common.with_centers(common.draw_boxes(side, objects, 60))
+    image = ImageData(fileio.read_raster(folder / "raster.tif"), "raster", boxes)
+    number, rows, size = iter(range(runs + 1)), 0, 0
+
+    def index() -> None:
+        nonlocal rows, size
+        options = tiling.TilingOptions(angles=(90, 180, 270), evaluation_overlap=OVERLAP)
+        _, made = common.index_tiles(image, TILE, folder / f"{next(number)}", options)
+        rows = len(tiling.read_tiles(made)[0])
+        size = (made / tiling.TILES_NAME).stat().st_size
+
+    seconds = _core_seconds(index, runs)
+    return {"tile index: core-s/row": seconds / rows, "tile index: bytes/row": size / rows}
+
+
+def measure_scheduler(folder: Path, runs: int) -> dict[str, float]:
+    """Send tasks that do nothing to two workers, with all that a task carries."""
+    from distributed import Client, LocalCluster
+
+    predictor = _task(folder, "csv", 2).predictor
+    taken = []
+    with (
+        LocalCluster(2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        executor = client.get_executor(retries=1, pure=False)
+        for _ in range(3):
+            start = time.perf_counter()
+            futures = [executor.submit(predictor.part_path, i) for i in range(TASKS)]
+            for future in futures:
+                future.result()
+            taken.append((time.perf_counter() - start) / TASKS)
+    return {"scheduler: s/task": statistics.median(taken)}
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
+    start = time.time()
+    rates = measure([Path(p) for p in sys.argv[1:]])
+    fileio.write_json(Path("/tmp/e_rates.json"), rates)
+    print(time.time() - start)
