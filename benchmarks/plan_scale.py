@@ -11,29 +11,32 @@ and a coloured raster whose pixels fill those that are read, as what they compre
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
 import math
-import multiprocessing
+import operator
+import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import cloudpickle
 import common
 import matplotlib as mpl
 import numpy as np
+import psutil
 import rasterio
+from distributed import Client
 
 mpl.use("agg")
-from matplotlib import pyplot as plt
-from simulate import Outcome, Scenario, draw_lengths, simulate
+from simulate import Scenario
 
 import fileio
 import imutils
@@ -49,7 +52,7 @@ KINDS = {"uint8, 1 band": ("uint8", 1), "uint8, 3 bands": ("uint8", 3),
 WIDTH, ROWS = 8192, 4  # px, tiles: of the rasters that are read
 FORMATS = ("gpkg", "parquet", "csv")
 MERGED = 100, 2000  # strips, objects in each
-TASKS = 5_000  # that do nothing
+TASKS = 2_000  # that do nothing
 DAY, HOUR = 86_400.0, 3_600.0  # s
 GIGA = 1e9
 
@@ -319,29 +322,202 @@ def measure_index(folder: Path, runs: int) -> dict[str, float]:
 
 
 def measure_scheduler(folder: Path, runs: int) -> dict[str, float]:
-    """Send tasks that do nothing to two workers, with all that a task carries."""
-    from distributed import Client, LocalCluster
-
-    predictor = _task(folder, "csv", 2).predictor
-    taken = []
-    with (
-        LocalCluster(2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
-        executor = client.get_executor(retries=1, pure=False)
+    """Let two workers do tasks that do nothing; count what each costs scheduler and sender."""
+    function, taken = cloudpickle.dumps(_task(folder, "csv", 2).predictor.part_path), []
+    with cluster(folder, workers=2) as (scheduler, _), _connect(folder) as client:
+        sender, process = psutil.Process(), psutil.Process(scheduler.pid)
         for _ in range(3):
-            start = time.perf_counter()
-            futures = [executor.submit(predictor.part_path, i) for i in range(TASKS)]
-            for future in futures:
-                future.result()
-            taken.append((time.perf_counter() - start) / TASKS)
-    return {"scheduler: s/task": statistics.median(taken)}
+            before = [sum(p.cpu_times()[:2]) for p in (process, sender)]
+            sent = client.submit(cloudpickle.loads, function, pure=False)
+            futures = [client.submit(operator.call, sent, i, pure=False) for i in range(TASKS)]
+            client.gather(futures)
+            after = [sum(p.cpu_times()[:2]) for p in (process, sender)]
+            taken.append(np.subtract(after, before) / TASKS)
+    of_scheduler, of_sender = np.median(taken, axis=0).tolist()
+    return {"scheduler: core-s/task": of_scheduler, "sending: core-s/task": of_sender}
 
 
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    log.setLevel(logging.INFO)
-    start = time.time()
-    rates = measure([Path(p) for p in sys.argv[1:]])
-    fileio.write_json(Path("/tmp/e_rates.json"), rates)
-    print(time.time() - start)
+@contextmanager
+def cluster(folder: Path, workers: int) -> Iterator[tuple[subprocess.Popen, list]]:
+    """Start a scheduler and workers that nobody starts again, as processes of their own."""
+    place = folder / "scheduler.json"
+    options = [["scheduler", "--port", "0", "--dashboard-address", "127.0.0.1:0"]]
+    options += [["worker", "--no-nanny", "--nthreads", "1", "--no-dashboard"]] * workers
+    processes = []
+    try:
+        for words in options:
+            command = [sys.executable, "-m", "dask", *words, "--scheduler-file", str(place)]
+            processes.append(
+                subprocess.Popen(command, cwd=common.PROJECT, stderr=subprocess.DEVNULL,
+                                 env=os.environ | {"PYTHONPATH": str(common.PROJECT)})
+            )  # fmt: skip
+        with _connect(folder) as client:
+            client.wait_for_workers(workers, timeout=300)
+        yield processes[0], processes[1:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _connect(folder: Path) -> Client:
+    place = folder / "scheduler.json"
+    while not place.exists():
+        time.sleep(0.1)
+    return Client(scheduler_file=str(place), timeout=300, set_as_default=False)
+
+
+# ---------------------------------------------------------------------------------------------
+# Assumed, planned
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What was not measured here.
+
+    Attributes:
+        gpu_flops: What a GPU computes of the network, FLOP/s, in 16 bits.
+        readers: Cores that read for a GPU, as `--readers`.
+        bandwidth: Of the storage for all workers together, B/s.
+        link: Of one worker, B/s.
+        worker_mtbf: Mean time between the deaths of a worker, s.
+        worker_repair: Time until another one takes its place, s.
+        failure_share: Of the attempts at a shard.
+        merger_mtbf: Mean time between the deaths of the process that merges, s.
+        restart: Time until a run that stopped is called again, s.
+        spread: Sigma of the logarithm of a shard's time.
+        slow_share: Of the workers.
+        slow_factor: How many times as long these take.
+        window: Shards per worker that may be begun before the first of them is merged.
+    """
+
+    gpu_flops: float = 40e12
+    readers: int = 2
+    bandwidth: float = 10e9
+    link: float = 1e9
+    worker_mtbf: float = 30 * DAY
+    worker_repair: float = 300.0
+    failure_share: float = 1e-4
+    merger_mtbf: float = 30 * DAY
+    restart: float = 600.0
+    spread: float = 0.3
+    slow_share: float = 0.01
+    slow_factor: float = 3.0
+    window: int = 16
+
+
+@dataclass(frozen=True)
+class Archive:
+    """Rasters to search.
+
+    Attributes:
+        name: What it is.
+        gigapixels: Of all.
+        rasters: Number of files; 1: a mosaic, whose strips are one row of tiles.
+        kind: Of `KINDS`; one of four bands counts as three and a third of it.
+        bands: Number of bands.
+        density: Objects per gigapixel.
+    """
+
+    name: str
+    gigapixels: float
+    rasters: int
+    kind: str
+    bands: int
+    density: float
+
+
+ARCHIVES = (
+    # 3.79e7 km2 at 0.62 m; the twelve lunar scenes of measurements.md hold 1.75e6 per gigapixel
+    Archive("the Moon, one mosaic", 1e5, 1, "uint8, 1 band", 1, 1e6),
+    Archive("the Moon, 10,000 rasters", 1e5, 10_000, "uint8, 1 band", 1, 1e6),
+    # 357,600 km2 at 0.2 m, a file for each km2; a tree or house on every 400 m2
+    Archive("orthophotos of Germany", 357_600 / 0.2**2 / 1e3, 357_600, "uint8, 3 bands", 4, 1e5),
+)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a tile costs whom.
+
+    Attributes:
+        core: Time of one core that does all of it, s.
+        gpu: Time of one GPU and what reads for it, s.
+        read_bytes: From the storage.
+        objects: Number of objects.
+        merge: Time of the process that merges, s.
+    """
+
+    core: float
+    gpu: float
+    read_bytes: float
+    objects: float
+    merge: float
+
+
+def cost(
+    rates: Mapping[str, float], assumed: Assumptions, kind: str, bands: int, density: float,
+    output: str = "gpkg",
+) -> Costs:  # fmt: skip
+    """Say what a tile costs, on the ground that it adds."""
+    more = bands / KINDS[kind][1]
+    read = rates[f"{kind}: read, core-s/tile"] * more
+    network = min(v for n, v in rates.items() if n.startswith("network, "))
+    objects = density * CORE_PX / GIGA
+    return Costs(
+        core=network + read,
+        gpu=max(rates["network: FLOP/tile"] / assumed.gpu_flops, read / assumed.readers),
+        read_bytes=rates[f"{kind}: read, bytes/px"] * more * CORE_PX,
+        objects=objects, merge=objects * rates[f"merging, {output}: core-s/object"],
+    )  # fmt: skip
+
+
+def scenario(
+    rates: Mapping[str, float], assumed: Assumptions, costs: Costs, *,
+    tiles: float, workers: int, on_gpu: bool = False, mergers: int = 1, **changes: object,
+) -> Scenario:  # fmt: skip
+    """Describe 100,000 shards of so many tiles, merged by so many processes at once."""
+    shared = ("bandwidth", "link", "worker_mtbf", "worker_repair", "failure_share", "merger_mtbf",
+              "restart", "spread", "slow_share", "slow_factor")  # fmt: skip
+    values = {name: getattr(assumed, name) for name in shared} | {
+        "seconds": tiles * (costs.gpu if on_gpu else costs.core), "workers": workers,
+        "read_bytes": tiles * costs.read_bytes, "window": assumed.window * workers,
+        "dispatch": max(rates["scheduler: core-s/task"], rates["sending: core-s/task"]),
+        "merge": (tiles * costs.merge + rates["merging: core-s/strip"]) / mergers,
+        "scan": rates["journal: look, core-s/strip"],
+    }  # fmt: skip
+    return Scenario(**values | changes)
+
+
+def plan(
+    archive: Archive, rates: Mapping[str, float], assumed: Assumptions, *, cores: int, gpus: int
+) -> dict[str, object]:
+    """Add up an archive; nothing goes wrong, and every part works alone."""
+    costs = cost(rates, assumed, archive.kind, archive.bands, archive.density)
+    tiles = archive.gigapixels * GIGA / CORE_PX
+    side = math.sqrt(archive.gigapixels * GIGA / archive.rasters)  # px, of a raster
+    strips = tiles / max(64, side / (TILE - OVERLAP))
+    objects = tiles * costs.objects
+    seconds = {
+        "cores": tiles * costs.core / cores, "GPUs": tiles * costs.gpu / gpus,
+        "storage": tiles * costs.read_bytes / assumed.bandwidth,
+        "merging": tiles * costs.merge + strips * rates["merging: core-s/strip"],
+        "scheduler": strips * max(rates["scheduler: core-s/task"], rates["sending: core-s/task"]),
+        "checks": archive.rasters * rates["checks and outputs: core-s/raster"],
+    }  # fmt: skip
+    alone = ("merging", "scheduler", "checks")  # one process does them, unless there are jobs
+    found = {"archive": archive.name, "tiles": tiles, "strips": strips, "objects": objects}
+    found |= {
+        "core_hours": tiles * costs.core / HOUR, "gpu_hours": tiles * costs.gpu / HOUR,
+        "merging_core_hours": seconds["merging"] / HOUR, "checks_hours": seconds["checks"] / HOUR,
+        "read_bytes": tiles * costs.read_bytes,
+        "journal_bytes": objects * rates["journal: bytes/object"],
+        "catalogue_bytes": objects * rates["catalogue, gpkg: bytes/object"],
+    }  # fmt: skip
+    for who, number in (("cores", cores), ("GPUs", gpus)):
+        for jobs in (1, number):
+            parts = {n: seconds[n] / (jobs if n in alone else 1) for n in (who, "storage", *alone)}
+            limiting = max(parts, key=parts.get)
+            found[f"{number} {who}, {jobs} merging"] = (parts[limiting] / DAY, limiting)
+    return found
