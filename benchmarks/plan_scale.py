@@ -1,6 +1,7 @@
-"""What archives of rasters would cost, and what saturates first: rates measured here, the rest told.
+"""What archives of rasters would cost, and what saturates first, from rates measured here.
 
-    python benchmarks/plan_scale.py [--rates FILE] [--pixels GREY RGB] [--json FILE] [--docs FOLDER]
+    python benchmarks/plan_scale.py [--rates FILE] [--pixels GREY RGB] [--json FILE]
+        [--picture FILE]
 
 Rates are measured on one core of this machine, and on a Dask scheduler with two workers; medians.
 --rates takes those of an earlier call. What cannot be measured here is in `Assumptions`: what a GPU
@@ -11,6 +12,8 @@ and a coloured raster whose pixels fill those that are read, as what they compre
 
 from __future__ import annotations
 
+import argparse
+import json
 import logging
 import math
 import operator
@@ -20,10 +23,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,12 +40,14 @@ import rasterio
 from distributed import Client
 
 mpl.use("agg")
-from simulate import Scenario
+from matplotlib import pyplot as plt
+from simulate import Outcome, Scenario, draw_lengths, simulate
 
 import fileio
 import imutils
 import tiling
 from ImageData import ImageData, Window
+from imutils import COLORS
 
 log = logging.getLogger("plan_scale")
 
@@ -521,3 +527,221 @@ def plan(
             limiting = max(parts, key=parts.get)
             found[f"{number} {who}, {jobs} merging"] = (parts[limiting] / DAY, limiting)
     return found
+
+
+# ---------------------------------------------------------------------------------------------
+# Simulated
+# ---------------------------------------------------------------------------------------------
+
+SHARD = GIGA / CORE_PX  # tiles of a gigapixel
+MANY_MERGERS = 100
+WORKERS = (10, 30, 100, 300, 1_000, 3_000, 10_000)
+
+
+def cases(base: Scenario) -> dict[str, Scenario]:
+    """Return what is to be compared with 1,000 workers whose merging is shared out."""
+    calm = replace(base, worker_mtbf=math.inf, merger_mtbf=math.inf, failure_share=0.0,
+                   spread=0.0, slow_share=0.0)  # fmt: skip
+    alone = {"merge": base.merge * MANY_MERGERS}
+    failing = {"worker_mtbf": base.worker_mtbf / 10, "merger_mtbf": base.merger_mtbf / 10,
+               "failure_share": base.failure_share * 10}  # fmt: skip
+    crawling = replace(base, slow_factor=base.slow_factor * 10)
+    return {
+        "nothing goes wrong": calm,
+        "the same, one process merges": replace(calm, **alone),
+        "as assumed": base,
+        "the same, one process merges ": replace(base, **alone),
+        "failures x 10": replace(base, **failing),
+        "errors in 1 % of the attempts": replace(base, failure_share=0.01),
+        "the same, two more attempts (not built)": replace(base, failure_share=0.01, retries=3),
+        "slow workers x 10 as many": replace(base, slow_share=base.slow_share * 10),
+        "slow workers x 10 as slow": crawling,
+        "the same, all begun at once": replace(crawling, window=None),
+        "the same, late ones repeated (not built)": replace(crawling, window=None, speculate=True),
+    }
+
+
+def describe_outcome(scene: Scenario, outcome: Outcome) -> dict[str, object]:
+    """Return a row of the table."""
+    if set(outcome.done) != {1} or outcome.merged != list(range(scene.shards)):
+        raise RuntimeError(f"shards were lost, or done twice: {scene}")
+    return {
+        "makespan_days": outcome.makespan / DAY,
+        "against_ideal": outcome.makespan / scene.limits["workers"],
+        "lost_share": outcome.lost_share, "deaths": outcome.deaths, "errors": outcome.failures,
+        "stops": outcome.stops, "busy": outcome.busy,
+        "busiest": max(outcome.busy, key=outcome.busy.get),
+    }  # fmt: skip
+
+
+def validate(folder: Path, rates: Mapping[str, float]) -> dict[str, float]:
+    """Let two real workers sleep, kill one, and compare with the simulation of just that."""
+    scene = Scenario(
+        shards=300, seconds=0.1, workers=2, spread=0.5, merge=0.01, kills=(6.0,),
+        worker_repair=math.inf, dispatch=rates["scheduler: core-s/task"],
+    )  # fmt: skip
+    lengths = [scene.seconds * length for length in draw_lengths(scene)]
+    with cluster(folder, scene.workers) as (_, workers), _connect(folder) as client:
+        client.gather([client.submit(time.sleep, 0, pure=False) for _ in range(20)])  # warm
+        start = time.perf_counter()
+        threading.Timer(scene.kills[0], workers[0].kill).start()
+        keys = [("sleep", i) for i in range(scene.shards)]  # of a group: handed out when free
+        futures = [client.submit(time.sleep, s, key=k) for s, k in zip(lengths, keys, strict=True)]
+        for future in futures:
+            future.result()
+            time.sleep(scene.merge)
+        real = time.perf_counter() - start
+    told = simulate(scene).makespan
+    return {"real_s": real, "simulated_s": told, "off": told / real - 1}
+
+
+# ---------------------------------------------------------------------------------------------
+# Shown
+# ---------------------------------------------------------------------------------------------
+
+PARTS = {"merging": COLORS[4], "storage": COLORS[1], "scheduler": COLORS[3]}
+
+
+def draw(rates: Mapping[str, float], assumed: Assumptions, path: Path) -> list[dict[str, object]]:
+    """Draw makespans against workers, and what a part feeds against the size of shards."""
+    moon = ARCHIVES[0]
+    costs = cost(rates, assumed, moon.kind, moon.bands, moon.density)
+    fig, axes = plt.subplots(1, 3, figsize=(13, 4.1), layout="constrained")
+    curves = []
+    for ax, on_gpu in zip(axes[:2], (False, True), strict=True):
+        describe = partial(scenario, rates, assumed, costs, tiles=SHARD, on_gpu=on_gpu)
+        ideal = [describe(workers=n).limits["workers"] / DAY for n in WORKERS]
+        ax.plot(WORKERS, ideal, "k:", label="ideal: workers alone")
+        for mergers, style, color in ((1, "o-", COLORS[4]), (MANY_MERGERS, "s-", COLORS[2])):
+            days = []
+            for workers in WORKERS:
+                scene = describe(workers=workers, mergers=mergers)
+                days.append(simulate(scene).makespan / DAY)
+                log.info("%s workers, %d merging: %.3g days", workers, mergers, days[-1])
+            name = "one process merges" if mergers == 1 else f"{mergers} processes merge"
+            ax.plot(WORKERS, days, style, color=color, markersize=4, label=name)
+            limits = describe(workers=WORKERS[-1], mergers=mergers).limits
+            part = max(list(limits)[1:], key=limits.get)
+            crossing = describe(workers=1).limits["workers"] / limits[part]
+            if crossing <= WORKERS[-1]:
+                ax.plot(crossing, limits[part] / DAY, "*", color=color, markersize=13, mec="k")
+                ax.annotate(f"{part}\nfull at {crossing:,.0f}", (crossing, limits[part] / DAY),
+                            xytext=(4, 9), textcoords="offset points", fontsize=8)  # fmt: skip
+            curves.append({"on_gpu": on_gpu, "mergers": mergers, "workers": WORKERS, "days": days,
+                           "limiting": part, "full_at": crossing})  # fmt: skip
+        who = "GPUs (their speed is assumed)" if on_gpu else "cores (measured)"
+        ax.set(xscale="log", yscale="log", xlabel=who, ylabel="days" if not on_gpu else None)
+        ax.set_title(f"100,000 gigapixels, simulated: {'GPUs' if on_gpu else 'cores'}", fontsize=10)
+        ax.grid(visible=True, alpha=0.3)
+    low, high = min(ax.get_ylim()[0] for ax in axes[:2]), max(ax.get_ylim()[1] for ax in axes[:2])
+    for ax in axes[:2]:
+        ax.set_ylim(low, high)
+    axes[0].legend(fontsize=8, loc="lower left")
+    sizes = np.geomspace(64, 20_000, 30)
+    for on_gpu, style in ((False, "-"), (True, "--")):
+        limits = [scenario(rates, assumed, costs, tiles=t, workers=1, on_gpu=on_gpu,
+                           link=math.inf).limits for t in sizes]  # fmt: skip
+        for part, color in PARTS.items():
+            fed = [limit["workers"] / limit[part] for limit in limits]
+            axes[2].plot(sizes, fed, style, color=color)
+            axes[2].annotate(part, (sizes[0], fed[0]), xytext=(2, 3), fontsize=8, color=color,
+                             textcoords="offset points")  # fmt: skip
+    axes[2].plot([], [], "k-", label="cores"), axes[2].plot([], [], "k--", label="GPUs")
+    axes[2].legend(fontsize=8, loc="upper left")
+    axes[2].set(xscale="log", yscale="log", xlabel="tiles in a shard")
+    axes[2].set_title("Workers that a part can feed", fontsize=10)
+    axes[2].grid(visible=True, alpha=0.3)
+    fig.savefig(path, dpi=90)
+    plt.close(fig)
+    return curves
+
+
+def describe_rates(rates: Mapping[str, float]) -> str:
+    """Return the rates as a table."""
+    return _table(["measured", "value"], [[name, f"{v:.3g}"] for name, v in rates.items()])
+
+
+def describe_plans(plans: Sequence[Mapping[str, object]]) -> str:
+    """Return the plans as a table, an archive each column."""
+    rows = [
+        ["tiles of 512 px, strips", *(f"{p['tiles']:.2g}, {p['strips']:.2g}" for p in plans)],
+        ["objects", *(f"{p['objects']:.2g}" for p in plans)],
+        ["core-hours", *(f"{p['core_hours']:,.0f}" for p in plans)],
+        ["or GPU-hours (assumed)", *(f"{p['gpu_hours']:,.0f}" for p in plans)],
+        ["core-hours of merging", *(f"{p['merging_core_hours']:,.0f}" for p in plans)],
+        ["hours of checks, one by one", *(f"{p['checks_hours']:,.1f}" for p in plans)],
+        ["read", *(_bytes(p["read_bytes"]) for p in plans)],
+        ["journal, catalogue",
+         *(f"{_bytes(p['journal_bytes'])}, {_bytes(p['catalogue_bytes'])}" for p in plans)],
+    ]  # fmt: skip
+    for name, value in plans[0].items():
+        if isinstance(value, tuple):
+            found = [p[name] for p in plans]
+            rows.append([f"days with {name}", *(f"{days:.2g} ({part})" for days, part in found)])
+    return _table(["", *(p["archive"] for p in plans)], rows)
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 1e12:,.1f} TB" if size >= 1e12 else f"{size / 1e9:,.0f} GB"
+
+
+def describe_cases(rows: Mapping[str, Mapping[str, object]]) -> str:
+    """Return what was simulated as a table."""
+    head = ["1,000 cores, 100,000 shards", "time, of the ideal", "work lost", "deaths", "errors",
+            "stops", "busiest"]  # fmt: skip
+    return _table(head, [
+        [name.strip(), f"{r['against_ideal']:.2f}", f"{r['lost_share']:.2%}", f"{r['deaths']:,}",
+         f"{r['errors']:,}", str(r["stops"]), f"{r['busiest']} {r['busy'][r['busiest']]:.2f}"]
+        for name, r in rows.items()
+    ])  # fmt: skip
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    """Measure, plan, simulate, draw, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rates", type=Path, help="of an earlier call, or where to keep them")
+    parser.add_argument("--pixels", type=Path, nargs=2, default=(), metavar=("GREY", "RGB"))
+    parser.add_argument("--gpu-tflops", type=float, default=Assumptions.gpu_flops / 1e12,
+                        help="assumed of a GPU (default: %(default)g)")  # fmt: skip
+    parser.add_argument("--bandwidth-gb", type=float, default=Assumptions.bandwidth / 1e9,
+                        help="assumed of the storage, GB/s (default: %(default)g)")  # fmt: skip
+    parser.add_argument("--cores", type=int, default=1_000)
+    parser.add_argument("--gpus", type=int, default=100)
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--picture", type=Path, help="draw what saturates")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
+    if args.rates and args.rates.exists():
+        rates = json.loads(args.rates.read_text(encoding="utf-8"))
+    else:
+        rates = measure(args.pixels)
+        if args.rates:
+            fileio.write_json(args.rates, rates)
+    assumed = Assumptions(gpu_flops=args.gpu_tflops * 1e12, bandwidth=args.bandwidth_gb * 1e9)
+    plans = [plan(a, rates, assumed, cores=args.cores, gpus=args.gpus) for a in ARCHIVES]
+    moon = ARCHIVES[0]
+    costs = cost(rates, assumed, moon.kind, moon.bands, moon.density)
+    base = scenario(rates, assumed, costs, tiles=SHARD, workers=1_000, mergers=MANY_MERGERS)
+    rows = {name: describe_outcome(s, simulate(s)) for name, s in cases(base).items()}
+    with tempfile.TemporaryDirectory() as folder:
+        checked = validate(Path(folder), rates)
+    curves = draw(rates, assumed, args.picture) if args.picture else []
+    page = [describe_rates(rates), describe_plans(plans), describe_cases(rows), str(checked)]
+    sys.stdout.write("\n\n".join(page) + "\n")
+    if args.json:
+        record = {
+            "machine": common.machine(), "rates": rates, "assumed": asdict(assumed),
+            "archives": [asdict(a) for a in ARCHIVES], "plans": plans, "simulated": rows,
+            "real": checked, "curves": curves,
+        }  # fmt: skip
+        fileio.write_json(args.json, record)
+
+
+if __name__ == "__main__":
+    main()
