@@ -51,7 +51,7 @@ RADIOMETRIC_TOLERANCE = 3.0  # standard deviations of the training pixels
 CHECKS = ("bands", "dtype", "resolution", "radiometry")
 Scale = Annotated[float, Field(ge=0.1, le=8)]
 MANIFEST = "manifest.json"
-CHUNK = 5_000  # objects written at once
+CHUNK = 20_000  # objects written at once: larger ones write faster, but take more memory
 FAILED, INCOMPLETE, INTERRUPTED = 1, 3, 130  # exit codes; 0: complete, 2: not understood
 
 
