@@ -27,10 +27,10 @@ LAYERS = [
     ["geometries"],
     ["sampledata", "annotations", "tiling", "splits", "catalogue"],
     ["datasets", "metrics", "logger", "implot"],
-    ["networks", "atlas"],
+    ["networks", "atlas", "study"],
     ["LargeRasterOR"],
     ["strips"],
-    ["trials", "predict", "preflight"],
+    ["trials", "predict", "preflight", "ledger"],
     ["gridsearch"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
