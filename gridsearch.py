@@ -402,7 +402,30 @@ def _publish(run_dir: Path, key: str, folder: str) -> None:
             if final.exists():
                 final.rename(trash)
             mine.rename(final)
-    shutil.rmtree(trash, ignore_errors=True)
+    for gone in (trash, mine):  # without its claim, it is what a late writer left of a lost one
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _settle(queue: Queue, run_dir: Path) -> None:
+    """Bring the folders of trials that have ended to their place, if nobody did; drop all others.
+
+    What may go on stays.
+    """
+    latest = queue.latest()
+    for trial in queue.trials():
+        key, folder = trial.user_attrs.get("key"), trial.system_attrs.get("folder")
+        if key is None or folder is None or not _claim_dir(run_dir, key, folder).exists():
+            continue
+        last = latest.get(trial.system_attrs["slot"], trial)
+        outcome = study.outcome_of(last)
+        if outcome and last.number == trial.number:
+            if outcome == "fail" and "error" not in trial.user_attrs:  # its workers died
+                record = {"hyperparams": trial.user_attrs["hyperparams"],
+                          "error": study.error_of(trial)}  # fmt: skip
+                fileio.write_json(_claim_dir(run_dir, key, folder) / "failure.json", record)
+            _publish(run_dir, key, folder)
+        elif outcome:
+            shutil.rmtree(_claim_dir(run_dir, key, folder), ignore_errors=True)
 
 
 @contextmanager
@@ -483,6 +506,7 @@ def fullest_test_block(
 
 def _finish(queue: Queue, run_dir: Path) -> pd.DataFrame:
     """Rank the trials, and give the best one's files their place in the run's folder."""
+    _settle(queue, run_dir)
     with fileio.exclusive(run_dir, wait=True):
         board = read_leaderboard(queue, run_dir)
         fileio.write_table(run_dir / "leaderboard.csv", board)
@@ -581,9 +605,7 @@ def _open_queue(
         study.open_storage(storage, run_dir), f"{plan.name}-{fileio.fingerprint(drawn)}",
         plan.space, plan.search, plan.n_trials, seed,
     )  # fmt: skip
-    for trial in queue.latest().values():
-        if study.outcome_of(trial) and "folder" in trial.system_attrs:
-            _publish(run_dir, trial.user_attrs["key"], trial.system_attrs["folder"])
+    _settle(queue, run_dir)
 
     def again(trial: FrozenTrial) -> bool:
         if study.outcome_of(trial) == "fail":

@@ -501,9 +501,14 @@ class Queue:
             self.claim = claim
             folders = [t.system_attrs.get("folder") for t in same if t.number < claim.number]
             claim.earlier = [folder for folder in reversed(folders) if folder]
-            if self.search == "tpe":  # anew: two workers of the same seed would choose the same
-                seed = (self.seed + claim.number) % 2**32
-                self.study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+            if self.search == "tpe":
+                # anew: studies remember the trials they saw, and of one seed all would choose alike
+                sampler = optuna.samplers.TPESampler(
+                    seed=(self.seed + claim.number) % 2**32, constant_liar=True
+                )
+                self.study = optuna.load_study(
+                    study_name=self.study.study_name, storage=self.storage, sampler=sampler
+                )
             claim.suggest()
             if self._is_tried(claim):
                 claim.release("repeats")
@@ -567,6 +572,11 @@ class Queue:
                 except LostTrialError as lost:
                     if claim is self.claim:  # else it has ended
                         log.warning("%s", lost)
+                except InputError as gone:
+                    log.warning("%s", gone)
+                    if claim is not None:
+                        claim.lost.set()
+                    return
                 except Exception as error:  # the next beat may reach it
                     log.warning("the queue of the search cannot be reached: %s", error)
 
