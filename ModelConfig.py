@@ -37,6 +37,7 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 Proportion = Annotated[float, Field(gt=0, lt=1)]
 FileName = Annotated[str, Field(min_length=1)]
 
+HYPERPARAMETERS = ("patch_size", "n_epochs", "sample_size", "learning_rate", "batch_size")
 # Parameters that the next execution of a run may change: what the search spans, where and how it
 # runs, what it shows. All others decide whether its trials can be ranked together.
 MAY_CHANGE = {
@@ -534,15 +535,15 @@ class RunParameters:
 
     @property
     def search_space(self) -> dict[str, list[int | float]]:
-        """The grid of the search: hyperparameter -> its distinct values."""
-        grid = {
-            "patch_size": self.PATCH_SIZES,
-            "n_epochs": self.N_EPOCHS,
-            "sample_size": self.SAMPLE_SIZES,
-            "learning_rate": self.LEARNING_RATES,
-            "batch_size": self.BATCH_SIZES,
+        """What the search spans: hyperparameter -> its distinct values."""
+        lists = (
+            self.PATCH_SIZES, self.N_EPOCHS, self.SAMPLE_SIZES, self.LEARNING_RATES,
+            self.BATCH_SIZES,
+        )  # fmt: skip
+        return {
+            name: list(dict.fromkeys(values))
+            for name, values in zip(HYPERPARAMETERS, lists, strict=True)
         }
-        return {name: list(dict.fromkeys(values)) for name, values in grid.items()}
 
     @property
     def trial_count(self) -> int:

@@ -25,9 +25,9 @@ import fileio
 import strips
 from ImageData import InputError
 from LargeRasterOR import BEST_BY, LargeRasterORModel
+from ModelConfig import HYPERPARAMETERS
 
 FIRST = ["run", "trial", "state", "problem"]
-HYPERPARAMETERS = ["patch_size", "n_epochs", "sample_size", "learning_rate", "batch_size"]
 LAST = ["split_hash", "data", "tiles", "code_version", "host", "started", "seconds", "checkpoint"]
 SHOWN = [*FIRST[:3], *HYPERPARAMETERS, "AP50", BEST_BY, "box_f1", "seconds", "problem"]
 COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {

@@ -31,6 +31,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import numpy as np
 import optuna
+import pandas as pd
 import psutil
 from filelock import FileLock
 from optuna.distributions import (
@@ -45,8 +46,9 @@ from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import FrozenTrial, TrialState
 
 from ImageData import InputError
+from LargeRasterOR import BEST_BY
 from logger import get_logging_key
-from ModelConfig import Search, check_storage, count_trials
+from ModelConfig import HYPERPARAMETERS, Search, check_storage, count_trials
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +57,8 @@ GRACE = 120.0  # s without one after which a trial is taken from its worker
 MAX_RESTARTS = 3  # of a trial whose workers died; one that kills them all is not worth more
 PEERS = 4  # trials that must have come as far before one is called hopeless
 WARM_UP = 1 / 3  # of a training, in which none is
-OUTCOMES = ("values", "pruned", "error")  # attributes of a trial, one of which says how it ended
+LEAST_TRIALS = 6  # below which nothing can be said of what decides
+MANY_VALUES = 8  # of a learning rate, from which on they are taken for a range
 SAME_START = 60  # s by which the start of one process may seem to differ
 
 Hyperparams = dict[str, int | float]
@@ -624,3 +627,41 @@ def drop_studies(storage: BaseStorage, prefix: str) -> None:
     for name in optuna.get_all_study_names(storage):
         if name.startswith(prefix):
             optuna.delete_study(study_name=name, storage=storage)
+
+
+def importances(leaderboard: pd.DataFrame) -> pd.Series:
+    """Measure how much each hyperparameter decides whether a trial is among the best quarter.
+
+    Args:
+        leaderboard: See `gridsearch.read_leaderboard`.
+
+    Returns:
+        Hyperparameter -> its share of all, 0 to 1, the largest first; those that never differ are
+        left out. Empty below `LEAST_TRIALS` complete trials, which tell nothing.
+
+    References:
+        Watanabe et al. 2023, PED-ANOVA, as Optuna has it.
+    """
+    done = leaderboard[leaderboard["state"] == "complete"]
+    names = [name for name in HYPERPARAMETERS if len(set(done[name])) > 1]
+    if len(done) < LEAST_TRIALS or not names:
+        return pd.Series(dtype=float, name="importance")
+    drawn = {name: sorted(done[name].unique().tolist()) for name in names}
+    spans: dict[str, BaseDistribution] = {
+        name: CategoricalDistribution(values) for name, values in drawn.items()
+    }
+    if len(rates := drawn.get("learning_rate", [])) > MANY_VALUES:  # of a range
+        spans["learning_rate"] = FloatDistribution(rates[0], rates[-1], log=True)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    measured = optuna.create_study(direction="maximize")
+    measured.add_trials(
+        [
+            optuna.create_trial(
+                params={name: row[name] for name in names}, distributions=spans, value=row[BEST_BY]
+            )
+            for row in done[[*names, BEST_BY]].to_dict("records")
+        ]
+    )
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
+    shares = optuna.importance.get_param_importances(measured, evaluator=evaluator)
+    return pd.Series(shares, name="importance")

@@ -27,9 +27,9 @@ LAYERS = [
     ["geometries"],
     ["sampledata", "annotations", "tiling", "splits", "catalogue"],
     ["datasets", "metrics", "logger", "implot"],
-    ["networks", "atlas", "study"],
+    ["networks", "atlas"],
     ["LargeRasterOR"],
-    ["strips"],
+    ["strips", "study"],
     ["trials", "predict", "preflight", "ledger"],
     ["gridsearch"],
 ]
