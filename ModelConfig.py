@@ -26,6 +26,7 @@ Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 Geometry = Literal["box", "circle"]
 Views = Literal["none", "flips", "turns", "all"]
+Search = Literal["grid", "random", "tpe"]
 CatalogueFormat = Literal["gpkg", "geojson", "parquet", "csv", "json", "txt"]
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -36,11 +37,13 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 Proportion = Annotated[float, Field(gt=0, lt=1)]
 FileName = Annotated[str, Field(min_length=1)]
 
+HYPERPARAMETERS = ("patch_size", "n_epochs", "sample_size", "learning_rate", "batch_size")
 # Parameters that the next execution of a run may change: what the search spans, where and how it
 # runs, what it shows. All others decide whether its trials can be ranked together.
 MAY_CHANGE = {
     "RUN_NAME", "PR_COMPUTE_INTERVAL", "PATCH_SIZES", "BATCH_SIZES", "N_EPOCHS", "SAMPLE_SIZES",
-    "LEARNING_RATES", "RETRY_FAILED", "REPAIR_LAYOUT", "CACHE_DIR", "RESOLUTION_TOLERANCE",
+    "LEARNING_RATES", "SEARCH", "N_TRIALS", "PRUNING", "STORAGE", "RETRY_FAILED",
+    "REPAIR_LAYOUT", "CACHE_DIR", "RESOLUTION_TOLERANCE",
     "FORCE_CREATION", "ACCELERATOR", "DEVICES", "WORKERS", "RUNS_DIR", "DF_DIR", "IMG_DIR",
     "TILING_DIRECTORY", "IMAGE_OUTPUT_DIRECTORY", "MATERIALIZE_TILES", "WANDB_ACTIVE",
     "WANDB_PROJECT", "PLOT_IMAGE", "INTERACTIVE", "PREDICT_FILENAMES", "CATALOGUE_FORMATS",
@@ -56,6 +59,7 @@ PARAMETER_OF = {  # field of the model's configuration -> parameter of a run
     "validation.iou_threshold": "IOU_THRESHOLD", "test.iou_threshold": "IOU_THRESHOLD",
     "validation.score_threshold": "SCORE_THRESHOLD", "test.score_threshold": "SCORE_THRESHOLD",
 }  # fmt: skip
+STORAGE_SCHEMES = ("postgresql://", "postgresql+psycopg://")
 _STRICT = ConfigDict(validate_assignment=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -215,6 +219,27 @@ def _dotted(values: Mapping[str, Any], before: str = "") -> list[str]:
     return names
 
 
+def count_trials(space: Mapping[str, Sequence[int | float]], search: Search, n_trials: int) -> int:
+    """Count the trials of a search: all combinations of a grid, else `n_trials` distinct ones."""
+    combinations = math.prod(map(len, space.values()))
+    if search == "grid":
+        return combinations
+    return n_trials if len(space["learning_rate"]) > 1 else min(n_trials, combinations)
+
+
+def check_storage(url: str) -> None:
+    """Refuse an address of a database that cannot hold a search.
+
+    Raises:
+        InputError: It is not PostgreSQL's. SQLite's locks do not hold on shared disks.
+    """
+    if not url.startswith(STORAGE_SCHEMES):
+        raise InputError(
+            "STORAGE must be a PostgreSQL database, postgresql://user@host/name, or None for a "
+            f"file in the run's folder, which shared disks bear, got {url.partition(':')[0]}:..."
+        )
+
+
 @dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True))
 class RunParameters:
     """The parameters of one run of the notebook, named as in its `parameters` cell.
@@ -268,6 +293,10 @@ class RunParameters:
     N_EPOCHS: Annotated[list[Positive], Field(min_length=1)]
     SAMPLE_SIZES: Annotated[list[SampleShare], Field(min_length=1)]
     LEARNING_RATES: Annotated[list[PositiveFloat], Field(min_length=1)]
+    SEARCH: Search
+    N_TRIALS: Positive
+    PRUNING: bool
+    STORAGE: FileName | None
     RETRY_FAILED: bool
     STRETCH: Literal["auto", "none", "minmax", "percentile", "log"]
     STRETCH_PERCENTILES: Annotated[list[Percent], Field(min_length=2, max_length=2)]
@@ -331,6 +360,8 @@ class RunParameters:
             raise InputError(
                 "wandb is not installed: pip install wandb, or set WANDB_ACTIVE = False"
             )
+        if self.STORAGE is not None:
+            check_storage(self.STORAGE)
         if self.BLOCK_SIZE is not None and max(self.PATCH_SIZES) > self.BLOCK_SIZE:
             raise InputError(
                 f"BLOCK_SIZE must be >= the largest of PATCH_SIZES ({max(self.PATCH_SIZES)} px), "
@@ -509,20 +540,31 @@ class RunParameters:
 
     @property
     def search_space(self) -> dict[str, list[int | float]]:
-        """The grid of the search: hyperparameter -> its distinct values."""
-        grid = {
-            "patch_size": self.PATCH_SIZES,
-            "n_epochs": self.N_EPOCHS,
-            "sample_size": self.SAMPLE_SIZES,
-            "learning_rate": self.LEARNING_RATES,
-            "batch_size": self.BATCH_SIZES,
+        """What the search spans: hyperparameter -> its distinct values."""
+        lists = (
+            self.PATCH_SIZES, self.N_EPOCHS, self.SAMPLE_SIZES, self.LEARNING_RATES,
+            self.BATCH_SIZES,
+        )  # fmt: skip
+        return {
+            name: list(dict.fromkeys(values))
+            for name, values in zip(HYPERPARAMETERS, lists, strict=True)
         }
-        return {name: list(dict.fromkeys(values)) for name, values in grid.items()}
 
     @property
     def trial_count(self) -> int:
-        """Number of combinations in the grid."""
-        return math.prod(len(values) for values in self.search_space.values())
+        """Number of trainings of the search."""
+        return count_trials(self.search_space, self.SEARCH, self.N_TRIALS)
+
+    def search_options(self) -> dict[str, Any]:
+        """Return the arguments of `gridsearch.run_search` that are parameters of the search."""
+        return {
+            "search": self.SEARCH,
+            "n_trials": self.N_TRIALS,
+            "pruning": self.PRUNING,
+            "storage": self.STORAGE,
+            "force": self.FORCE_CREATION,
+            "retry_failed": self.RETRY_FAILED,
+        }
 
     def cleaning_options(self) -> dict[str, Any]:
         """Return the arguments of `annotations.clean_annotations` that are parameters."""

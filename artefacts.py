@@ -194,14 +194,18 @@ def hash_rows(df: pd.DataFrame, seed: int) -> np.ndarray:
 
 
 @contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
+def exclusive(directory: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a directory for one process at a time; the lock ends with the process.
+
+    Args:
+        directory: The directory, which is made if need be.
+        wait: Wait until nobody holds it.
 
     Raises:
         InputError: Another process holds it.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / ".lock", timeout=0)
+    lock = FileLock(directory / ".lock", timeout=-1 if wait else 0)
     try:
         lock.acquire()
     except Timeout:

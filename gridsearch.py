@@ -1,44 +1,87 @@
-"""The factorial loop: one training per combination of hyperparameters, all on the same ground.
+"""The search: one training per combination of hyperparameters, all on the same ground.
 
-The search is an Optuna study in the run's folder. A trial that is finished is never repeated, one
-that was interrupted is; a failed one is recorded with its traceback and the search goes on.
+The combinations are a queue that any number of processes share (see `study`): notebooks that run
+the search, and workers, on any machine that has the run's folder:
 
-    <run>/study.journal              the search
-    <run>/trials/<key>/              record, checkpoints, detections of one training
+    python gridsearch.py --run runs/mine                  work on a search that a notebook began
+    python gridsearch.py ledger runs [--where "AP50 > 0.5"]   list all runs and trials, see `ledger`
+
+A trial that is finished is never repeated, one that was interrupted is; a failed one is recorded
+with its traceback and the search goes on.
+
+    <run>/search/                    all that a worker needs: settings, ground
+    <run>/study.journal              the queue, unless a database holds it
+    <run>/trials/.<key>~<claim>/     where a worker trains; one that lost its trial is alone there
+    <run>/trials/<key>/              record, checkpoints, detections of one training, ended
     <run>/leaderboard.csv            all trials, best test AP50 first
     <run>/best.ckpt, metrics.json    the trial with the best validation AP50
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
-import math
 import secrets
 import shutil
+import signal
+import sys
+import threading
+import time
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pandas as pd
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+import pytorch_lightning as pl
+import shapely
 from optuna.trial import FrozenTrial, TrialState
 
 import fileio
+import imutils
+import ledger
+import study
 from ImageData import ImageData, InputError
-from LargeRasterOR import BEST_BY
-from logger import get_logging_key, make_model_logger
-from ModelConfig import ModelConfig
+from LargeRasterOR import BEST_BY, __version__
+from logger import configure_logger, make_model_logger
+from ModelConfig import ModelConfig, Search
+from study import Claim, LostTrialError, Queue
 from trials import EVALUATION_FILES, SearchData, train_iteration
 
 log = logging.getLogger(__name__)
 
 TRASH = ".trash-"  # prefix of folders that are being deleted
-OUTCOMES = {"values", "error"}  # attributes of a trial, one of which tells that it came to an end
+FAILED, INCOMPLETE, INTERRUPTED = 1, 3, 130  # exit codes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a search tries, as its run's folder holds it for all who take part.
+
+    Attributes:
+        name: What the names of its studies begin with; another one after each start over.
+        space: Hyperparameter -> values.
+        search: How combinations are chosen.
+        n_trials: How many, where it is not all of a grid.
+        pruning: Whether hopeless trials are stopped.
+        storage: The database of the queue, without its password; None: a file in the run's folder.
+        wandb_active: Whether records go to Weights & Biases as well.
+        wandb_project: Its project there.
+    """
+
+    name: str
+    space: dict[str, list[int | float]]
+    search: Search
+    n_trials: int
+    pruning: bool
+    storage: str | None
+    wandb_active: bool
+    wandb_project: str
 
 
 def run_search(
@@ -47,6 +90,10 @@ def run_search(
     conf: ModelConfig,
     run_dir: Path,
     *,
+    search: Search = "grid",
+    n_trials: int = 20,
+    pruning: bool = False,
+    storage: str | None = None,
     force: bool = False,
     retry_failed: bool = False,
     parameters: Mapping[str, Any] | None = None,
@@ -56,11 +103,19 @@ def run_search(
 ) -> pd.DataFrame:
     """Train and test every combination that is not done yet, then rank all of them.
 
+    Any number of processes may do so at once, and share the trials out among them.
+
     Args:
         data: What the trials share.
         search_space: `patch_size, n_epochs, sample_size, learning_rate, batch_size` -> values.
         conf: Configuration of all trials, each of which sets its own hyperparameters.
         run_dir: The run's folder.
+        search: grid: all combinations; random: some, drawn by the seed; tpe: some, each chosen
+            where the trials so far promise most. The last two draw learning rates from the whole
+            range that those of the space span.
+        n_trials: How many, where it is not all.
+        pruning: Stop trials that are hopeless, see `study.is_hopeless`.
+        storage: A database that holds the queue, see `study.open_storage`.
         force: Forget earlier trials of this run.
         retry_failed: Train once more what failed earlier; a changed grid does so in any case.
         parameters: Recorded as `parameters.json` once the search is known to go ahead.
@@ -75,103 +130,349 @@ def run_search(
         InputError: The run holds trials made from other input, or every trial failed.
     """
     run_dir = Path(run_dir)
-    with fileio.exclusive(run_dir):
+    with fileio.exclusive(run_dir, wait=True):
         marks = _check_same_input(data, conf, run_dir, force=force)
         fileio.write_json(run_dir / "classes.json", dict(data.ids))
         fileio.write_json(run_dir / "radiometry.json", asdict(data.radiometry))
-        fileio.write_json(run_dir / "parameters.json", parameters or {})
-        grid = {name: list(values) for name, values in sorted(search_space.items())}
-        study = _open_study(grid, run_dir, conf.seed)
-
-        def objective(trial: optuna.Trial) -> float:
-            hyperparams = {k: trial.suggest_categorical(k, grid[k]) for k in search_space}
-            trial.set_user_attr("key", get_logging_key(hyperparams))
-            mark = marks[hyperparams["patch_size"]]
-            try:
-                values = _known_result(run_dir, hyperparams, mark)
-                if values is None:
-                    values = _train_trial(
-                        hyperparams, data, conf, run_dir, mark,
-                        wandb_active=wandb_active, wandb_project=wandb_project, progress=progress,
-                    )  # fmt: skip
-            except Exception as error:
-                trial.set_user_attr("error", f"{type(error).__name__}: {error}")
-                raise
-            trial.set_user_attr("values", values)
-            return values[BEST_BY]
-
-        to_do = _count_to_do(study, grid, run_dir, retry_failed=retry_failed)
-        log.info("search: %d trials to do of %d", to_do, math.prod(map(len, grid.values())))
-        for _ in range(to_do):  # one at a time: the sampler stops a study once its grid is visited
-            study.optimize(objective, n_trials=1, catch=(Exception,))
-        return _finish(study, run_dir)
+        recorded = dict(parameters or {})
+        if recorded.get("STORAGE"):
+            recorded["STORAGE"] = study.public_url(recorded["STORAGE"])
+        fileio.write_json(run_dir / "parameters.json", recorded)
+        name = _study_prefix(run_dir)
+        if name and force:
+            study.drop_studies(study.open_storage(storage, run_dir), name)
+            name = None
+        plan = Plan(
+            name=name or f"{run_dir.name}-{secrets.token_hex(4)}",
+            space={name: list(values) for name, values in search_space.items()},
+            search=search, n_trials=n_trials, pruning=pruning, storage=study.public_url(storage),
+            wandb_active=wandb_active, wandb_project=wandb_project,
+        )  # fmt: skip
+        _write_search(run_dir, plan, data, conf)
+    queue = _open_queue(plan, conf.seed, run_dir, storage, retry_failed=retry_failed)
+    _work(queue, plan, data, conf, run_dir, marks, wait=True, progress=progress)
+    return _finish(queue, run_dir)
 
 
-def _known_result(
-    run_dir: Path, hyperparams: Mapping[str, Any], mark: str
-) -> dict[str, float] | None:
+def join_search(
+    run_dir: Path,
+    *,
+    storage: str | None = None,
+    retry_failed: bool = False,
+    max_trials: int | None = None,
+    wait: bool = False,
+    accelerator: str | None = None,
+    devices: int | str | None = None,
+) -> tuple[int, int]:
+    """Take part in a search that `run_search` began, perhaps on another machine.
+
+    Args:
+        run_dir: The run's folder.
+        storage: The database that holds the queue, if its address needs more than the run records.
+        retry_failed: Train once more what failed earlier.
+        max_trials: How many trials to do at most.
+        wait: Stay until the trials of the others are done, in case one of them dies; else until
+            none waits and the others show that they live.
+        accelerator: Where to train, other than the search says.
+        devices: On how many devices, likewise.
+
+    Returns:
+        The number of trials done here, and how many of them failed.
+
+    Raises:
+        InputError: The folder holds no search, or its rasters or tiles are others here.
+    """
+    run_dir = Path(run_dir)
+    with fileio.exclusive(run_dir, wait=True):
+        plan, data, conf = _read_search(run_dir)
+        marks = _check_same_input(data, conf, run_dir, joining=True)
+    conf.accelerator, conf.devices = accelerator or conf.accelerator, devices or conf.devices
+    queue = _open_queue(
+        plan, conf.seed, run_dir, storage or plan.storage, retry_failed=retry_failed
+    )
+    done = _work(queue, plan, data, conf, run_dir, marks, wait=wait, max_trials=max_trials)
+    if not queue.trials(TrialState.WAITING, TrialState.RUNNING):
+        _finish(queue, run_dir)
+    return done
+
+
+# ---------------------------------------------------------------------------------------------
+# The work
+# ---------------------------------------------------------------------------------------------
+
+
+def _work(
+    queue: Queue,
+    plan: Plan,
+    data: SearchData,
+    conf: ModelConfig,
+    run_dir: Path,
+    marks: Mapping[int, str],
+    *,
+    wait: bool,
+    max_trials: int | None = None,
+    progress: bool = False,
+) -> tuple[int, int]:
+    """Do trials until none is left; return how many were done here, and how many failed."""
+    done, failed, waiting = 0, 0, False
+    with _terminable(), queue.watching():
+        while max_trials is None or done < max_trials:
+            claim = queue.take()
+            if claim is not None:
+                outcome = _do_trial(claim, plan, data, conf, run_dir, marks, progress=progress)
+                done, failed = done + 1, failed + (outcome == "fail")
+                continue
+            others = queue.bury()
+            queue.fill()  # perhaps one that died had not yet put it back
+            if queue.trials(TrialState.WAITING):
+                continue
+            if not others or (not wait and queue.is_heard(others)):
+                break
+            if not waiting:
+                log.info("%d trials of other workers are not done yet; waiting", len(others))
+            waiting = True
+            time.sleep(min(1.0, study.HEARTBEAT))
+    return done, failed
+
+
+def _do_trial(
+    claim: Claim,
+    plan: Plan,
+    data: SearchData,
+    conf: ModelConfig,
+    run_dir: Path,
+    marks: Mapping[int, str],
+    *,
+    progress: bool,
+) -> str:
+    """Bring a trial to its end, whichever that is; return it."""
+    mark = marks[claim.hyperparams["patch_size"]]
+    try:
+        try:
+            result = _known_result(run_dir, claim.key, mark, plan)
+            if result is None:
+                result = _train_trial(claim, plan, data, conf, run_dir, mark, progress=progress)
+        except LostTrialError:
+            raise
+        except Exception as error:
+            outcome = "fail"
+            claim.end(TrialState.FAIL, "error", f"{type(error).__name__}: {error}")
+        else:
+            if pruned := result.get("pruned"):
+                outcome = "pruned"
+                claim.end(TrialState.PRUNED, "pruned", pruned, pruned[BEST_BY])
+            else:
+                outcome, values = "complete", result["values"]
+                claim.end(TrialState.COMPLETE, "values", values, values[BEST_BY])
+        _publish(run_dir, claim.key, claim.folder)
+    except LostTrialError as lost:
+        log.warning("%s; what was made of it here is dropped", lost)
+        shutil.rmtree(_claim_dir(run_dir, claim.key, claim.folder), ignore_errors=True)
+        return "lost"
+    except BaseException:
+        claim.release()
+        raise
+    return outcome
+
+
+def _known_result(run_dir: Path, key: str, mark: str, plan: Plan) -> dict[str, Any] | None:
     """Return what a trial of the same input ended with, perhaps in a search of another grid."""
-    key = get_logging_key(hyperparams)
     path = run_dir / "trials" / key / "result.json"
-    if not path.exists() or _read_json(path)["made_from"] != mark:
+    if not path.exists():
+        return None
+    result = _read_json(path)
+    if result["made_from"] != mark or ("pruned" in result and not plan.pruning):
         return None
     log.info("%s is done already", key)
-    return _read_json(path)["values"]
+    return result
 
 
 def _train_trial(
-    hyperparams: Mapping[str, Any],
+    claim: Claim,
+    plan: Plan,
     data: SearchData,
     conf: ModelConfig,
     run_dir: Path,
     mark: str,
     *,
-    wandb_active: bool,
-    wandb_project: str,
     progress: bool,
-) -> dict[str, float]:
-    key = get_logging_key(hyperparams)
+) -> dict[str, Any]:
+    """Train in a folder of the claim's own, which holds the record of it from then on.
+
+    Returns:
+        What its `result.json` holds.
+    """
+    key, hyperparams = claim.key, claim.hyperparams
     log.info("trial %s", key)
-    trial_dir = fileio.recreate_directory(run_dir / "trials" / key)
+    trial_dir = _work_dir(run_dir, claim, mark)
+    if (trial_dir / "result.json").exists():  # its worker died before it could say so
+        return _read_json(trial_dir / "result.json")
     logger = make_model_logger(
-        trial_dir, wandb_active=wandb_active, project=wandb_project,
+        trial_dir, wandb_active=plan.wandb_active, project=plan.wandb_project,
         name=f"{run_dir.name}_{key}", hyperparams=hyperparams,
     )  # fmt: skip
-    status = "failed"
+    status, start = "failed", time.monotonic()
+    record = {"hyperparams": hyperparams, "made_from": mark, "values": {},
+              "started": datetime.now(UTC).isoformat(timespec="seconds"),
+              "code_version": __version__, "worker": study.this_worker()}  # fmt: skip
+    name = "result.json"
     try:
-        values = train_iteration(hyperparams, data, conf, trial_dir, logger, progress=progress)
-        result = {"hyperparams": hyperparams, "values": values, "made_from": mark}
-        fileio.write_json(trial_dir / "result.json", result)
+        judge = _Judge(claim, pruning=plan.pruning)
+        record["values"] = train_iteration(
+            hyperparams, data, conf, trial_dir, logger, [judge], progress=progress
+        )
         status = "success"
-    except Exception:
+    except optuna.TrialPruned:
+        record["pruned"] = {"epoch": judge.epoch, BEST_BY: judge.score}
+        log.info("trial %s is stopped after epoch %d, hopeless", key, judge.epoch)
+    except LostTrialError:
+        name = ""
+        raise
+    except Exception as error:
+        name, record["error"] = "failure.json", f"{type(error).__name__}: {error}"
         logger.log_message(traceback.format_exc())
         log.exception("trial %s failed; the search goes on", key)
         raise
+    except BaseException:
+        name = ""
+        raise
     finally:
+        if name:
+            record["seconds"] = round(time.monotonic() - start, 1)
+            fileio.write_json(trial_dir / name, record)
         logger.close(status)
-    return values
+    return record
 
 
-def read_leaderboard(study: optuna.Study, run_dir: Path) -> pd.DataFrame:
-    """Tabulate the trials of a study, best test AP50 first, failed ones last.
+class _Judge(pl.Callback):
+    """Tells the queue how a training does, and ends one that is hopeless or lost."""
+
+    def __init__(self, claim: Claim, *, pruning: bool) -> None:
+        """Judge the trial of a claim; stop it as hopeless only if there is pruning."""
+        self.claim, self.pruning = claim, pruning
+        self.epoch, self.score = 0, 0.0  # the last measurement
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report the epoch's score."""
+        if trainer.state.fn != "fit" or not pl_module._measures("validation"):
+            return
+        self.epoch = trainer.current_epoch + 1
+        self.score = float(trainer.callback_metrics[BEST_BY])
+        self.claim.report(self.epoch, self.score)
+        if self.pruning and self.claim.is_hopeless():
+            raise optuna.TrialPruned
+
+    def _check(self, *_: object, **__: object) -> None:
+        self.claim.check()
+
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = _check
+
+
+def _claim_dir(run_dir: Path, key: str, folder: str) -> Path:
+    return run_dir / "trials" / f".{key}~{folder}"
+
+
+def _work_dir(run_dir: Path, claim: Claim, mark: str) -> Path:
+    """Make the folder of a claim, from that of an earlier attempt if it got somewhere.
+
+    The folder takes another name, so that a worker which lost the trial without knowing finds it no
+    more.
+    """
+    mine = _claim_dir(run_dir, claim.key, claim.folder)
+    for folder in claim.earlier:
+        theirs = _claim_dir(run_dir, claim.key, folder)
+        with suppress(OSError, ValueError):
+            got_far = any((theirs / n).exists() for n in ("result.json", "checkpoints/last.ckpt"))
+            if got_far and _read_json(theirs / "claim.json")["made_from"] == mark:
+                theirs.rename(mine)
+                log.info("trial %s goes on where it was stopped", claim.key)
+                break
+    else:
+        fileio.recreate_directory(mine)
+    fileio.write_json(mine / "claim.json", {"made_from": mark})
+    return mine
+
+
+def _publish(run_dir: Path, key: str, folder: str) -> None:
+    """Give the folder of a trial that has ended its place; what was there before goes."""
+    mine, final = _claim_dir(run_dir, key, folder), run_dir / "trials" / key
+    trash = run_dir / f"{TRASH}{secrets.token_hex(4)}"
+    with fileio.exclusive(run_dir, wait=True):
+        if (mine / "claim.json").exists():
+            if final.exists():
+                final.rename(trash)
+            mine.rename(final)
+    for gone in (trash, mine):  # without its claim, it is what a late writer left of a lost one
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _settle(queue: Queue, run_dir: Path) -> None:
+    """Bring the folders of trials that have ended to their place, if nobody did; drop all others.
+
+    What may go on stays.
+    """
+    latest = queue.latest()
+    for trial in queue.trials():
+        key, folder = trial.user_attrs.get("key"), trial.system_attrs.get("folder")
+        if key is None or folder is None or not _claim_dir(run_dir, key, folder).exists():
+            continue
+        last = latest.get(trial.system_attrs["slot"], trial)
+        outcome = study.outcome_of(last)
+        if outcome and last.number == trial.number:
+            if outcome == "fail" and "error" not in trial.user_attrs:  # its workers died
+                record = {"hyperparams": trial.user_attrs["hyperparams"],
+                          "error": study.error_of(trial)}  # fmt: skip
+                fileio.write_json(_claim_dir(run_dir, key, folder) / "failure.json", record)
+            _publish(run_dir, key, folder)
+        elif outcome:
+            shutil.rmtree(_claim_dir(run_dir, key, folder), ignore_errors=True)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM, by which batch systems end a job, give the trial back as Ctrl-C does."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# ---------------------------------------------------------------------------------------------
+# The results
+# ---------------------------------------------------------------------------------------------
+
+
+def read_leaderboard(queue: Queue, run_dir: Path) -> pd.DataFrame:
+    """Tabulate the trials that have ended, best test AP50 first, stopped and failed ones last.
 
     Returns:
-        `trial, state`, the hyperparameters, the test's and validation's values, `training_time`
-        (s), `selected` (highest validation AP50), `checkpoint, error`.
+        `trial, state` (complete, pruned, fail), the hyperparameters, the test's and validation's
+        values, `training_time` (s), `selected` (highest validation AP50), `checkpoint, error`; if
+        trials were stopped, `pruned_epoch` and `pruned_val_AP50`, measured then.
     """
     rows = []
-    for trial in _latest_trials(study):
-        values = trial.user_attrs.get("values", {})
+    for trial in queue.latest().values():
+        state = study.outcome_of(trial)
+        if state is None:
+            continue
+        values = trial.user_attrs.get("values", {}) if state == "complete" else {}
+        pruned = trial.user_attrs.get("pruned", {})
         best = run_dir / "trials" / trial.user_attrs["key"] / "checkpoints" / "best.ckpt"
         rows.append(
-            {"trial": trial.number, "state": trial.state.name.lower(), **trial.params, **values,
-             "selected": False,
-             "checkpoint": str(best) if values else "", "error": trial.user_attrs.get("error", "")}
+            {"trial": trial.number, "state": state, **trial.user_attrs["hyperparams"], **values,
+             **{f"pruned_{name}": value for name, value in pruned.items()},
+             "selected": False, "checkpoint": str(best) if values else "",
+             "error": study.error_of(trial)}
         )  # fmt: skip
-    board = pd.DataFrame(rows)
+    board = pd.DataFrame(rows).sort_values("trial", ignore_index=True)
     if "AP50" in board:
         # before the test has a say: of equals, the first that was trained
-        board.loc[board.sort_values("trial")[BEST_BY].idxmax(), "selected"] = True
+        board.loc[board[BEST_BY].idxmax(), "selected"] = True
         board = board.sort_values("AP50", ascending=False, ignore_index=True, na_position="last")
     return board
 
@@ -203,49 +504,62 @@ def fullest_test_block(
     return best[1:]
 
 
-def _finish(study: optuna.Study, run_dir: Path) -> pd.DataFrame:
-    board = read_leaderboard(study, run_dir)
-    fileio.write_table(run_dir / "leaderboard.csv", board)
-    if not board["selected"].any():
-        raise InputError(
-            f"all {len(board)} trials failed; the first said: {board['error'].iloc[0]}\n"
-            "Mend the cause and run again with RETRY_FAILED = True"
-        )
-    best = board[board["selected"]].iloc[0]
-    checkpoint, trial_dir = Path(best["checkpoint"]), trial_dir_of(best)
-    for source in (checkpoint, *(trial_dir / name for name in EVALUATION_FILES)):
-        with fileio.atomic_path(run_dir / source.name) as temporary:
-            shutil.copyfile(source, temporary)
-    summary = {
-        "best_trial": trial_dir.name,
-        "ranked_by": BEST_BY,
-        **_read_json(trial_dir / "result.json"),
-        "trials": board["state"].value_counts().to_dict(),
-    }
-    fileio.write_json(run_dir / "metrics.json", summary)
+def _finish(queue: Queue, run_dir: Path) -> pd.DataFrame:
+    """Rank the trials, and give the best one's files their place in the run's folder."""
+    _settle(queue, run_dir)
+    with fileio.exclusive(run_dir, wait=True):
+        board = read_leaderboard(queue, run_dir)
+        fileio.write_table(run_dir / "leaderboard.csv", board)
+        if not board["selected"].any():
+            raise InputError(
+                f"all {len(board)} trials failed; the first said: {board['error'].iloc[0]}\n"
+                "Mend the cause and run again with RETRY_FAILED = True"
+            )
+        best = board[board["selected"]].iloc[0]
+        checkpoint, trial_dir = Path(best["checkpoint"]), trial_dir_of(best)
+        for source in (checkpoint, *(trial_dir / name for name in EVALUATION_FILES)):
+            with fileio.atomic_path(run_dir / source.name) as temporary:
+                shutil.copyfile(source, temporary)
+        summary = {
+            "best_trial": trial_dir.name,
+            "ranked_by": BEST_BY,
+            **_read_json(trial_dir / "result.json"),
+            "trials": board["state"].value_counts().to_dict(),
+        }
+        fileio.write_json(run_dir / "metrics.json", summary)
     return board
 
 
 # ---------------------------------------------------------------------------------------------
-# The study
+# What all who take part must agree on
 # ---------------------------------------------------------------------------------------------
 
 
 def _check_same_input(
-    data: SearchData, conf: ModelConfig, run_dir: Path, *, force: bool
+    data: SearchData,
+    conf: ModelConfig,
+    run_dir: Path,
+    *,
+    force: bool = False,
+    joining: bool = False,
 ) -> dict[int, str]:
     """Refuse to mix trials of one run that could not be ranked together.
+
+    Args:
+        data: What the trials share.
+        conf: Their configuration.
+        run_dir: The run's folder.
+        force: Forget all trials.
+        joining: Others may be at work, so that nothing may differ even without any result.
 
     Returns:
         Tile size -> fingerprint of all that a trial of this size is made from.
     """
     trials, record = run_dir / "trials", run_dir / "trials" / "made_from.json"
-    if force:
-        (run_dir / "study.journal").unlink(missing_ok=True)
-        if trials.exists():  # goes as a whole, whenever the deletion is stopped
-            trials.rename(run_dir / f"{TRASH}{secrets.token_hex(4)}")
+    if force and trials.exists():  # goes as a whole, whenever the deletion is stopped
+        trials.rename(run_dir / f"{TRASH}{secrets.token_hex(4)}")
     for trash in run_dir.glob(f"{TRASH}*"):
-        shutil.rmtree(trash)
+        shutil.rmtree(trash, ignore_errors=True)  # another process may be at it, too
     configuration = conf.to_dict()
     configuration["validation"].pop("pr_compute_interval")
     # what a trial sets itself, and what only says where it runs, may differ
@@ -266,7 +580,7 @@ def _check_same_input(
     }
     tiles = {str(size): mark for size, mark in data.tile_marks.items()}
     now = json.loads(json.dumps(common | {"tiles": tiles}))
-    ranked = record.exists() and any(trials.glob("*/result.json"))
+    ranked = record.exists() and (joining or any(trials.glob("*/result.json")))
     before = _read_json(record) if ranked else now
     differing = [name for name in common if before.get(name) != now[name]]
     if any(before["tiles"].get(size, mark) != mark for size, mark in tiles.items()):
@@ -280,54 +594,177 @@ def _check_same_input(
     return {size: fileio.fingerprint([common, tiles[str(size)]]) for size in data.tilings}
 
 
-def _open_study(grid: Mapping[str, list], run_dir: Path, seed: int) -> optuna.Study:
-    # A study cannot change its grid; another grid is another study in the same file, and finds the
-    # trials that both share by their results.
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # we log what happens to a trial
-    journal = str(run_dir / "study.journal")
-    return optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(journal, JournalFileOpenLock(journal))),
-        study_name=fileio.fingerprint(dict(grid)),
-        sampler=optuna.samplers.GridSampler(grid, seed=seed),
-        direction="maximize",
-        load_if_exists=True,
+def _open_queue(
+    plan: Plan, seed: int, run_dir: Path, storage: str | None, *, retry_failed: bool
+) -> Queue:
+    """Open the queue, with all that is to be done in it, and nothing that is done."""
+    # A study cannot change what its hyperparameters are drawn from; another space is another study,
+    # and finds the trials that both share by their results.
+    drawn = [plan.search, {name: list(values) for name, values in plan.space.items()}]
+    queue = Queue(
+        study.open_storage(storage, run_dir), f"{plan.name}-{fileio.fingerprint(drawn)}",
+        plan.space, plan.search, plan.n_trials, seed,
+    )  # fmt: skip
+    _settle(queue, run_dir)
+
+    def again(trial: FrozenTrial) -> bool:
+        if study.outcome_of(trial) == "fail":
+            return retry_failed
+        lost = not (run_dir / "trials" / trial.user_attrs["key"] / "result.json").exists()
+        if lost:
+            log.warning("trial %d has no result; it starts over", trial.number)
+        return lost
+
+    queue.bury()
+    queue.fill(again)
+    latest = queue.latest().values()
+    to_do = sum(study.outcome_of(trial) is None for trial in latest)
+    log.info("search: %d trials to do of %d", to_do, len(latest))
+    return queue
+
+
+def _write_search(run_dir: Path, plan: Plan, data: SearchData, conf: ModelConfig) -> None:
+    """Write what a worker needs, so that it can do without the notebook.
+
+    `search/blocks.parquet`: the ground blocks. `search/search.json`: `plan, conf`, and of `data`
+    the paths of rasters and tile indexes, with fingerprints of what they held.
+    """
+    rasters = {}
+    for name, raster in data.rasters.items():
+        local = raster.path.is_file()
+        regions = raster.regions and {
+            "aoi": raster.regions.aoi and [g.wkb_hex for g in raster.regions.aoi],
+            "ignored": [g.wkb_hex for g in raster.regions.ignored],
+        }
+        rasters[name] = {
+            "path": str(raster.path.absolute()) if local else raster.source,
+            "bands": raster.bands, "regions": regions,
+            "content": fileio.raster_fingerprint(raster),
+        }  # fmt: skip
+    shared = {
+        "tilings": {size: str(Path(folder).absolute()) for size, folder in data.tilings.items()},
+        "tile_marks": dict(data.tile_marks),
+        "rasters": rasters,
+        "ids": dict(data.ids),
+        "radiometry": asdict(data.radiometry),
+        "evaluation_overlap": data.evaluation_overlap,
+    }
+    fileio.write_table(run_dir / "search" / "blocks.parquet", data.blocks)
+    fileio.write_json(
+        run_dir / "search" / "search.json",
+        {"plan": asdict(plan), "conf": conf.to_dict(), "data": shared},
     )
 
 
-def _count_to_do(
-    study: optuna.Study, grid: Mapping[str, list], run_dir: Path, *, retry_failed: bool
-) -> int:
-    """Count the trials to train, after putting those that are to be repeated into the queue."""
-    for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)  # its process was stopped
-    # the last word on each place in the grid
-    latest = {t.system_attrs["grid_id"]: t for t in study.trials if "grid_id" in t.system_attrs}
-    queued = [trial for trial in latest.values() if trial.state == TrialState.WAITING]
-    for trial in latest.values():
-        result = run_dir / "trials" / trial.user_attrs.get("key", "") / "result.json"
-        lost = "values" in trial.user_attrs and not result.exists()
-        open_ended = not trial.user_attrs.keys() & OUTCOMES
-        cut_short = trial.state != TrialState.WAITING and (open_ended or lost)
-        if cut_short:
-            log.warning("trial %d has no result; it starts over", trial.number)
-        if cut_short or (retry_failed and "error" in trial.user_attrs):
-            # under its place in the grid, as Optuna's own retry callback does
-            place = {name: trial.system_attrs[name] for name in ("grid_id", "search_space")}
-            again = optuna.trial.create_trial(state=TrialState.WAITING, system_attrs=place)
-            study.add_trial(again)
-            queued.append(again)
-    return math.prod(map(len, grid.values())) - len(latest) + len(queued)
+def _load_search(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "search" / "search.json"
+    try:
+        return _read_json(path)
+    except OSError:
+        raise InputError(
+            f"{run_dir} holds no search ({path} is missing); run its notebook first, up to section "
+            "7, which prepares it and may then be stopped"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); run the notebook again") from None
 
 
-def _latest_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """Return the last finished trial of every combination; one that was cut short is none."""
-    latest = {
-        trial.user_attrs["key"]: trial
-        for trial in study.trials
-        if trial.user_attrs.keys() & OUTCOMES
-    }
-    return list(latest.values())
+def _study_prefix(run_dir: Path) -> str | None:
+    with suppress(InputError, KeyError):
+        return _load_search(run_dir)["plan"]["name"]
+    return None
+
+
+def _read_search(run_dir: Path) -> tuple[Plan, SearchData, ModelConfig]:
+    """Read what `_write_search` wrote, and refuse rasters that hold something else here."""
+    known = _load_search(run_dir)
+    shared, rasters = known["data"], {}
+    for name, place in known["data"]["rasters"].items():
+        raster = fileio.read_raster(place["path"], place["bands"])
+        content = fileio.raster_fingerprint(raster)
+        if content != place["content"]:
+            raise InputError(
+                f"{place['path']} is not the raster that the search in {run_dir} was made for "
+                f"(fingerprint {content}, expected {place['content']}); a worker must find the "
+                "same files under the same paths"
+            )
+        if regions := place["regions"]:
+            aoi = regions["aoi"] and tuple(shapely.from_wkb(regions["aoi"]))
+            raster = raster.with_regions(
+                fileio.Regions(aoi, tuple(shapely.from_wkb(regions["ignored"])))
+            )
+        rasters[name] = raster
+    data = SearchData(
+        tilings={int(size): Path(folder) for size, folder in shared["tilings"].items()},
+        rasters=rasters,
+        ids=shared["ids"],
+        radiometry=imutils.Radiometry(
+            **{n: tuple(v) if isinstance(v, list) else v for n, v in shared["radiometry"].items()}
+        ),
+        blocks=pd.read_parquet(run_dir / "search" / "blocks.parquet"),
+        evaluation_overlap=shared["evaluation_overlap"],
+        tile_marks={int(size): mark for size, mark in shared["tile_marks"].items()},
+    )
+    return Plan(**known["plan"]), data, ModelConfig.from_dict(known["conf"])
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Work on a search, or list all, as a command; see its `--help` for the exit codes."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["ledger"]:
+        return ledger.main(argv[1:])
+    args = vars(_parser().parse_args(argv))
+    run_dir = args.pop("run")
+    worker = study.this_worker()
+    try:
+        if not run_dir.is_dir():
+            raise InputError(
+                f"there is no run {run_dir}; see RUNS_DIR and RUN_NAME of the notebook"
+            )
+        configure_logger(run_dir / "workers" / f"{worker['host']}-{worker['pid']}.log")
+        _, failed = join_search(run_dir, **args)
+    except (InputError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return FAILED
+    except (KeyboardInterrupt, SystemExit):  # Lightning makes one of the other
+        sys.stderr.write("interrupted; the trial is in the queue again\n")
+        return INTERRUPTED
+    return INCOMPLETE if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gridsearch.py", allow_abbrev=False,
+        description="Work on the search of a run: train trials that wait, until none is left. Any "
+        "number of workers may do so, on all machines that have the run's folder and its rasters "
+        "under the same paths.",
+        epilog=f"Exit code: 0 nothing is left; {FAILED} the search cannot be worked on, the "
+        "message says why; 2 the command is not understood; {INCOMPLETE} trials failed here; "
+        f"{INTERRUPTED} interrupted. `gridsearch.py ledger RUNS_DIR` lists all runs and trials.",
+    )  # fmt: skip
+    # fmt: off
+    add = parser.add_argument
+    add("--run", type=Path, required=True, metavar="DIR", help="the run's folder")
+    add("--storage", metavar="URL",
+        help="the database that holds the queue, where its address needs more than the run records")
+    add("--max-trials", type=int, metavar="N", help="do so many at most")
+    add("--retry-failed", action="store_true", help="train once more what failed earlier")
+    add("--wait", action="store_true",
+        help="stay until the trials of the other workers are done, in case one of them dies")
+    add("--accelerator", help="auto, cpu, gpu, mps (default: as the run says)")
+    add("--devices", help="how many, or which (default: as the run says)")
+    # fmt: on
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

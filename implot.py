@@ -15,15 +15,18 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter
 
 import fileio
 import imutils
 import tiling
 from ImageData import BOX_COLUMNS, ImageData, Window
 from imutils import COLORS, label_colors
+from ModelConfig import HYPERPARAMETERS
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ TRUTH_COLOR, DETECTION_COLOR = COLORS[1], COLORS[4]  # of the boxes of an error
 CONTEXT = 3.0  # side of an error's cut-out, in sides of what it shows
 LEAST_CUTOUT = 32  # px
 CAPTION = 28  # letters of a caption's line
+MOST_TICKS = 6  # values of a hyperparameter, above which they are taken for a range
 
 
 def use_backend(*, interactive: bool) -> bool:
@@ -293,8 +297,7 @@ def plot_search_heatmap(
         value: The score.
         ax: Where to draw; None makes a figure.
     """
-    names = ["patch_size", "n_epochs", "sample_size", "learning_rate", "batch_size"]
-    varied = sorted(names, key=lambda name: -leaderboard[name].nunique())
+    varied = sorted(HYPERPARAMETERS, key=lambda name: -leaderboard[name].nunique())
     x = x or next(name for name in varied if name != y)
     y = y or next(name for name in varied if name != x)
     table = leaderboard.pivot_table(value, y, x, aggfunc="max", dropna=False)
@@ -306,6 +309,93 @@ def plot_search_heatmap(
     _write_cells(ax, values, "{:.3f}", light_below=0.6)
     ax.figure.colorbar(drawn, ax=ax, label=value)
     ax.set(xlabel=x, ylabel=y, title=f"Search: best {value}")
+    return ax
+
+
+def plot_importance(importances: pd.Series, ax: Axes | None = None) -> Axes:
+    """Draw how much each hyperparameter decides whether a trial is good.
+
+    Args:
+        importances: See `study.importances`.
+        ax: Where to draw; None makes a figure.
+    """
+    ax = _axes(ax, (WIDTH * 0.75, 1.2 + 0.4 * len(importances)))
+    shares = importances.iloc[::-1]
+    bars = ax.barh(shares.index, shares, color=COLORS[5], height=0.6)
+    ax.bar_label(bars, [f"{share:.0%}" for share in shares], padding=4, fontsize="small")
+    ax.set(xlim=(0, 1.08), xlabel="importance for being among the best quarter, by validation AP50",
+           title="Search: what decides")  # fmt: skip
+    ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def plot_parallel_coordinates(leaderboard: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw every trial as a line through its hyperparameters to its validation AP50.
+
+    Only hyperparameters that differ have an axis. Learning rates are spaced by their logarithm;
+    lines of the same value lie side by side, the best on top. The selected trial is bold, stopped
+    ones are dotted to what they had reached; failed ones are not drawn.
+
+    Args:
+        leaderboard: See `gridsearch.read_leaderboard`.
+        ax: Where to draw; None makes a figure.
+    """
+    board = leaderboard[leaderboard["state"] != "fail"]
+    pruned = (board["state"] == "pruned").to_numpy()
+    selected = board["selected"].to_numpy(dtype=bool)
+    score = board["val_AP50"].to_numpy(dtype=float)
+    if pruned.any():
+        score = np.where(pruned, board["pruned_val_AP50"], score)
+    names = [name for name in HYPERPARAMETERS if len(set(board[name])) > 1]
+    ax = _axes(ax, (WIDTH, 4.2))
+    rank = score.argsort().argsort() / max(len(score) - 1, 1)
+    low, high = score.min(), max(score.max(), score.min() + 1e-6)
+    columns = []
+    for i, name in enumerate(names):
+        values = board[name].to_numpy(dtype=float)
+        shown = np.unique(values)
+        places = np.log(values) if name == "learning_rate" else values
+        places = (places - places.min()) / np.ptp(places)
+        spread = 0.09 if len(shown) <= MOST_TICKS else 0.0
+        columns.append(0.05 + 0.9 * places + spread * (rank - 0.5))
+        if len(shown) > MOST_TICKS:  # a range
+            shown = shown[[0, len(shown) // 2, -1]]
+        for value in shown:
+            place = 0.05 + 0.9 * places[values == value][0]
+            box = {"boxstyle": "round,pad=0.2", "fc": "white", "ec": "none"}
+            ax.annotate(f"{value:g}", (i, place), xytext=(-7, 0), textcoords="offset points",
+                        ha="right", va="center", fontsize="small", zorder=4, bbox=box)  # fmt: skip
+    lines = np.stack([*columns, 0.05 + 0.9 * (score - low) / (high - low)], axis=1)
+    shades = Normalize(*np.quantile(score[~pruned], [0, 1]) if not pruned.all() else (low, high))
+    colors = [(0.6, 0.6, 0.6, 0.9) if stopped else plt.colormaps["cividis_r"](shades(value))
+              for stopped, value in zip(pruned, score, strict=True)]  # fmt: skip
+    order = np.lexsort([score, selected])  # the selected one on top
+    ax.add_collection(
+        LineCollection(
+            [np.column_stack([np.arange(lines.shape[1]), lines[k]]) for k in order],
+            colors=[colors[k] for k in order],
+            linewidths=[3.5 if selected[k] else 1.3 for k in order],
+            linestyles=[":" if pruned[k] else "-" for k in order],
+        )
+    )
+    for i in range(len(names) + 1):
+        ax.axvline(i, color="0.35", linewidth=1, zorder=1)
+    for value in np.linspace(low, high, 5):
+        ax.annotate(f"{value:.3f}", (len(names), 0.05 + 0.9 * (value - low) / (high - low)),
+                    xytext=(7, 0), textcoords="offset points", va="center",
+                    fontsize="small")  # fmt: skip
+    ax.set_xticks(range(len(names) + 1), [*names, "validation AP50"])
+    ax.set(xlim=(-0.35, len(names) + 0.35), ylim=(-0.02, 1.02), yticks=[],
+           title="Search: every trial a line")  # fmt: skip
+    ax.spines[:].set_visible(False)
+    ax.tick_params(axis="x", length=0)
+    kinds = [("complete", "-", 1.3, True), ("selected", "-", 3.5, selected.any()),
+             ("stopped as hopeless", ":", 1.3, pruned.any())]  # fmt: skip
+    handles = [Line2D([], [], color="0.3", linestyle=style, linewidth=width, label=label)
+               for label, style, width, there in kinds if there]  # fmt: skip
+    ax.legend(handles=handles, fontsize="small", loc="upper center", ncols=len(handles),
+              bbox_to_anchor=(0.5, -0.08), frameon=False)  # fmt: skip
     return ax
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
+import math
 import resource
 import sys
 import tempfile
@@ -195,8 +196,10 @@ def _measure_cost(
             final = len(VIEWS[model.conf.views]) * (tiles["validation_tiles"] + tiles["test_tiles"])
             looks = epochs * sample * tiles["validation_tiles"] + final
             seconds += looks * look_s / batch
-    trainings = params.trial_count // len(grid["patch_size"])
-    same = len(grid["learning_rate"]) * len(grid["batch_size"])
+    trainings = math.ceil(params.trial_count / len(grid["patch_size"]))
+    # of those of a grid; a search that draws them takes as long as their mean
+    same = params.trial_count / math.prod(map(len, grid.values()))
+    same *= len(grid["learning_rate"]) * len(grid["batch_size"])
     weights = sum(p.numel() for p in model.parameters()) * 4
     chips = 0
     if params.MATERIALIZE_TILES:

@@ -29,8 +29,8 @@ LAYERS = [
     ["datasets", "metrics", "logger", "implot"],
     ["networks", "atlas"],
     ["LargeRasterOR"],
-    ["strips"],
-    ["trials", "predict", "preflight"],
+    ["strips", "study"],
+    ["trials", "predict", "preflight", "ledger"],
     ["gridsearch"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ import gridsearch
 import trials
 from ImageData import InputError
 from LargeRasterOR import LargeRasterORModel
+from logger import get_logging_key
 from ModelConfig import ModelConfig
 
 SPACE = {
@@ -166,7 +168,7 @@ def test_a_failed_trial_is_recorded_and_the_search_goes_on(prepared, tmp_path, m
     board = gridsearch.run_search(prepared.data, SPACE, conf(), tmp_path)
     assert board["state"].tolist() == ["complete", "complete", "fail", "fail"]
     assert board["error"].iloc[-1] == "RuntimeError: out of memory"
-    key = gridsearch.get_logging_key({name: values[0] for name, values in SPACE.items()})
+    key = get_logging_key({name: values[0] for name, values in SPACE.items()})
     assert "Traceback" in (tmp_path / "trials" / key / "messages.jsonl").read_text()
 
     broken["yes"] = False
@@ -222,10 +224,14 @@ def test_results_of_other_input_are_not_trusted(prepared, tmp_path, counted):
     assert set(counted.values()) == {2}
 
 
-def test_a_run_belongs_to_one_process_at_a_time(prepared, tmp_path, counted):
-    with fileio.exclusive(tmp_path), pytest.raises(InputError, match="in use by another process"):
-        gridsearch.run_search(prepared.data, SPACE, conf(), tmp_path)
-    assert not counted
+def test_a_search_begins_when_nobody_else_prepares_it(prepared, tmp_path, counted):
+    with ThreadPoolExecutor(1) as pool:
+        with fileio.exclusive(tmp_path):
+            board = pool.submit(gridsearch.run_search, prepared.data, SPACE, conf(), tmp_path)
+            wait([board], timeout=0.5)
+            assert not board.done()
+            assert not counted
+        assert len(board.result()) == 4
 
 
 def test_weights_and_biases_record_a_search_offline(prepared, tmp_path, counted):

@@ -1,0 +1,288 @@
+"""The ledger: every run and every trial ever made, as one table.
+
+    python gridsearch.py ledger runs --where "AP50 > 0.5 and patch_size == 256" --out ledger.parquet
+
+It reads the folders of the runs, so that nothing has to be kept beside them. What is damaged is
+listed, with what is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import operator
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import fileio
+import strips
+from ImageData import InputError
+from LargeRasterOR import BEST_BY, LargeRasterORModel
+from ModelConfig import HYPERPARAMETERS
+
+FIRST = ["run", "trial", "state", "problem"]
+LAST = ["split_hash", "data", "tiles", "code_version", "host", "started", "seconds", "checkpoint"]
+SHOWN = [*FIRST[:3], *HYPERPARAMETERS, "AP50", BEST_BY, "box_f1", "seconds", "problem"]
+COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
+    ast.Gt: operator.gt, ast.GtE: operator.ge, ast.In: lambda a, b: a.isin(b),
+    ast.NotIn: lambda a, b: ~a.isin(b),
+}  # fmt: skip
+FAILED = 1  # exit code
+
+
+def read_ledger(runs_dir: Path, where: str | None = None) -> pd.DataFrame:
+    """List all runs and trials in a folder of runs.
+
+    Args:
+        runs_dir: RUNS_DIR of the notebook, or the folder of one run.
+        where: Which rows to keep, see `filter_rows`.
+
+    Returns:
+        A row for each trial, in the order of their beginning, and one for each run without any:
+        `run, trial` (its key), `state` (complete, pruned, fail; unfinished: under way, or cut
+        short; damaged: cannot be read; empty: a run without trials), `problem` (why it failed, or
+        what is damaged); the hyperparameters; the model's options that differ between rows, by
+        their names in `ModelConfig`; the values of the test and, with `val_`, of the validation, as
+        in the leaderboard; `split_hash` of the ground; fingerprints of the `data` (content of the
+        rasters) and of its `tiles`; `code_version, host, started` (UTC), `seconds` (of all of the
+        trial), `checkpoint` (its path, if there is one).
+
+    Raises:
+        InputError: There is no such folder, or see `filter_rows`.
+    """
+    runs_dir = Path(runs_dir)
+    if not runs_dir.is_dir():
+        raise InputError(f"there is no folder of runs {runs_dir}; give RUNS_DIR of the notebook")
+    folders = [runs_dir] if _is_run(runs_dir) else sorted(filter(_is_run, runs_dir.iterdir()))
+    rows, options = [], []
+    for folder in folders:
+        for row, configuration in _read_run(folder):
+            rows.append(row)
+            options.append(configuration)
+    table = pd.DataFrame(rows, columns=None if rows else FIRST)
+    known = pd.DataFrame(options, index=table.index)
+    differing = [n for n in known if len(set(map(repr, known[n]))) > 1 and n not in table]
+    table = pd.concat([table, known[differing]], axis=1)
+    first = [name for name in [*FIRST, *HYPERPARAMETERS, *differing] if name in table]
+    last = [name for name in LAST if name in table]
+    values = [name for name in table if name not in {*first, *last}]
+    table = table[[*first, *values, *last]]
+    if "started" in table:
+        table = table.sort_values(["run", "started"], ignore_index=True, na_position="last")
+    return table if where is None else filter_rows(table, where)
+
+
+def load_model(row: pd.Series, device: str = "cpu") -> LargeRasterORModel:
+    """Return the model of a trial, ready to detect, given its row of the ledger.
+
+    Raises:
+        InputError: The trial left no checkpoint, or it cannot be read.
+    """
+    if not isinstance(row.get("checkpoint"), str) or not row["checkpoint"]:
+        raise InputError(
+            f"trial {row['trial']!r} of run {row['run']!r} has no checkpoint, it is "
+            f"{row['state']}; take a row whose state is complete"
+        )
+    return strips.load_model(row["checkpoint"], device)
+
+
+def filter_rows(table: pd.DataFrame, where: str) -> pd.DataFrame:
+    """Keep the rows for which a condition holds; nothing in it is executed.
+
+    Args:
+        table: Any table.
+        where: Comparisons of columns with values, joined by and, or, not and parentheses, such as
+            `AP50 > 0.5 and state == "complete" and patch_size in [256, 400]`. A row whose value is
+            unknown is not kept by a comparison.
+
+    Raises:
+        InputError: It is something else, or names a column that is not there.
+    """
+    try:
+        keep = _evaluate(ast.parse(where.strip(), mode="eval").body, table)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        raise InputError(
+            f"the condition {where!r} cannot be used ({error}); write comparisons of columns with "
+            "values, such as AP50 > 0.5 and state == 'complete'"
+        ) from None
+    if not isinstance(keep, pd.Series) or keep.dtype != bool:
+        raise InputError(f"the condition {where!r} is no comparison; write one, such as AP50 > 0.5")
+    return table[keep].reset_index(drop=True)
+
+
+def _evaluate(node: ast.expr, table: pd.DataFrame) -> Any:  # noqa: ANN401 - a column or a value
+    match node:
+        case ast.BoolOp():
+            parts = [_evaluate(part, table) for part in node.values]  # noqa: PD011 - no frame's
+            result = parts[0]
+            for part in parts[1:]:
+                result = result & part if isinstance(node.op, ast.And) else result | part
+            return result
+        case ast.UnaryOp(op=ast.Not()):
+            return ~_evaluate(node.operand, table)
+        case ast.Compare():
+            sides = [_evaluate(side, table) for side in (node.left, *node.comparators)]
+            result = pd.Series(True, index=table.index)
+            for left, comparison, right in zip(sides[:-1], node.ops, sides[1:], strict=True):
+                if type(comparison) not in COMPARISONS:
+                    raise ValueError("of comparisons there are == != < <= > >= in, not in")
+                result &= COMPARISONS[type(comparison)](left, right)
+            return result
+        case ast.Name() | ast.Attribute():
+            name = ast.unparse(node)
+            if not re.fullmatch(r"[\w.]+", name) or name not in table:
+                raise ValueError(f"there is no column {name!r}; there are {', '.join(table)}")
+            return table[name]
+        case ast.Constant() | ast.UnaryOp(op=ast.USub(), operand=ast.Constant()) | ast.List():
+            return ast.literal_eval(node)
+    raise ValueError(f"{ast.unparse(node)!r} is neither a column nor a value")
+
+
+# ---------------------------------------------------------------------------------------------
+# Folders of runs
+# ---------------------------------------------------------------------------------------------
+
+
+def _is_run(folder: Path) -> bool:
+    """Tell whether a folder is that of a run, however little of it is left."""
+    marks = ("parameters.json", "application.log", "trials", "search", "leaderboard.csv")
+    return folder.is_dir() and any((folder / mark).exists() for mark in marks)
+
+
+def _read_run(folder: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return the row of each trial of a run, and the options that its model was made with."""
+    run, problems = {"run": folder.name}, []
+
+    def read(path: Path) -> dict[str, Any]:
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(value, dict):
+                raise ValueError(f"it holds {type(value).__name__}, no table")
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            problems.append(f"{path.name} cannot be read ({error})")
+            return {}
+        return value
+
+    made_from = read(folder / "trials" / "made_from.json")
+    search = read(folder / "search" / "search.json")
+    configuration = _dotted(_mapping(made_from.get("configuration")))
+    rasters = _mapping(_mapping(search.get("data")).get("rasters"))
+    contents = {name: _mapping(raster).get("content") for name, raster in rasters.items()}
+    run |= {"split_hash": made_from.get("ground"), "data": None}
+    if contents:
+        run["data"] = fileio.fingerprint(contents)
+    tiles = _mapping(made_from.get("tiles"))
+    of_run, rows = problems.copy(), []
+    try:
+        folders = sorted(path for path in (folder / "trials").iterdir() if path.is_dir())
+    except OSError as error:
+        folders = []
+        if not isinstance(error, FileNotFoundError):
+            of_run.append(f"trials cannot be read ({error})")
+    for trial in folders:
+        problems.clear()
+        row = run | _read_trial(trial, read)
+        row["tiles"] = tiles.get(str(row.get("patch_size")))
+        if problems or of_run:
+            row["problem"] = "; ".join(filter(None, [row["problem"], *of_run, *problems]))
+        if problems:
+            row["state"] = "damaged"
+        rows.append((row, configuration))
+    if not rows:
+        state = "damaged" if of_run else "empty"
+        rows = [(run | {"trial": "", "state": state, "problem": "; ".join(of_run)}, configuration)]
+    return rows
+
+
+def _read_trial(folder: Path, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    record = read(folder / "result.json")
+    failure = {} if record else read(folder / "failure.json")
+    pruned = _mapping(record.get("pruned"))
+    hyperparams = record.get("hyperparams") or failure.get("hyperparams")
+    if not hyperparams:
+        hyperparams = read(folder / "hparams.json")
+    checkpoint = folder / "checkpoints" / "best.ckpt"
+    # a folder that a worker has not yet given its place
+    key = folder.name.removeprefix(".").partition("~")[0]
+    row = {"trial": key, "state": "unfinished", "problem": ""}
+    if failure:
+        row |= {"state": "fail", "problem": failure.get("error", "")}
+    elif pruned:
+        problem = f"stopped after epoch {pruned.get('epoch')}, {BEST_BY} {pruned.get(BEST_BY):.3g}"
+        row |= {"state": "pruned", "problem": problem}
+    elif record:
+        row["state"] = "complete"
+    row |= {name: v for name, v in _mapping(hyperparams).items() if name in HYPERPARAMETERS}
+    row |= {n: v for n, v in _mapping(record.get("values")).items() if isinstance(v, int | float)}
+    ended = record or failure
+    row |= {
+        "code_version": ended.get("code_version"),
+        "host": _mapping(ended.get("worker")).get("host"),
+        "started": ended.get("started") or _time_of(folder / "hparams.json"),
+        "seconds": ended.get("seconds", row.get("training_time")),
+        "checkpoint": str(checkpoint) if checkpoint.is_file() else None,
+    }
+    return row
+
+
+def _time_of(path: Path) -> str | None:
+    """Return when a file was written; older records do not tell when a trial began."""
+    try:
+        return datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
+    except OSError:
+        return None
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _dotted(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _dotted(value, f"{before}{name}.")
+        else:
+            flat[before + name] = tuple(value) if isinstance(value, list) else value
+    return flat
+
+
+# ---------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write or show the ledger, as a command; see its `--help`."""
+    parser = argparse.ArgumentParser(
+        prog="gridsearch.py ledger", allow_abbrev=False,
+        description="List every trial of every run: parameters, measures, where its model is.",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("runs_dir", type=Path, metavar="RUNS_DIR", help="the folder of all runs, or one run's")
+    add("--where", metavar="CONDITION", help='rows to keep, such as "AP50 > 0.5"')
+    add("--out", type=Path, metavar="FILE", help="write all columns to a .parquet or .csv")
+    args = parser.parse_args(argv)
+    try:
+        if args.out is not None and args.out.suffix not in (".parquet", ".csv"):
+            raise InputError(f"--out must end in .parquet or .csv, got {args.out}")
+        table = read_ledger(args.runs_dir, args.where)
+        if args.out is not None:
+            fileio.write_table(args.out, table)
+        else:
+            shown = table[[name for name in SHOWN if name in table]].dropna(axis=1, how="all")
+            sys.stdout.write(shown.to_string(index=False, na_rep="", float_format="%.4g") + "\n")
+    except (InputError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return FAILED
+    return 0
