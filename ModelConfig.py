@@ -24,6 +24,7 @@ from ImageData import InputError
 
 Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
+Strategy = Literal["auto", "ddp"]
 Geometry = Literal["box", "circle"]
 Views = Literal["none", "flips", "turns", "all"]
 CatalogueFormat = Literal["gpkg", "geojson", "parquet", "csv", "json", "txt"]
@@ -41,15 +42,16 @@ FileName = Annotated[str, Field(min_length=1)]
 MAY_CHANGE = {
     "RUN_NAME", "PR_COMPUTE_INTERVAL", "PATCH_SIZES", "BATCH_SIZES", "N_EPOCHS", "SAMPLE_SIZES",
     "LEARNING_RATES", "RETRY_FAILED", "REPAIR_LAYOUT", "CACHE_DIR", "RESOLUTION_TOLERANCE",
-    "FORCE_CREATION", "ACCELERATOR", "DEVICES", "WORKERS", "RUNS_DIR", "DF_DIR", "IMG_DIR",
-    "TILING_DIRECTORY", "IMAGE_OUTPUT_DIRECTORY", "MATERIALIZE_TILES", "WANDB_ACTIVE",
-    "WANDB_PROJECT", "PLOT_IMAGE", "INTERACTIVE", "PREDICT_FILENAMES", "CATALOGUE_FORMATS",
-    "CATALOGUE_GEOMETRY", "DENSITY_CELL",
+    "FORCE_CREATION", "ACCELERATOR", "DEVICES", "NUM_NODES", "STRATEGY", "WORKERS", "RUNS_DIR",
+    "DF_DIR", "IMG_DIR", "TILING_DIRECTORY", "IMAGE_OUTPUT_DIRECTORY", "MATERIALIZE_TILES",
+    "WANDB_ACTIVE", "WANDB_PROJECT", "PLOT_IMAGE", "INTERACTIVE", "PREDICT_FILENAMES",
+    "CATALOGUE_FORMATS", "CATALOGUE_GEOMETRY", "DENSITY_CELL",
 }  # fmt: skip
 PARAMETER_OF = {  # field of the model's configuration -> parameter of a run
     "batch_size": "BATCH_SIZES", "train.epochs": "N_EPOCHS", "train.lr": "LEARNING_RATES",
     "train.optimizer": "OPTIMIZER", "train.min_visible": "MIN_VISIBLE", "workers": "WORKERS",
-    "accelerator": "ACCELERATOR", "devices": "DEVICES", "precision": "PRECISION", "seed": "SEED",
+    "accelerator": "ACCELERATOR", "devices": "DEVICES", "num_nodes": "NUM_NODES",
+    "strategy": "STRATEGY", "precision": "PRECISION", "seed": "SEED",
     "backbone": "BACKBONE", "weights": "WEIGHTS", "init_from": "INIT_FROM",
     "fpn_channels": "FPN_CHANNELS", "views": "VIEWS",
     "validation.pr_compute_interval": "PR_COMPUTE_INTERVAL",
@@ -133,10 +135,12 @@ class ModelConfig:
     `train`, `validation` and `test` hold the parts that belong to one stage.
     """
 
-    batch_size: Positive = 4  # tiles per optimiser step
+    batch_size: Positive = 4  # tiles per optimiser step, of each device
     workers: Annotated[int, Field(ge=0)] = 0  # processes that read tiles; 0 reads in the main one
     accelerator: str = "auto"  # Lightning's: auto, cpu, gpu, mps, ...
-    devices: int | str | list[int] = 1  # Lightning's: how many, or which
+    devices: int | str | list[int] = 1  # of this machine: how many, or which; "auto": all GPUs
+    num_nodes: Positive = 1  # machines that train together, by torchrun
+    strategy: Strategy = "auto"  # of several devices; auto: ddp
     precision: Precision = "auto"  # auto: bf16-mixed where hardware has it and is faster by it
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     backbone: Backbone = "resnet18"
@@ -287,6 +291,8 @@ class RunParameters:
     DENSITY_CELL: Positive | None
     ACCELERATOR: str
     DEVICES: int | str | list[int]
+    NUM_NODES: Positive
+    STRATEGY: Strategy
     PRECISION: Precision
     WORKERS: Annotated[int, Field(ge=0)] | None
     SEED: Annotated[int, Field(ge=0, lt=2**32)]
@@ -584,6 +590,8 @@ class RunParameters:
             workers=self.WORKERS or 0,
             accelerator=self.ACCELERATOR,
             devices=self.DEVICES,
+            num_nodes=self.NUM_NODES,
+            strategy=self.STRATEGY,
             precision=self.PRECISION,
             seed=self.SEED,
             backbone=self.BACKBONE,

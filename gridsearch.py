@@ -132,7 +132,12 @@ def _train_trial(
 ) -> dict[str, float]:
     key = get_logging_key(hyperparams)
     log.info("trial %s", key)
-    trial_dir = fileio.recreate_directory(run_dir / "trials" / key)
+    trial_dir = run_dir / "trials" / key
+    last, made_from = trial_dir / "checkpoints" / "last.ckpt", trial_dir / "made_from.json"
+    # one that was interrupted goes on
+    if not (last.exists() and made_from.exists() and _read_json(made_from) == mark):
+        fileio.recreate_directory(trial_dir)
+        fileio.write_json(made_from, mark)
     logger = make_model_logger(
         trial_dir, wandb_active=wandb_active, project=wandb_project,
         name=f"{run_dir.name}_{key}", hyperparams=hyperparams,
@@ -142,6 +147,7 @@ def _train_trial(
         values = train_iteration(hyperparams, data, conf, trial_dir, logger, progress=progress)
         result = {"hyperparams": hyperparams, "values": values, "made_from": mark}
         fileio.write_json(trial_dir / "result.json", result)
+        last.unlink(missing_ok=True)
         status = "success"
     except Exception:
         logger.log_message(traceback.format_exc())
@@ -249,7 +255,7 @@ def _check_same_input(
     configuration = conf.to_dict()
     configuration["validation"].pop("pr_compute_interval")
     # what a trial sets itself, and what only says where it runs, may differ
-    for name in ("batch_size", "workers", "accelerator", "devices"):
+    for name in ("batch_size", "workers", "accelerator", "devices", "num_nodes", "strategy"):
         configuration.pop(name)
     for name in ("epochs", "lr"):
         configuration["train"].pop(name)
