@@ -24,6 +24,7 @@ import torch
 import annotations
 import fileio
 import imutils
+import ranks
 import splits
 import tiling
 from ImageData import BOX_COLUMNS, ImageData, InputError
@@ -104,9 +105,9 @@ def plan_run(
         One row per tile size: `train_tiles` (turned ones included), `validation_tiles, test_tiles,
         densest` (objects in the fullest), `small` and `large` (shares of the objects under 4 px,
         and over half a tile), `anchors_fit` (share of the training objects whose best anchor has
-        an IoU above 0.5), `trainings, step_s, hours` (all trainings, evaluation included),
-        `memory_gb` (peak of this process until then), `disk_mb` (checkpoints, and chips where
-        asked for).
+        an IoU above 0.5), `trainings, step_s, hours` (all trainings, evaluation included, shared
+        out evenly among all devices that train together), `memory_gb` (peak of this process until
+        then), `disk_mb` (checkpoints, and chips where asked for).
     """
     sides = np.concatenate([np.ptp(i.df[BOX_COLUMNS].to_numpy().reshape(-1, 2, 2), axis=1)
                             for i in images]).max(axis=1)  # fmt: skip
@@ -195,6 +196,8 @@ def _measure_cost(
             final = len(VIEWS[model.conf.views]) * (tiles["validation_tiles"] + tiles["test_tiles"])
             looks = epochs * sample * tiles["validation_tiles"] + final
             seconds += looks * look_s / batch
+    # devices share both out, as long as nothing else waits, such as the disk
+    seconds /= ranks.processes(params.ACCELERATOR, params.DEVICES) * params.NUM_NODES
     trainings = params.trial_count // len(grid["patch_size"])
     same = len(grid["learning_rate"]) * len(grid["batch_size"])
     weights = sum(p.numel() for p in model.parameters()) * 4

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import random
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ import fileio
 from datasets import TileBatches
 
 log = logging.getLogger(__name__)
+
+# It is meant to be there.
+warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 
 SAVE_SECONDS = 180.0  # between two checkpoints within an epoch
 
