@@ -250,8 +250,10 @@ def together(
     team.store.set(_key(team, "task"), task)
     try:
         with _group(team, on_gpus=on_gpus):
-            yield
-            team.store.set(_key(team, "done", 0), "")
+            try:
+                yield
+            finally:
+                team.store.set(_key(team, "done", 0), "")
             team.store.wait([_key(team, "done", r) for r in range(1, size)], FAREWELL)
     except BaseException as error:
         reason = _blame_others(team, error) if isinstance(error, Exception) else None
@@ -359,9 +361,8 @@ def _follow(team: Team) -> None:
                 function(*args)
                 team.store.set(_key(team, "done", team.rank), "")
                 team.store.wait([_key(team, "done", 0)], PATIENCE)
-        except Exception:
-            team.store.set(_key(team, "error", team.rank), traceback.format_exc())
-            team.store.compare_set(_key(team, "failed"), "", str(team.rank))
+        except Exception:  # rank 0 has been told, and there may be more to train
+            continue
 
 
 @contextmanager
@@ -375,6 +376,11 @@ def _group(team: Team, *, on_gpus: bool) -> Iterator[None]:
     )  # fmt: skip
     try:
         yield
+    except BaseException:
+        with suppress(RuntimeError):  # before the others notice, and fail, too
+            team.store.set(_key(team, "error", team.rank), traceback.format_exc())
+            team.store.compare_set(_key(team, "failed"), "", str(team.rank))
+        raise
     finally:
         dist.destroy_process_group()
 

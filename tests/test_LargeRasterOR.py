@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.models import resnet18
 
@@ -146,6 +147,18 @@ def test_a_checkpoint_does_not_need_the_weights_it_began_with(tmp_path):
     torch.testing.assert_close(
         again.network.backbone.state_dict(), model.network.backbone.state_dict()
     )
+
+
+def test_a_batch_system_does_not_decide_how_a_training_runs(monkeypatch):
+    """Tasks of Slurm may be workers of a search, each of which trains and logs alone."""
+    slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3", "SLURM_JOB_ID": "7",
+             "SLURM_JOB_NAME": "search", "SLURM_NODEID": "0"}  # fmt: skip
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    model = LargeRasterORModel(["a"], small_conf(devices=2), contract_of())
+    trainer = model.create_trainer()
+    assert (trainer.world_size, trainer.global_rank, trainer.is_global_zero) == (1, 0, True)
+    assert rank_zero_only.rank == 0
 
 
 def test_precision_is_decided_by_the_hardware(monkeypatch):
