@@ -20,10 +20,14 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, WeightAveraging
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
+from typing_extensions import override
 
+import fileio
 import imutils
 import metrics
+import ranks
 from catalogue import Detections, fuse_views
 from datasets import Batch
 from ImageData import InputError
@@ -43,6 +47,8 @@ log = logging.getLogger(__name__)
 
 # Lightning asks torch for tree leaves in a way torch is about to change; nothing a user can mend.
 warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+# What is logged at the end of an epoch is the same on all ranks already.
+warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
 
 __version__ = "0.1.0"
 
@@ -57,6 +63,7 @@ VIEWS = {  # of tiles -> quarter turns, mirrored
 }
 FUSE_IOU = 0.55  # above which views show the same object; that of the method's authors
 STAGES = {"train": "train_", "validation": "val_", "test": "test_"}  # -> prefix of logged names
+LOSSES = ("loss", "classification_loss", "bbox_regression_loss")  # the sum, and its parts
 
 
 class DivergedError(RuntimeError):
@@ -193,9 +200,12 @@ class LargeRasterORModel(pl.LightningModule):
         # Score from which a detection counts, found on validation ground; NaN until then.
         self.register_buffer("operating_threshold", torch.tensor(float("nan")))
         self.collector = metrics.GroundCollector()
-        self.full_tiles = 0  # of those collected
-        self.evaluation: metrics.Evaluation | None = None  # the last one
-        self.grounds: dict[int, metrics.Ground] = {}  # what it was computed on
+        # of an epoch, by stage: the sums over its tiles of `LOSSES`, tiles, and full ones of those
+        self.sums = {stage: torch.zeros(len(LOSSES) + 2, dtype=torch.float64) for stage in STAGES}
+        self.seconds = 0.0  # of training, until the last step began; the same on all ranks
+        # the last evaluation, and what it was computed on; of rank 0 only
+        self.evaluation: metrics.Evaluation | None = None
+        self.grounds: dict[int, metrics.Ground] = {}
 
     def load_pretrained(self) -> None:
         """Load the weights that the configuration starts from, before training.
@@ -261,17 +271,15 @@ class LargeRasterORModel(pl.LightningModule):
         """
         return self.network(images, frame=frame)[1]
 
-    def _common_step(self, batch: Batch, stage: str) -> Tensor:
+    def _common_step(self, batch: Batch, stage: str) -> tuple[Tensor, Tensor]:
+        """Return the loss, and `LOSSES` with the number of tiles, float64, on the CPU."""
         images, targets = batch
         measures = self._measures(stage)
         fused = measures and self.conf.views != "none" and self.trainer.state.fn != "fit"
         losses, detections = self.network(images, targets, detect=measures and not fused)
         loss = torch.stack(list(losses.values())).sum()
-        values = {"loss": loss, **{f"{name}_loss": value for name, value in losses.items()}}
-        self.log_dict(
-            {f"{STAGES[stage]}{name}": value.detach() for name, value in values.items()},
-            on_step=stage == "train", on_epoch=True, batch_size=len(images), prog_bar=False,
-        )  # fmt: skip
+        values = torch.stack([loss, *losses.values()]).detach().cpu().double()
+        full = 0
         if measures:
             most = [len(found["boxes"]) for found in detections]
             if fused:
@@ -283,8 +291,20 @@ class LargeRasterORModel(pl.LightningModule):
                     for found in seen
                 ]  # fmt: skip
             self.collector.add(detections, targets)
-            self.full_tiles += sum(count >= self.network.detections_per_img for count in most)
-        return loss
+            full = sum(count >= self.network.detections_per_img for count in most)
+        return loss, torch.cat([values, torch.tensor([len(images), full])])
+
+    def _add_to_epoch(self, stage: str, losses: Tensor, tiles: Tensor) -> None:
+        self.sums[stage] += torch.cat([losses * tiles[0], tiles])
+
+    def _mean_losses(self, stage: str, after: str = "") -> int:
+        """Log the mean losses of the tiles of an epoch; return how many were full."""
+        sums = ranks.summed(self.sums[stage].clone()) if stage != "train" else self.sums[stage]
+        self.sums[stage] = torch.zeros_like(sums)
+        means = (sums[: len(LOSSES)] / sums[-2]).tolist()
+        names = (f"{STAGES[stage]}{name}{after}" for name in LOSSES)
+        self.log_dict(dict(zip(names, means, strict=True)))
+        return int(sums[-1])
 
     def _measures(self, stage: str) -> bool:
         if stage == "validation" and self.trainer.state.fn == "fit":
@@ -298,39 +318,63 @@ class LargeRasterORModel(pl.LightningModule):
         """Return the loss of a batch.
 
         Raises:
-            DivergedError: It is no number, or grew beyond all measure.
+            DivergedError: It is no number, or grew beyond all measure, on whichever rank.
         """
-        loss = self._common_step(batch, "train")
-        value = float(loss.detach())
-        if not value < DIVERGED:
-            raise self._diverged(batch, value)
+        loss, values = self._common_step(batch, "train")
+        # what ranks must agree on, in one go: losses, so that all stop, and the clock of rank 0
+        seconds = 0.0 if ranks.rank() else time.monotonic() - self._started
+        values = ranks.summed(torch.cat([values, torch.tensor([seconds], dtype=torch.float64)]))
+        self.seconds = float(values[-1])
+        ranks.average(self._moving_buffers())
+        losses, tiles = values[:-3] / ranks.count(), values[-3:-1]
+        if not losses[0] < DIVERGED:
+            raise self._diverged(batch, float(losses[0]))
+        self._add_to_epoch("train", losses, tiles)
+        named = dict(zip(LOSSES, losses.tolist(), strict=True))
+        self.log_dict({f"train_{name}_step": value for name, value in named.items()})
         return loss
+
+    def _moving_buffers(self) -> list[Tensor]:
+        """Return what a network learns from its batches without gradients."""
+        norms = [m for m in self.network.modules() if isinstance(m, nn.BatchNorm2d)]
+        statistics = [b for norm in norms for b in (norm.running_mean, norm.running_var)]
+        return [self.network.offset, *statistics]
 
     @torch.no_grad()
     def _diverged(self, batch: Batch, loss: float) -> DivergedError:
         images, targets = batch
+        self.network.eval()  # ranks look on their own
         guilty = []
         for i, target in enumerate(targets):
             losses, _ = self.network(images[i : i + 1], [target], detect=False)
             if not sum(losses.values()) < DIVERGED:
                 guilty.append(i)
         bad_pixels = [i for i in guilty if not images[i].isfinite().all()]
-        why = "some pixels are no numbers" if bad_pixels else "the learning rate may be too high"
-        rows = [int(targets[i].get("tile", i)) for i in bad_pixels or guilty or range(len(targets))]
+        rows = [int(target.get("tile", i)) for i, target in enumerate(targets)]
+        shares = ranks.gathered(
+            ([rows[i] for i in bad_pixels], [rows[i] for i in guilty], rows)
+        )  # fmt: skip
+        bad, guilty, rows = (list(itertools.chain(*part)) for part in zip(*shares, strict=True))
+        why = "some pixels are no numbers" if bad else "the learning rate may be too high"
         rate = self.optimizers().param_groups[0]["lr"]
         return DivergedError(
             f"the loss is {loss:.3g} in training step {self.global_step + 1}, at a learning rate "
             f"of {rate:.2g}: {why}",
-            rows,
+            bad or guilty or rows,
         )
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Log the loss of a batch and collect its detections."""
-        return self._common_step(batch, "validation")
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Take note of the loss of a batch and collect its detections."""
+        self._evaluation_step(batch, "validation")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Log the loss of a batch and collect its detections."""
-        return self._common_step(batch, "test")
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Take note of the loss of a batch and collect its detections."""
+        self._evaluation_step(batch, "test")
+
+    def _evaluation_step(self, batch: Batch, stage: str) -> None:
+        if batch[1]:  # of few tiles, a rank gets none
+            _, values = self._common_step(batch, stage)
+            self._add_to_epoch(stage, *values.split([len(LOSSES), 2]))
 
     def on_train_start(self) -> None:
         """Say where the training runs, and start the clock of its progress lines."""
@@ -340,7 +384,7 @@ class LargeRasterORModel(pl.LightningModule):
             self.device, self.trainer.precision, self.trainer.estimated_stepping_batches,
             f", or {limit:g} minutes" if limit else "",
         )  # fmt: skip
-        self._started = time.monotonic()
+        self._started = time.monotonic() - self.seconds
 
     def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
         """Stop when the time is over; validation follows."""
@@ -352,12 +396,13 @@ class LargeRasterORModel(pl.LightningModule):
         step = self.global_step if step is None else step
         done = step / max(1, int(self.trainer.estimated_stepping_batches))
         if limit := self.conf.train.max_minutes:
-            started = getattr(self, "_started", time.monotonic())  # the schedule asks early
-            done = max(done, (time.monotonic() - started) / (60 * limit))
+            done = max(done, self.seconds / (60 * limit))
         return done
 
     def on_train_epoch_end(self) -> None:
-        """Log a line of progress."""
+        """Log the losses and a line of progress, and agree on whether to stop."""
+        self._mean_losses("train", "_epoch")
+        self.trainer.should_stop = ranks.told(self.trainer.should_stop)  # a callback of rank 0's
         done, epochs = self.current_epoch + 1, self.trainer.max_epochs
         elapsed = time.monotonic() - self._started
         known = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
@@ -378,11 +423,12 @@ class LargeRasterORModel(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Measure the validation ground, every `pr_compute_interval` epochs and when asked to."""
+        self._mean_losses("validation")
         if not self._measures("validation"):
             return
-        self._evaluate("validation", self.conf.validation.iou_threshold, None)
+        values = self._evaluate("validation", self.conf.validation.iou_threshold, None)
         if self.trainer.state.fn != "fit":
-            self.operating_threshold.fill_(self.evaluation.values["score_threshold"])
+            self.operating_threshold.fill_(values["score_threshold"])
 
     def on_test_epoch_end(self) -> None:
         """Measure the test ground at the threshold found on validation."""
@@ -392,25 +438,29 @@ class LargeRasterORModel(pl.LightningModule):
                 "the model has no operating threshold yet; validate it before testing, so that the "
                 "threshold does not come from the test itself"
             )
-        self._evaluate("test", self.conf.test.iou_threshold, threshold)
-
-    def _evaluate(self, stage: str, iou_threshold: float, score_threshold: float | None) -> None:
-        if self.full_tiles and stage == "test":
+        if full := self._mean_losses("test"):
             log.warning(
                 "%d tiles of the test ground reached the limit of %d detections, those of low "
                 "scores among them; if a trained model shows so many objects in a tile, set "
                 "detections_per_tile in MODEL_OPTIONS",
-                self.full_tiles, self.network.detections_per_img,
+                full, self.network.detections_per_img,
             )  # fmt: skip
-        self.full_tiles = 0
-        self.grounds = self.collector.merge(self.conf.nms_threshold)
-        self.evaluation = metrics.evaluate(
-            self.grounds, self.labels, iou_threshold, score_threshold,
-            resamples=metrics.RESAMPLES if stage == "test" else 0,  # intervals are of the test
-        )  # fmt: skip
-        values = self.evaluation.values.items()
+        self._evaluate("test", self.conf.test.iou_threshold, threshold)
+
+    def _evaluate(
+        self, stage: str, iou_threshold: float, score_threshold: float | None
+    ) -> dict[str, float]:
+        """Measure what all ranks collected on rank 0, and log it on all of them."""
+        self.grounds, self.evaluation = self.collector.merge(self.conf.nms_threshold), None
+        if ranks.rank() == 0:
+            self.evaluation = metrics.evaluate(
+                self.grounds, self.labels, iou_threshold, score_threshold,
+                resamples=metrics.RESAMPLES if stage == "test" else 0,  # intervals are of the test
+            )  # fmt: skip
+        values = ranks.told(self.evaluation and self.evaluation.values)
         prefix = "" if stage == "test" else STAGES[stage]  # the test's names are the product's
-        self.log_dict({f"{prefix}{name}": value for name, value in values})
+        self.log_dict({f"{prefix}{name}": value for name, value in values.items()})
+        return values
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW or SGD, the rate rising linearly, then falling along a half cosine, per step."""
@@ -454,7 +504,7 @@ class LargeRasterORModel(pl.LightningModule):
         progress: bool = False,
         root_dir: Path | None = None,
     ) -> pl.Trainer:
-        """Return a trainer set up by the configuration.
+        """Return a trainer set up by the configuration, for the ranks that there are.
 
         Args:
             logger: One or several Lightning loggers, or None.
@@ -462,17 +512,20 @@ class LargeRasterORModel(pl.LightningModule):
             progress: Show bars.
             root_dir: Where Lightning may write.
         """
-        precision = resolve_precision(self.conf.precision, self.conf.accelerator)
+        # measured where it is "auto", and so perhaps not the same on every rank
+        precision = ranks.told(resolve_precision(self.conf.precision, self.conf.accelerator))
         train = self.conf.train
         own = [RunningAverage(train)] if train.averaging != "none" else []
         if train.patience is not None:
             # Lightning counts epochs, in which the last measurement still stands
             epochs = train.patience * self.conf.validation.pr_compute_interval
             own.append(EarlyStopping(BEST_BY, mode="max", patience=epochs))
+        where = ranks.lightning_devices(self.conf.devices)
+        where["plugins"].append(AtomicCheckpoints())
         trainer = pl.Trainer(
+            **where,
             max_epochs=self.conf.train.epochs,
             accelerator=self.conf.accelerator,
-            devices=self.conf.devices,
             precision=precision,
             gradient_clip_val=self.conf.train.gradient_clip,
             logger=logger or False,
@@ -482,13 +535,11 @@ class LargeRasterORModel(pl.LightningModule):
             log_every_n_steps=1,
             enable_progress_bar=progress,
             enable_model_summary=False,
+            use_distributed_sampler=False,
             default_root_dir=root_dir,
         )
-        if trainer.world_size > 1:
-            raise InputError(
-                f"training on {trainer.world_size} devices would measure each device's share of "
-                "the ground on its own; set DEVICES = 1"
-            )
+        # Lightning's would wait for the end of a step, for other ranks, and for Slurm
+        trainer._signal_connector.register_signal_handlers = lambda: None
         return trainer
 
 
@@ -502,6 +553,17 @@ def warm_up_and_cosine(done: float, warmup: float) -> float:
         return done / warmup
     falling = min(1.0, (done - warmup) / max(1 - warmup, 1e-9))
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * falling))
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints whole or not at all, beside where they are to be."""
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Path | str, storage_options: object = None
+    ) -> None:
+        with fileio.atomic_path(Path(path)) as temporary:
+            torch.save(checkpoint, temporary)
 
 
 class RunningAverage(WeightAveraging):
@@ -525,6 +587,15 @@ class RunningAverage(WeightAveraging):
         """Keep the average where the module will be, and know the module."""
         self._device, self.module = trainer.strategy.root_device, pl_module
         super().setup(trainer, pl_module, stage)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"steps": self.steps}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.steps = state_dict["steps"]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the module the average, and forget it: what is saved later is the module."""

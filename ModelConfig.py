@@ -24,6 +24,7 @@ from ImageData import InputError
 
 Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
+Strategy = Literal["auto", "ddp"]
 Geometry = Literal["box", "circle"]
 Views = Literal["none", "flips", "turns", "all"]
 Search = Literal["grid", "random", "tpe"]
@@ -52,7 +53,8 @@ MAY_CHANGE = {
 PARAMETER_OF = {  # field of the model's configuration -> parameter of a run
     "batch_size": "BATCH_SIZES", "train.epochs": "N_EPOCHS", "train.lr": "LEARNING_RATES",
     "train.optimizer": "OPTIMIZER", "train.min_visible": "MIN_VISIBLE", "workers": "WORKERS",
-    "accelerator": "ACCELERATOR", "devices": "DEVICES", "precision": "PRECISION", "seed": "SEED",
+    "accelerator": "ACCELERATOR", "devices": "DEVICES", "num_nodes": "NUM_NODES",
+    "strategy": "STRATEGY", "precision": "PRECISION", "seed": "SEED",
     "backbone": "BACKBONE", "weights": "WEIGHTS", "init_from": "INIT_FROM",
     "fpn_channels": "FPN_CHANNELS", "views": "VIEWS",
     "validation.pr_compute_interval": "PR_COMPUTE_INTERVAL",
@@ -137,10 +139,12 @@ class ModelConfig:
     `train`, `validation` and `test` hold the parts that belong to one stage.
     """
 
-    batch_size: Positive = 4  # tiles per optimiser step
+    batch_size: Positive = 4  # tiles per optimiser step, of each device
     workers: Annotated[int, Field(ge=0)] = 0  # processes that read tiles; 0 reads in the main one
     accelerator: str = "auto"  # Lightning's: auto, cpu, gpu, mps, ...
-    devices: int | str | list[int] = 1  # Lightning's: how many, or which
+    devices: int | str | list[int] = 1  # of this machine: how many, or which; "auto": all GPUs
+    num_nodes: Positive = 1  # machines that train together, by torchrun
+    strategy: Strategy = "auto"  # of several devices; auto: ddp
     precision: Precision = "auto"  # auto: bf16-mixed where hardware has it and is faster by it
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     backbone: Backbone = "resnet18"
@@ -316,6 +320,8 @@ class RunParameters:
     DENSITY_CELL: Positive | None
     ACCELERATOR: str
     DEVICES: int | str | list[int]
+    NUM_NODES: Positive
+    STRATEGY: Strategy
     PRECISION: Precision
     WORKERS: Annotated[int, Field(ge=0)] | None
     SCHEDULER: Annotated[str, Field(pattern=r"^[a-z]+://\S+:\d+$")] | None
@@ -632,6 +638,8 @@ class RunParameters:
             workers=self.WORKERS or 0,
             accelerator=self.ACCELERATOR,
             devices=self.DEVICES,
+            num_nodes=self.NUM_NODES,
+            strategy=self.STRATEGY,
             precision=self.PRECISION,
             seed=self.SEED,
             backbone=self.BACKBONE,

@@ -21,8 +21,9 @@ follows from that seed, so that it is the same whichever process reads it.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +38,7 @@ from torchvision.transforms import v2
 
 import fileio
 import imutils
+import ranks
 import splits
 import tiling
 from ImageData import InputError, Window
@@ -432,6 +434,70 @@ class TileSampler(Sampler[tuple[int, int]]):
         return len(self.weights)
 
 
+class TileBatches(Sampler[list[tuple[int, int]]]):
+    """Deals the items of an epoch out to steps and ranks, in chunks of nearly equal size.
+
+    All ranks draw the same epoch; at each step each takes a chunk of its own, so that all make the
+    same number of steps and every item comes exactly once. What all ranks learn from at a step does
+    not depend on how many they are, if their batches have the same size together.
+
+    Args:
+        sampler: Draws the epochs.
+        batch_size: Most items of a chunk (where it is hardly more than 1, one more may come).
+    """
+
+    def __init__(self, sampler: TileSampler, batch_size: int) -> None:
+        """Start at the beginning of an epoch."""
+        self.sampler, self.batch_size = sampler, batch_size
+        self.epoch: int | None = None  # that was drawn last, by the difficulties known then
+        self.first = 0  # step from which on it is dealt
+        self.drawn_by, self.visits = sampler.difficulty, []
+
+    def __len__(self) -> int:
+        """Return the number of steps of an epoch.
+
+        Raises:
+            InputError: There are fewer items than ranks.
+        """
+        items, size = len(self.sampler), ranks.count()
+        if items < size:
+            raise InputError(
+                f"{items} training tiles cannot be shared out among {size} devices; lower DEVICES, "
+                "or raise SAMPLE_SIZES"
+            )
+        return min(math.ceil(items / (size * self.batch_size)), items // size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Deal the epoch; once more, and it is the same."""
+        if self.epoch != self.sampler.epoch:
+            self.first = 0
+            self._draw()
+        chunks = len(self) * ranks.count()
+        for step in range(self.first, len(self)):
+            chunk = step * ranks.count() + ranks.rank()
+            low, high = (len(self.visits) * i // chunks for i in (chunk, chunk + 1))
+            yield self.visits[low:high]
+
+    def _draw(self) -> None:
+        self.epoch, self.drawn_by = self.sampler.epoch, self.sampler.difficulty.copy()
+        self.visits = list(self.sampler)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what an epoch that was begun depends on, beside its number."""
+        known = {"difficulty": self.sampler.difficulty, "drawn_by": self.drawn_by}
+        return {name: torch.from_numpy(values.copy()) for name, values in known.items()}
+
+    def resume(self, state: Mapping[str, Tensor], epoch: int, step: int) -> None:
+        """Go on at a step of an epoch, given what `state_dict` returned there."""
+        self.sampler.set_epoch(epoch)
+        self.epoch = None
+        if step:
+            self.sampler.difficulty = state["drawn_by"].numpy().copy()
+            self._draw()
+            self.first = step
+        self.sampler.difficulty = state["difficulty"].numpy().copy()
+
+
 class HardTiles(pl.Callback):
     """Tells a sampler, after each training step, how wrong the model was on the batch's tiles."""
 
@@ -443,10 +509,12 @@ class HardTiles(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: Batch,
         batch_idx: int,
     ) -> None:  # fmt: skip
-        """Pass on the loss of the background."""
+        """Pass on the loss of the background, of the batches of all ranks."""
         if self.sampler.hard_negatives:
             rows = [int(target["tile"]) for target in batch[1]]
-            self.sampler.update(rows, pl_module.network.background_loss)
+            losses = pl_module.network.background_loss.tolist()
+            pairs = itertools.chain.from_iterable(ranks.gathered([*zip(rows, losses, strict=True)]))
+            self.sampler.update(*zip(*pairs, strict=True))
 
 
 class RandomQuarterTurn(v2.Transform):
@@ -635,6 +703,8 @@ Batch = tuple[Tensor, Targets]
 
 def collate(items: list[tuple[Tensor, Target]]) -> Batch:
     """Stack images to (B, bands, size, size); of targets there is one dictionary per tile."""
+    if not items:
+        return torch.empty(0), Targets()
     images, targets = zip(*items, strict=True)
     return torch.stack(images), Targets(targets)
 
@@ -653,6 +723,7 @@ class TileDataModule(pl.LightningDataModule):
 
     Attributes:
         sampler: Draws the training tiles; a training loop tells it how difficult they were.
+        batches: Deals them out; of every step each rank reads its share only.
     """
 
     def __init__(
@@ -688,28 +759,35 @@ class TileDataModule(pl.LightningDataModule):
             self.train.repeat_factors(conf.train.repeat_threshold),
             seed=conf.seed, hard_negatives=conf.train.hard_negatives,
         )  # fmt: skip
+        self.batches = TileBatches(self.sampler, conf.batch_size)
         self.validation = BboxDataset(validation, *common, evaluation=True)
         self.full_validation = BboxDataset(full_validation, *common, evaluation=True)
         self.test = BboxDataset(test, *common, evaluation=True)
 
     def train_dataloader(self) -> DataLoader:
         """Return the training batches, in the order and of the tiles that `sampler` draws."""
-        return self._loader(self.train, sampler=self.sampler)
+        return self._loader(self.train, self.batches)
 
     def val_dataloader(self) -> DataLoader:
         """Return the validation tiles of the sample, for looking while training."""
-        return self._loader(self.validation)
+        return self._evaluation_loader(self.validation)
 
     def full_validation_dataloader(self) -> DataLoader:
         """Return all validation tiles, the same for every trial; thresholds come from them."""
-        return self._loader(self.full_validation)
+        return self._evaluation_loader(self.full_validation)
 
     def test_dataloader(self) -> DataLoader:
         """Return all test tiles."""
-        return self._loader(self.test)
+        return self._evaluation_loader(self.test)
 
-    def _loader(self, dataset: BboxDataset, **options: object) -> DataLoader:
+    def _evaluation_loader(self, dataset: BboxDataset) -> DataLoader:
+        rows, size = range(len(dataset)), self.conf.batch_size
+        batches = [list(rows[first : first + size]) for first in rows[::size]]
+        # ranks take them in turn; one without any sees an empty one, and so the end of the epoch
+        return self._loader(dataset, batches[ranks.rank() :: ranks.count()] or [[]])
+
+    def _loader(self, dataset: BboxDataset, batches: Iterable[list]) -> DataLoader:
         return DataLoader(
-            dataset, batch_size=self.conf.batch_size, num_workers=self.conf.workers,
-            persistent_workers=self.conf.workers > 0, collate_fn=collate, **options,
+            dataset, batch_sampler=batches, num_workers=self.conf.workers,
+            persistent_workers=self.conf.workers > 0, collate_fn=collate,
         )  # fmt: skip

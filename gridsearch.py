@@ -45,13 +45,14 @@ from optuna.trial import FrozenTrial, TrialState
 import fileio
 import imutils
 import ledger
+import ranks
 import study
 from ImageData import ImageData, InputError
 from LargeRasterOR import BEST_BY, __version__
 from logger import configure_logger, make_model_logger
 from ModelConfig import ModelConfig, Search
 from study import Claim, LostTrialError, Queue
-from trials import EVALUATION_FILES, SearchData, train_iteration
+from trials import EVALUATION_FILES, LAST_CHECKPOINT, SearchData, train_iteration
 
 log = logging.getLogger(__name__)
 
@@ -340,6 +341,7 @@ def _train_trial(
         if name:
             record["seconds"] = round(time.monotonic() - start, 1)
             fileio.write_json(trial_dir / name, record)
+            (trial_dir / LAST_CHECKPOINT).unlink(missing_ok=True)
         logger.close(status)
     return record
 
@@ -382,7 +384,7 @@ def _work_dir(run_dir: Path, claim: Claim, mark: str) -> Path:
     for folder in claim.earlier:
         theirs = _claim_dir(run_dir, claim.key, folder)
         with suppress(OSError, ValueError):
-            got_far = any((theirs / n).exists() for n in ("result.json", "checkpoints/last.ckpt"))
+            got_far = any((theirs / n).exists() for n in ("result.json", LAST_CHECKPOINT))
             if got_far and _read_json(theirs / "claim.json")["made_from"] == mark:
                 theirs.rename(mine)
                 log.info("trial %s goes on where it was stopped", claim.key)
@@ -563,7 +565,7 @@ def _check_same_input(
     configuration = conf.to_dict()
     configuration["validation"].pop("pr_compute_interval")
     # what a trial sets itself, and what only says where it runs, may differ
-    for name in ("batch_size", "workers", "accelerator", "devices"):
+    for name in ("batch_size", "workers", "accelerator", "devices", "num_nodes", "strategy"):
         configuration.pop(name)
     for name in ("epochs", "lr"):
         configuration["train"].pop(name)
@@ -730,8 +732,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(
                 f"there is no run {run_dir}; see RUNS_DIR and RUN_NAME of the notebook"
             )
-        configure_logger(run_dir / "workers" / f"{worker['host']}-{worker['pid']}.log")
-        _, failed = join_search(run_dir, **args)
+        with ranks.lead_or_follow() as leads:
+            if not leads:
+                return 0
+            configure_logger(run_dir / "workers" / f"{worker['host']}-{worker['pid']}.log")
+            _, failed = join_search(run_dir, **args)
     except (InputError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return FAILED

@@ -13,11 +13,12 @@ import hashlib
 import io
 import json
 import logging
+import math
 import re
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from numbers import Real
 from pathlib import Path
@@ -95,6 +96,9 @@ class LoggerProtocol(Protocol):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add a row of measured values."""
 
+    def rewind(self, step: int) -> None:
+        """Forget what was measured from a step on, and after the last: it is measured again."""
+
     def log_message(self, message: str) -> None:
         """Add a line of text, with its time."""
 
@@ -158,10 +162,22 @@ class DefaultModelLogger(Logger, LoggerProtocol):
         row = {"step": step, "epoch": None}
         row |= {k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}
         if new := row.keys() - self._columns:
-            self._widen([name for name in row if name in new])
+            self._rewrite([name for name in row if name in new])
         with (self._dir / "metrics.csv").open("a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
         self.metrics |= {k: v for k, v in row.items() if k not in ("step", "epoch")}
+        write_json(self._dir / "metrics.json", self.metrics)
+
+    @override
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        path = self._dir / "metrics.csv"
+        if not path.exists():
+            return
+        self._rewrite([], step)
+        rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+        values = (pair for row in rows for pair in row.items())
+        self.metrics = {k: float(v) for k, v in values if v and k not in ("step", "epoch")}
         write_json(self._dir / "metrics.json", self.metrics)
 
     @override
@@ -198,8 +214,11 @@ class DefaultModelLogger(Logger, LoggerProtocol):
         path = self._dir / filename
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-    def _widen(self, new: list[str]) -> None:
-        """Rewrite `metrics.csv` with more columns; rare, as metrics appear in the first epoch."""
+    def _rewrite(self, new: Sequence[str], before: float = math.inf) -> None:
+        """Rewrite `metrics.csv` with more columns, or only with rows of steps before one.
+
+        It is rare, as metrics appear in the first epoch.
+        """
         path = self._dir / "metrics.csv"
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         complete = text[: text.rfind("\n") + 1]  # a killed process may leave half a line
@@ -208,8 +227,12 @@ class DefaultModelLogger(Logger, LoggerProtocol):
         table = io.StringIO()
         writer = csv.DictWriter(table, self._columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(reader)
+        writer.writerows(row for row in reader if before == math.inf or _is_before(row, before))
         write_text(path, table.getvalue())
+
+
+def _is_before(row: Mapping[str, str], step: float) -> bool:
+    return bool(row["step"]) and float(row["step"]) < step
 
 
 class WandbModelLogger(WandbLogger, LoggerProtocol):
@@ -245,6 +268,11 @@ class WandbModelLogger(WandbLogger, LoggerProtocol):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self.record.log_metrics(metrics, step)
         super().log_metrics(metrics, step)
+
+    @override
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        self.record.rewind(step)  # wandb's run is another one, of the rest
 
     @override
     @rank_zero_only

@@ -17,6 +17,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from torchvision.ops import batched_nms
 import annotations
 import fileio
 import imutils
+import ranks
 import tiling
 from ImageData import BOX_COLUMNS, CENTER_COLUMNS, InputError
 
@@ -152,26 +154,33 @@ class GroundCollector:
 
     def __init__(self) -> None:
         """Start empty."""
-        self.tiles: dict[int, tuple[list, list]] = {}
+        self.batches: list[list[tuple[int, dict, dict]]] = []
 
     def add(self, detections: Iterable[Mapping], targets: Iterable[Mapping]) -> None:
         """Keep the detections and targets of a batch, on the CPU."""
+        kept = []
         for batch in zip(detections, targets, strict=True):
             found, target = ({name: v.detach().cpu() for name, v in one.items()} for one in batch)
-            mine = self.tiles.setdefault(int(target["ground"]), ([], []))
             stray = torch.zeros_like(found["labels"], dtype=torch.bool)
             if "counted" in target:  # masks are large, and not kept
                 stray = ~counted_at_centers(target["counted"], found["boxes"])
                 target = {k: v for k, v in target.items() if k != "counted"}
-            for kept, values in zip(mine, ({**found, "stray": stray}, target), strict=True):
-                kept.append(values)
+            kept.append((int(target["ground"]), {**found, "stray": stray}, target))
+        self.batches.append(kept)
 
     def merge(self, nms_threshold: float) -> dict[int, Ground]:
-        """Return what was collected, per block, and start anew.
+        """Return what all ranks collected, per block, and start anew; nothing on ranks above 0.
 
         Blocks are what is resampled; where there are few, their tiles are.
         """
-        tiles, self.tiles = self.tiles, {}
+        shares, self.batches = ranks.collected(self.batches), []
+        tiles: dict[int, tuple[list, list]] = {}
+        # ranks take the batches in turn: this is the order in which one alone would see them
+        in_turn = zip_longest(*shares or [], fillvalue=())
+        for block, found, target in chain.from_iterable(chain.from_iterable(in_turn)):
+            of_block = tiles.setdefault(block, ([], []))
+            of_block[0].append(found)
+            of_block[1].append(target)
         grounds = {
             block: merge_tiles(found, targets, nms_threshold)
             for block, (found, targets) in sorted(tiles.items())

@@ -23,6 +23,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.retinanet import RetinaNetHead
 
 import metrics
+import ranks
 from datasets import Target
 from ImageData import InputError
 from imutils import Radiometry
@@ -378,8 +379,9 @@ class TileRetinaNet(RetinaNet):
             grids: See `assign_anchors`.
 
         References:
-            Lin et al. 2017, Focal loss, which averages per image; we do so over the batch, so that
-            an object weighs the same in a full tile and in an empty one.
+            Lin et al. 2017, Focal loss, which averages per image; we do so over the batch, in
+            training those of all ranks, so that an object weighs the same in a full tile and in an
+            empty one.
         """
         frames = [_frames_of(target) for target in targets]
         objects = [
@@ -414,7 +416,10 @@ class TileRetinaNet(RetinaNet):
         overlap = BOX_LOSSES[self.conf.box_loss](boxes + self._offset_in(frame), truth)
         if self.training and self.follows_offset and len(learnt):
             self._follow_offset((truth - boxes).detach().unflatten(1, (2, 2)).mean(dim=1), frame)
-        count = max(1, len(learnt))
+        count = len(learnt)
+        if self.training:  # of all ranks, so that together they learn as one would from all tiles
+            count = float(ranks.summed(torch.tensor(float(count)))) / ranks.count()
+        count = max(1 / ranks.count(), count)
         return {
             "classification": focal[match != NEITHER].sum() / count,
             "bbox_regression": self.conf.box_loss_weight * overlap.sum() / count,

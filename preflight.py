@@ -25,6 +25,7 @@ import torch
 import annotations
 import fileio
 import imutils
+import ranks
 import splits
 import tiling
 from ImageData import BOX_COLUMNS, ImageData, InputError
@@ -105,9 +106,9 @@ def plan_run(
         One row per tile size: `train_tiles` (turned ones included), `validation_tiles, test_tiles,
         densest` (objects in the fullest), `small` and `large` (shares of the objects under 4 px,
         and over half a tile), `anchors_fit` (share of the training objects whose best anchor has
-        an IoU above 0.5), `trainings, step_s, hours` (all trainings, evaluation included),
-        `memory_gb` (peak of this process until then), `disk_mb` (checkpoints, and chips where
-        asked for).
+        an IoU above 0.5), `trainings, step_s, hours` (all trainings, evaluation included, shared
+        out evenly among all devices that train together), `memory_gb` (peak of this process until
+        then), `disk_mb` (checkpoints, and chips where asked for).
     """
     sides = np.concatenate([np.ptp(i.df[BOX_COLUMNS].to_numpy().reshape(-1, 2, 2), axis=1)
                             for i in images]).max(axis=1)  # fmt: skip
@@ -196,6 +197,8 @@ def _measure_cost(
             final = len(VIEWS[model.conf.views]) * (tiles["validation_tiles"] + tiles["test_tiles"])
             looks = epochs * sample * tiles["validation_tiles"] + final
             seconds += looks * look_s / batch
+    # devices share both out, as long as nothing else waits, such as the disk
+    seconds /= ranks.processes(params.ACCELERATOR, params.DEVICES) * params.NUM_NODES
     trainings = math.ceil(params.trial_count / len(grid["patch_size"]))
     # of those of a grid; a search that draws them takes as long as their mean
     same = params.trial_count / math.prod(map(len, grid.values()))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 import annotations
 import fileio
 import imutils
+import ranks
 import splits
 import tiling
 from datasets import HardTiles, TileDataModule, class_ids
@@ -34,9 +37,11 @@ from networks import (
     fit_anchors,
     good_anchor_share,
 )
+from resume import LastCheckpoint, read_last, set_steps
 
 log = logging.getLogger(__name__)
 
+LAST_CHECKPOINT = "checkpoints/last.ckpt"  # in a trial's folder, while it is not done
 EVALUATION_FILES = ("detections.csv", "objects.csv", "curve.csv", "confusion.csv")
 
 
@@ -121,6 +126,7 @@ def prepare_search(
     model = LargeRasterORModel(data.ids, conf, make_contract(data, module, size))
     model.load_pretrained()
     model.create_trainer()
+    ranks.processes(conf.accelerator, conf.devices, conf.num_nodes)
     return data, counts
 
 
@@ -145,21 +151,67 @@ def train_iteration(
     """Train one model, choose its threshold on all validation ground, test it on the test ground.
 
     Writes to `trial_dir`: `checkpoints/best.ckpt` (highest `val_AP50`, with the threshold);
-    `detections.csv`, `objects.csv`, `curve.csv`, `confusion.csv` of the test.
+    `detections.csv`, `objects.csv`, `curve.csv`, `confusion.csv` of the test. While
+    `checkpoints/last.ckpt` is there, the same training goes on where it was interrupted, or, if
+    training itself was done, with the rest; who keeps the result deletes the file.
 
     Args:
         hyperparams: `patch_size, n_epochs, sample_size, learning_rate, batch_size`.
         data: What all trials share.
-        conf: Configuration; a copy takes the hyperparameters.
+        conf: Configuration; a copy takes the hyperparameters. It says how many devices share the
+            work, see `ranks`.
         trial_dir: The trial's folder.
         logger: Its record.
-        callbacks: Further Lightning callbacks.
+        callbacks: Further Lightning callbacks. Of several ranks only the first has them; they may
+            raise, or at the end of a validation set `trainer.should_stop`.
         progress: Show bars.
 
     Returns:
         The test's values by the names of `metrics.evaluate`, the validation's with `val_` before
         them, and `training_time` in s.
+
+    Raises:
+        InputError: The tiles changed, or the loss is no number any more.
+        RankError: A process that trains together with this one failed.
     """
+    trial_dir = Path(trial_dir).resolve()
+    shared = (hyperparams, data, conf, trial_dir)
+    where = {"accelerator": conf.accelerator, "devices": conf.devices, "nodes": conf.num_nodes}
+    with _promptly_interrupted(), ranks.together(_train, *shared, **where):
+        return _train(*shared, logger, callbacks, progress=progress)
+
+
+@contextmanager
+def _promptly_interrupted() -> Iterator[None]:
+    """Let SIGTERM, which batch systems send, end a training at once, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if before[signal.SIGTERM] is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # what Lightning made of it
+            raise error.__context__ from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _train(
+    hyperparams: Mapping[str, Any],
+    data: SearchData,
+    conf: ModelConfig,
+    trial_dir: Path,
+    logger: LoggerProtocol | None = None,
+    callbacks: Sequence[pl.Callback] = (),
+    *,
+    progress: bool = False,
+) -> dict[str, float] | None:
+    """Do what `train_iteration` says, on one of its ranks; only the first has a logger."""
     conf = copy.deepcopy(conf)
     conf.batch_size = hyperparams["batch_size"]
     conf.train.epochs = hyperparams["n_epochs"]
@@ -177,11 +229,17 @@ def train_iteration(
     contract = make_contract(data, module, size)
     model = LargeRasterORModel(data.ids, conf, contract)
     model.load_pretrained()
+    best, last = trial_dir / "checkpoints" / "best.ckpt", trial_dir / LAST_CHECKPOINT
+    made_from = _made_from(hyperparams, data, conf)
+    known = _known_progress(last, best, made_from, logger) if logger else None
+    known = ranks.told(known)
     checkpoint = ModelCheckpoint(
-        trial_dir / "checkpoints", filename="best", monitor=BEST_BY, mode="max"
+        best.parent, filename=best.stem, monitor=BEST_BY, mode="max", enable_version_counter=False
     )
     trainer = model.create_trainer(
-        logger, [checkpoint, HardTiles(module.sampler), *callbacks],
+        logger,
+        [LastCheckpoint(last, made_from, module.batches), HardTiles(module.sampler), checkpoint,
+         *callbacks],
         progress=progress, root_dir=trial_dir,
     )  # fmt: skip
     fitted = contract.anchors
@@ -195,42 +253,51 @@ def train_iteration(
         fitted.input_scale, fitted.sizes, fitted.aspect_ratios, 100 * covered, GOOD_ANCHOR,
         contract.detections_per_tile, model.network.topk_candidates,
     )  # fmt: skip
-    start = time.monotonic()
-    try:
-        trainer.fit(model, datamodule=module)
-    except DivergedError as error:
-        named = module.train.tiles.iloc[error.tiles][["raster", *tiling.WINDOW_COLUMNS]]
-        places = "; ".join(f"{t.raster} at x {t.x}, y {t.y}" for t in named.itertuples())
-        raise InputError(
-            f"{error}. Tiles of {size} px: {places}. Look at them, or lower LEARNING_RATES; the "
-            f"best epoch until then, if there was one, is in {trial_dir / 'checkpoints'}"
-        ) from error
-    training_time = time.monotonic() - start
-    logger.log({"training_time": training_time})
-    steps = trainer.estimated_stepping_batches
-    if conf.train.max_minutes is not None and trainer.global_step < steps:
-        log.warning(
-            "train.max_minutes ended the training after %d of %d steps", trainer.global_step, steps
-        )
+    if known and known["finished"]:
+        set_steps(trainer, known["step"])
+        model.seconds = known["seconds"]
+    else:
+        try:
+            trainer.fit(
+                model, datamodule=module, ckpt_path=last if known else None, weights_only=True
+            )
+        except DivergedError as error:
+            named = module.train.tiles.iloc[error.tiles][["raster", *tiling.WINDOW_COLUMNS]]
+            places = "; ".join(f"{t.raster} at x {t.x}, y {t.y}" for t in named.itertuples())
+            raise InputError(
+                f"{error}. Tiles of {size} px: {places}. Look at them, or lower LEARNING_RATES; "
+                f"the best epoch until then, if there was one, is in {best.parent}"
+            ) from error
+        steps = trainer.estimated_stepping_batches
+        if conf.train.max_minutes is not None and trainer.global_step < steps:
+            log.warning(
+                "train.max_minutes ended the training after %d of %d steps",
+                trainer.global_step, steps,
+            )  # fmt: skip
+    training_time = model.seconds
+    if logger:
+        logger.log({"training_time": training_time})
+        state = torch.load(best, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["state_dict"])
+    # the other ranks take the weights from the first, as Lightning begins to measure
+    (validated,) = trainer.validate(model, module.full_validation_dataloader(), verbose=False)
+    if logger:
+        state["state_dict"]["operating_threshold"] = model.operating_threshold.cpu()
+        state |= {"optimizer_states": [], "lr_schedulers": []}  # most of a file that only detects
+        for training in ("current_model_state", "averaging_state"):
+            state.pop(training, None)
+        with fileio.atomic_path(best) as temporary:
+            torch.save(state, temporary)
+    (tested,) = trainer.test(model, module.test_dataloader(), verbose=False)
+    if not logger:
+        return None
 
-    best = Path(checkpoint.best_model_path)
-    state = torch.load(best, map_location="cpu", weights_only=True)
-    model.load_state_dict(state["state_dict"])
     right, down = model.network.offset.tolist()
     log.info(
         "annotated boxes lie %.2f px %s and %.2f px %s what shows objects",
         abs(right), "right of" if right > 0 else "left of",
         abs(down), "below" if down > 0 else "above",
     )  # fmt: skip
-    (validated,) = trainer.validate(model, module.full_validation_dataloader(), verbose=False)
-    state["state_dict"]["operating_threshold"] = model.operating_threshold.cpu()
-    state |= {"optimizer_states": [], "lr_schedulers": []}  # most of a file that only detects
-    for training in ("current_model_state", "averaging_state"):
-        state.pop(training, None)
-    with fileio.atomic_path(best) as temporary:
-        torch.save(state, temporary)
-    (tested,) = trainer.test(model, module.test_dataloader(), verbose=False)
-
     values = {**tested, **validated, "offset_x": right, "offset_y": down,
               "training_time": training_time}  # fmt: skip
     write_evaluation(trial_dir, model, data.blocks)
@@ -243,6 +310,37 @@ def train_iteration(
         values["score_threshold"], training_time,
     )  # fmt: skip
     return values
+
+
+def _made_from(hyperparams: Mapping[str, Any], data: SearchData, conf: ModelConfig) -> str:
+    """Digest all that the steps of a training depend on, the number of its ranks included."""
+    settings = conf.to_dict()
+    for name in ("workers", "accelerator", "devices", "num_nodes", "strategy"):
+        settings.pop(name)
+    tiles = data.tile_marks[hyperparams["patch_size"]]
+    ground = [dict(data.ids), asdict(data.radiometry), data.blocks]
+    return fileio.fingerprint([hyperparams, settings, tiles, ground, ranks.count()])
+
+
+def _known_progress(
+    last: Path, best: Path, made_from: str, logger: LoggerProtocol
+) -> dict[str, Any] | None:
+    """Return where an earlier try was interrupted, and forget what was recorded after it."""
+    known = read_last(last, made_from)
+    fileio.remove_strays(best)
+    measured = known and (known["finished"] or known["epoch"])
+    if measured and not best.exists():
+        log.warning("%s is gone; the training starts over", best)
+        known = None
+    if known is None:
+        last.unlink(missing_ok=True)
+        best.unlink(missing_ok=True)
+        logger.rewind(0)
+        return None
+    where = "measures" if known["finished"] else f"goes on in epoch {known['epoch'] + 1}"
+    log.info("interrupted after %d steps; it %s", known["step"], where)
+    logger.rewind(known["step"])
+    return known
 
 
 def make_contract(data: SearchData, module: TileDataModule, tile_size: int) -> DataContract:

@@ -26,6 +26,7 @@ import sampledata
 import splits
 import tiling
 import trials
+from logger import DefaultModelLogger
 from ModelConfig import ModelConfig
 
 PROJECT = Path(__file__).parent.parent
@@ -126,3 +127,33 @@ def prepared(small_sample, tmp_path_factory):
         tilings=tilings, data=data,
         counts=counts, tiles=tiles, boxes=boxes,
     )  # fmt: skip
+
+
+def small_conf(devices=1):
+    """Return a configuration whose trainings depend on all that they carry from step to step."""
+    conf = ModelConfig(fpn_channels=16, accelerator="cpu", precision="32-true", devices=devices)
+    conf.train.hard_negatives = 0.3  # epochs depend on what was learnt before
+    conf.train.patience = 5
+    conf.validation.pr_compute_interval = 3  # an epoch without a measurement needs the last one
+    for stage in (conf.validation, conf.test):
+        stage.score_threshold = 0.0  # a few steps make no model sure of anything
+    return conf
+
+
+def train_small(data, folder, callbacks=(), *, devices=1, conf=None, **changes):
+    """Train for 15 steps of 8 tiles, whatever the number of devices."""
+    hyperparams = {
+        "patch_size": 128, "n_epochs": 3, "sample_size": 0.4, "learning_rate": 1e-3,
+        "batch_size": 8 // devices,
+    }  # fmt: skip
+    return trials.train_iteration(
+        hyperparams | changes, data, conf or small_conf(devices), folder,
+        DefaultModelLogger(folder), callbacks,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def undisturbed(prepared, tmp_path_factory):
+    """What such a training ends with, when nothing happens to it: its values, and its folder."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return train_small(prepared.data, folder), folder

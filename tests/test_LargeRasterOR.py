@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.models import resnet18
 
@@ -148,10 +149,16 @@ def test_a_checkpoint_does_not_need_the_weights_it_began_with(tmp_path):
     )
 
 
-def test_several_devices_are_refused_until_they_measure_exactly():
+def test_a_batch_system_does_not_decide_how_a_training_runs(monkeypatch):
+    """Tasks of Slurm may be workers of a search, each of which trains and logs alone."""
+    slurm = {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3", "SLURM_JOB_ID": "7",
+             "SLURM_JOB_NAME": "search", "SLURM_NODEID": "0"}  # fmt: skip
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
     model = LargeRasterORModel(["a"], small_conf(devices=2), contract_of())
-    with pytest.raises(InputError, match="set DEVICES = 1"):
-        model.create_trainer()
+    trainer = model.create_trainer()
+    assert (trainer.world_size, trainer.global_rank, trainer.is_global_zero) == (1, 0, True)
+    assert rank_zero_only.rank == 0
 
 
 def test_precision_is_decided_by_the_hardware(monkeypatch):
@@ -239,7 +246,7 @@ def test_every_norm_learns_under_an_average(prepared, tmp_path, norm):
     conf = small_conf(batch_size=16, norm=norm)
     conf.train.epochs = 1
     model, _, trainer = fit(prepared, tmp_path, conf, sample_size=0.3)
-    assert torch.isfinite(trainer.callback_metrics["train_loss"])
+    assert torch.isfinite(trainer.callback_metrics["train_loss_epoch"])
     counters = [v for n, v in model.state_dict().items() if n.endswith("num_batches_tracked")]
     assert bool(counters) == (norm == "batch")
     assert all(int(v) == trainer.global_step for v in counters)

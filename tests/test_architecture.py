@@ -26,10 +26,11 @@ LAYERS = [
     ["fileio"],
     ["geometries"],
     ["sampledata", "annotations", "tiling", "splits", "catalogue"],
+    ["ranks"],
     ["datasets", "metrics", "logger", "implot"],
     ["networks", "atlas"],
     ["LargeRasterOR"],
-    ["strips", "study"],
+    ["strips", "study", "resume"],
     ["trials", "predict", "preflight", "ledger"],
     ["gridsearch"],
 ]
