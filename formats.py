@@ -43,7 +43,7 @@ import shapely
 import yaml
 
 import imutils
-from artefacts import atomic_path
+from artefacts import atomic_path, is_full
 from ImageData import BOX_COLUMNS, CENTER_COLUMNS, InputError, RasterHandle
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ log = logging.getLogger(__name__)
 PIXEL_COLUMNS = [*CENTER_COLUMNS, "diameter", "label", *BOX_COLUMNS]
 YOLO_NAMES = ("classes.txt", "data.yaml", "dataset.yaml")
 TOLERANCE = 1e-6  # px; a polygon whose bounds differ by more from its box does not stand for it
-FULL_DISK = re.compile(r"disk I/O error|disk is full|No space left", re.IGNORECASE)
+# SQLite rolls back by itself where it runs out of space, which GDAL then cannot
+FULL_DISK = re.compile(r"disk I/O error|disk is full|No space left|cannot rollback", re.IGNORECASE)
 SHOWN = 5  # names that a message lists
 SHAPES = ("own", "box", "circle")
 CIRCLE_SIDES = 32
@@ -675,7 +676,7 @@ def _gpkg_writer(out: _Output) -> Iterator[Callable[[pd.DataFrame], None]]:
         single = out.shape != "own" or "geometry" not in df.columns
         parts = _layers(df, out)
         layers.update(parts)
-        with _writing(out.path), warnings.catch_warnings(action="ignore", category=UserWarning):
+        with _writing(out), warnings.catch_warnings(action="ignore", category=UserWarning):
             table = as_table(df)
             for layer, rows in parts.items():
                 pyogrio.write_arrow(  # warns that a raster without CRS makes a file without CRS
@@ -720,7 +721,7 @@ def _write_styles(out: _Output, styles: Sequence[Mapping[str, object]]) -> None:
     """Add the table in which QGIS keeps the styles of a GeoPackage's layers, all as defaults."""
     if not styles:
         return
-    with _writing(out.path):
+    with _writing(out):
         pyogrio.write_dataframe(
             pd.DataFrame(styles), out.temporary, layer=STYLES, driver="GPKG",
             layer_options={"FID": "id"},
@@ -761,7 +762,7 @@ def _parquet_writer(out: _Output) -> Iterator[Callable[[pd.DataFrame], None]]:
 
         def append(df: pd.DataFrame) -> None:
             nonlocal writer
-            with _writing(out.path):
+            with _writing(out):
                 table = as_table(df)
                 if writer is None:
                     metadata = table.schema.metadata | {b"geo": json.dumps(geo).encode()}
@@ -774,15 +775,15 @@ def _parquet_writer(out: _Output) -> Iterator[Callable[[pd.DataFrame], None]]:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(out: _Output) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError, pyarrow.ArrowException) as error:
-        if FULL_DISK.search(str(error)):
-            raise OSError(
-                errno.ENOSPC, f"no space left to write it ({error})", str(path)
-            ) from error
-        raise InputError(f"{path} cannot hold the columns: {error}; rename or drop them") from error
+        if FULL_DISK.search(str(error)) or is_full(out.temporary):
+            raise OSError(errno.ENOSPC, str(error), str(out.path)) from error
+        raise InputError(
+            f"{out.path} cannot hold the columns: {error}; rename or drop them"
+        ) from error
 
 
 def _tables(out: _Output) -> Callable[[pd.DataFrame], pyarrow.Table]:
