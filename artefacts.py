@@ -71,7 +71,8 @@ def writing(path: Path, probe: Path | None = None) -> Iterator[None]:
                 "have the rights changed"
             ) from error
         if number not in FULL:
-            if isinstance(error, OSError | InputError) or probe is None or not is_full(probe):
+            unsure = number is None and not isinstance(error, InputError)
+            if not (unsure and probe is not None and is_full(probe)):
                 raise
             number = errno.ENOSPC
         raise FullDiskError(

@@ -35,6 +35,7 @@ from formats import (
     PIXEL_COLUMNS,
     AnnotationFile,
     annotation_writer,
+    files_of,
     read_annotation_file,
     read_table,
     write_annotations,
@@ -46,11 +47,11 @@ from rasters import Raster, Regions, create_raster, read_raster, read_rasters
 __all__ = [
     "ANNOTATION_SUFFIXES", "PIXEL_COLUMNS", "AnnotationFile", "FullDiskError", "Journal", "Raster",
     "Regions", "annotation_writer", "append_line", "atomic_path", "check_layout",
-    "content_fingerprint", "create_raster", "diagnose", "exclusive", "fingerprint", "hash_rows",
-    "identifier_from_tilename", "is_finished", "main", "mark_finished", "raster_fingerprint",
-    "read_annotation_file", "read_raster", "read_rasters", "read_table", "recreate_directory",
-    "remove_strays", "rewrite", "write_annotations", "write_json", "write_table", "write_text",
-    "writing",
+    "content_fingerprint", "create_raster", "diagnose", "exclusive", "files_of", "fingerprint",
+    "hash_rows", "identifier_from_tilename", "is_finished", "main", "mark_finished",
+    "raster_fingerprint", "read_annotation_file", "read_raster", "read_rasters", "read_table",
+    "recreate_directory", "remove_strays", "rewrite", "write_annotations", "write_json",
+    "write_table", "write_text", "writing",
 ]  # fmt: skip
 
 DOCTOR_EXIT = 3  # a raster reads slowly and was not rewritten

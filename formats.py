@@ -18,6 +18,7 @@ Writers take objects chunk by chunk (`annotation_writer`) or all at once (`write
 from __future__ import annotations
 
 import errno
+import glob
 import itertools
 import json
 import logging
@@ -120,6 +121,16 @@ def read_annotation_file(
     if file.df.empty:
         raise InputError(f"{path} holds no annotation; leave its raster out if it has no object")
     return file
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files that reading an annotation file looks at, some of which may not exist."""
+    path = Path(path)
+    files = {path, *path.parent.glob(f"{glob.escape(path.stem)}.*")}
+    if path.suffix.lower() == ".txt":
+        folders = (path.parent, *path.parent.resolve().parents[:2])
+        files |= {folder / name for folder in folders for name in YOLO_NAMES}
+    return sorted(files)
 
 
 @contextmanager

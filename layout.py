@@ -23,9 +23,9 @@ import rasterio.shutil
 from rasterio.enums import ColorInterp, Resampling
 from rasterio.windows import Window as RasterioWindow
 
-from artefacts import atomic_path, fingerprint, write_json
+from artefacts import FullDiskError, atomic_path, fingerprint, remove_strays, write_json
 from ImageData import InputError, Window
-from rasters import GDAL_ERRORS, Raster, create_raster, read_bands
+from rasters import GDAL_ERRORS, Raster, check_whole, create_raster, read_bands
 
 log = logging.getLogger(__name__)
 
@@ -275,6 +275,7 @@ def rewrite(raster: Raster | Path | str, out: Path | str, *, block_size: int = 2
                 try:
                     rasterio.shutil.copy(src, temporary, driver="GTiff", **options)
                     _add_overviews(temporary, average=average)
+                    check_whole(temporary)
                     _take_sidecar(temporary, out)
                 finally:
                     _sidecar(temporary).unlink(missing_ok=True)
@@ -376,6 +377,8 @@ def check_layout(rasters: Sequence[Raster], *, repair: bool, cache_dir: Path | s
             try:
                 checked.append(_cached_copy(raster, diagnosis, folder))
                 continue
+            except FullDiskError:
+                raise
             except InputError as error:
                 log.warning("%s is read as it is, it cannot be repaired: %s", raster.path, error)
         log.warning(
@@ -397,6 +400,7 @@ def _cached_copy(raster: Raster, diagnosis: Diagnosis, folder: Path) -> Raster:
             "%s is being rewritten to %s: %.3g windows per second, %.3g expected", raster.path,
             copy, diagnosis.windows_per_second, diagnosis.expected_windows_per_second,
         )  # fmt: skip
+        remove_strays(folder)
         rewrite(raster, copy)
     return Raster.open(copy, raster.bands).with_regions(raster.regions)
 
@@ -417,5 +421,10 @@ def _known_diagnosis(
         lists = {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
         return Diagnosis(**values | lists), folder
     diagnosis = diagnose(raster, **measuring)
-    write_json(record, asdict(diagnosis))
+    try:
+        write_json(record, asdict(diagnosis))
+    except FullDiskError:
+        raise
+    except InputError as error:  # somebody else's cache
+        log.warning("what was measured is not kept: %s", error)
     return diagnosis, folder
