@@ -421,6 +421,7 @@ def _known_diagnosis(
         lists = {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
         return Diagnosis(**values | lists), folder
     diagnosis = diagnose(raster, **measuring)
+    remove_strays(folder)
     try:
         write_json(record, asdict(diagnosis))
     except FullDiskError:

@@ -724,6 +724,7 @@ def rotate_single_annotation(
     """
     raster, width, height = data.raster, data.raster.width, data.raster.height
     frames = [data.df.assign(image_path=str(raster.path))]
+    fileio.remove_strays(Path(output_directory))
     for angle in angles:
         path = Path(output_directory) / f"{data.image_identifier}_{angle}.tif"
         manifest = path.with_suffix(".json")
