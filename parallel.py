@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
@@ -75,7 +77,9 @@ def imap_ordered(
             return
 
         own = executor is None
-        executor = executor or get_reusable_executor(max_workers=workers)
+        executor = executor or get_reusable_executor(
+            max_workers=workers, initializer=_end_with, initargs=(os.getpid(),)
+        )
         futures = {executor.submit(function, item): i for i, item in enumerate(items)}
         results, next_one = {}, 0
         try:
@@ -94,6 +98,17 @@ def imap_ordered(
         finally:
             for future in futures:
                 future.cancel()
+
+
+def _end_with(parent: int) -> None:
+    """Let this worker process end when the one that started it is gone, even if it was killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

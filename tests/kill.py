@@ -135,7 +135,7 @@ def search(made, folder):
 
     def values_of(hyperparams):
         time.sleep(0.05)
-        return hyperparams["sample_size"] * hyperparams["learning_rate"] * 100
+        return hyperparams["sample_size"] * (hyperparams["learning_rate"] * 100 + 0.01)
 
     gridsearch.train_iteration = fake_training(values_of)
     gridsearch.run_search(made.data, SPACE, conf(), folder)
