@@ -357,14 +357,11 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
-        """Read what is there; half a line, which a kill may leave, goes."""
+        """Read what is there, but for half a line, which a kill may leave."""
         self.path, self.known = path, {}
         with suppress(FileNotFoundError):
-            content = path.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                os.truncate(path, whole)
-            self.known = dict(map(json.loads, content[:whole].splitlines()))
+            whole, _, _ = path.read_bytes().rpartition(b"\n")
+            self.known = dict(map(json.loads, whole.splitlines()))
 
     def add(self, key: str, value: object) -> None:
         """Note the result, plain values, of a unit of work."""
@@ -373,13 +370,18 @@ class Journal:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line of text to a file, whole or not at all.
+    """Append text and a line feed to a file, whole or not at all.
+
+    Half a line that a process left when it was killed goes.
 
     Raises:
         FullDiskError: There is no space left; see `writing`.
     """
-    with writing(path), path.open("ab", buffering=0) as file:
+    with writing(path), path.open("a+b", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
+        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+            size = path.read_bytes().rfind(b"\n") + 1
+            file.truncate(size)
         content = memoryview(f"{line}\n".encode())
         try:
             while content:  # the last bytes of a disk take a part of it
@@ -393,8 +395,8 @@ def append_line(path: Path, line: str) -> None:
 # Names
 # ---------------------------------------------------------------------------------------------
 
-_TILE_NAME = re.compile(r"^tile_(?P<identifier>.+)_\d+_(?P<angle>0|90|180|270)$")
-_ROTATED_NAME = re.compile(r"^(?P<identifier>.+)_(?P<angle>0|90|180|270)$")
+_TILE_NAME = re.compile(r"tile_(?P<identifier>.+)_\d+_(?P<angle>0|90|180|270)", re.DOTALL)
+_ROTATED_NAME = re.compile(r"(?P<identifier>.+)_(?P<angle>0|90|180|270)", re.DOTALL)
 
 
 def identifier_from_tilename(name: str | Path) -> str:
@@ -405,7 +407,7 @@ def identifier_from_tilename(name: str | Path) -> str:
             `<identifier>_<angle>`.
     """
     stem = Path(name).stem
-    match = _TILE_NAME.match(stem) or _ROTATED_NAME.match(stem)
+    match = _TILE_NAME.fullmatch(stem) or _ROTATED_NAME.fullmatch(stem)
     if match is None:
         raise InputError(
             f"{name} is not named as a tile (tile_<identifier>_<number>_<angle>) "

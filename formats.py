@@ -55,6 +55,7 @@ TOLERANCE = 1e-6  # px; a polygon whose bounds differ by more from its box does 
 # SQLite rolls back by itself where it runs out of space, which GDAL then cannot
 FULL_DISK = re.compile(r"disk I/O error|disk is full|No space left|cannot rollback", re.IGNORECASE)
 SHOWN = 5  # names that a message lists
+MOST_MASKED = 2**28  # px of a run-length mask that are unpacked, a byte each
 SHAPES = ("own", "box", "circle")
 CIRCLE_SIDES = 32
 STYLES = "layer_styles"  # the table of a GeoPackage where QGIS keeps styles
@@ -411,7 +412,8 @@ def polygon_from_runs(runs: np.ndarray, height: int, width: int) -> shapely.Geom
         width: Of the whole image in px.
 
     Returns:
-        A polygon or a multi-polygon in px; None for runs without ones, or that do not fit.
+        A polygon or a multi-polygon in px; None for runs without ones, or that do not fit, or that
+        span more than `MOST_MASKED` px.
     """
     ends = np.cumsum(runs)
     fits = len(runs) and runs.min() >= 0 and runs.max() <= height * width >= ends[-1] >= 0
@@ -420,6 +422,8 @@ def polygon_from_runs(runs: np.ndarray, height: int, width: int) -> shapely.Geom
     if not fits or not len(starts):
         return None
     left, right = starts[0] // height, (ends[-1] - 1) // height + 1
+    if (right - left) * height > MOST_MASKED:
+        return None
     pixels = np.zeros((right - left) * height, dtype="uint8")
     for start, end in zip(starts - left * height, ends - left * height, strict=True):
         pixels[start:end] = 1
@@ -520,11 +524,15 @@ def _yolo_names(folder: Path) -> dict[int, str]:
                     return dict(enumerate(re.split(r"\r?\n", text.rstrip("\r\n"))))
                 # the base loader leaves 01 and yes as they are written
                 names = (yaml.load(text, Loader=yaml.BaseLoader) or {}).get("names", {})
+                kind = type(names).__name__
                 if not isinstance(names, Mapping | list):
-                    raise InputError(f"{path}: names must be a list or a mapping, got {names!r}")
-                pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
-                if named := {int(key): str(name) for key, name in pairs}:
-                    return named
+                    raise InputError(f"{path}: names must be a list or a mapping, got a {kind}")
+                pairs = list(names.items() if isinstance(names, Mapping) else enumerate(names))
+                # lists of aliases of lists are short in the file, and endless as text
+                if strangers := [key for key, name in pairs if not isinstance(name, str)]:
+                    raise InputError(f"{path}: names must be texts, {strangers[:SHOWN]} are none")
+                if pairs:
+                    return {int(key): name for key, name in pairs}
     return {}
 
 

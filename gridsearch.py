@@ -24,8 +24,9 @@ from typing import Any
 
 import optuna
 import pandas as pd
+from filelock import FileLock
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 import fileio
@@ -82,6 +83,7 @@ def run_search(
         fileio.write_json(run_dir / "parameters.json", parameters or {})
         grid = {name: list(values) for name, values in sorted(search_space.items())}
         study = _open_study(grid, run_dir, conf.seed)
+        full: list[fileio.FullDiskError] = []
 
         def objective(trial: optuna.Trial) -> float:
             hyperparams = {k: trial.suggest_categorical(k, grid[k]) for k in search_space}
@@ -94,6 +96,9 @@ def run_search(
                         hyperparams, data, conf, run_dir, mark,
                         wandb_active=wandb_active, wandb_project=wandb_project, progress=progress,
                     )  # fmt: skip
+            except fileio.FullDiskError as error:
+                full.append(error)  # no failure of the trial, which is repeated
+                raise
             except Exception as error:
                 trial.set_user_attr("error", f"{type(error).__name__}: {error}")
                 raise
@@ -104,6 +109,8 @@ def run_search(
         log.info("search: %d trials to do of %d", to_do, math.prod(map(len, grid.values())))
         for _ in range(to_do):  # one at a time: the sampler stops a study once its grid is visited
             study.optimize(objective, n_trials=1, catch=(Exception,))
+            if full:
+                raise full[0]
         return _finish(study, run_dir)
 
 
@@ -139,10 +146,13 @@ def _train_trial(
     )  # fmt: skip
     status = "failed"
     try:
-        values = train_iteration(hyperparams, data, conf, trial_dir, logger, progress=progress)
+        with fileio.writing(trial_dir):
+            values = train_iteration(hyperparams, data, conf, trial_dir, logger, progress=progress)
         result = {"hyperparams": hyperparams, "values": values, "made_from": mark}
         fileio.write_json(trial_dir / "result.json", result)
         status = "success"
+    except fileio.FullDiskError:
+        raise
     except Exception:
         logger.log_message(traceback.format_exc())
         log.exception("trial %s failed; the search goes on", key)
@@ -280,13 +290,23 @@ def _check_same_input(
     return {size: fileio.fingerprint([common, tiles[str(size)]]) for size in data.tilings}
 
 
+class StudyJournal(JournalFileBackend):
+    """A study in a file whose lines are appended whole or not at all, so that it stays readable."""
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Append operations; see the base class."""
+        with self._lock:
+            lines = "\n".join(json.dumps(log, separators=(",", ":")) for log in logs)
+            fileio.append_line(Path(self._file_path), lines)
+
+
 def _open_study(grid: Mapping[str, list], run_dir: Path, seed: int) -> optuna.Study:
     # A study cannot change its grid; another grid is another study in the same file, and finds the
     # trials that both share by their results.
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # we log what happens to a trial
     journal = str(run_dir / "study.journal")
     return optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(journal, JournalFileOpenLock(journal))),
+        storage=JournalStorage(StudyJournal(journal, FileLock(f"{journal}.lock"))),
         study_name=fileio.fingerprint(dict(grid)),
         sampler=optuna.samplers.GridSampler(grid, seed=seed),
         direction="maximize",

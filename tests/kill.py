@@ -303,6 +303,23 @@ def _group(pid):
         return None
 
 
+def renew(work):
+    """Empty a folder."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+
+
+def undisturbed(function, work, report):
+    """Return what a stage leaves in a new folder, and the seconds that it takes."""
+    renew(work)
+    begun = time.monotonic()
+    assert attempt(function, report) == 0, f"undisturbed:\n{report.read_text()}"
+    duration = time.monotonic() - begun
+    expected = result_of(snapshot, work)
+    assert expected, "nothing is left"
+    return expected, duration
+
+
 def disturb(name, made, folder, signals, rng):
     """Run a stage under so many signals; return a row per signal, and one per run that ended.
 
@@ -310,20 +327,10 @@ def disturb(name, made, folder, signals, rng):
         AssertionError: A run did not end, or left something else than an undisturbed one.
     """
     work, report = folder / "work", folder / "report.txt"
-    function = partial(STAGES[name], made, work)
-
-    def fresh():
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-
-    fresh()
-    begun = time.monotonic()
-    assert attempt(function, report) == 0, f"{name}, undisturbed:\n{report.read_text()}"
-    duration = time.monotonic() - begun
-    expected, rows = result_of(snapshot, work), []
-    assert expected, f"{name} left nothing"
+    function, rows = partial(STAGES[name], made, work), []
+    expected, duration = undisturbed(function, work, report)
     while len(rows) < signals:
-        fresh()
+        renew(work)
         history = []
         while len(history) < KILLS_IN_A_ROW and len(rows) + len(history) < signals:
             number, moment = rng.choice(SIGNALS), rng.uniform(0, 1.05 * duration)
@@ -335,11 +342,34 @@ def disturb(name, made, folder, signals, rng):
         code = attempt(function, report)
         assert code == 0, f"{place} does not go on:\n{report.read_text()}"
         found = result_of(snapshot, work)
-        differing = sorted(
-            path for path in expected.keys() | found.keys() if expected.get(path) != found.get(path)
-        )
+        differing = sorted(p for p in expected | found if expected.get(p) != found.get(p))
         assert not differing, f"{place} left something else: {differing}"
         rows += [{"stage": name, "fault": fault, "moment": moment} for fault, moment in history]
+    return rows
+
+
+def accompany(name, made, folder, rounds, rng):
+    """Run a stage in two processes at once, in one folder, for some rounds; see `disturb`.
+
+    Both may succeed, or one is told that the other works there.
+    """
+    work, reports = folder / "work", [folder / "first.txt", folder / "second.txt"]
+    function, rows = partial(STAGES[name], made, work), []
+    expected, duration = undisturbed(function, work, reports[0])
+    for turn in range(rounds):
+        renew(work)
+        pids = [start(function, reports[0])]
+        time.sleep(rng.choice([0, rng.uniform(0, duration)]))
+        pids.append(start(function, reports[1]))
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        texts = [report.read_text() for report in reports]
+        found = result_of(snapshot, work)
+        assert 0 in codes, f"{name}, round {turn}: neither was done:\n{texts}"
+        for code, text in zip(codes, texts, strict=True):
+            assert code == 0 or "is in use by another process" in text, text
+        differing = sorted(p for p in expected | found if expected.get(p) != found.get(p))
+        assert not differing, f"{name}, round {turn}: two left something else: {differing}"
+        rows.append({"stage": name, "fault": "second process"})
     return rows
 
 
@@ -347,7 +377,8 @@ def main(argv=None):
     """Disturb the stages and write the tally."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
-    parser.add_argument("--signals", type=int, default=3)
+    parser.add_argument("--signals", type=int, default=3, help="for each stage")
+    parser.add_argument("--rounds", type=int, default=1, help="of two processes at once, for each")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--report", type=Path, required=True)
     args = parser.parse_args(argv)
@@ -362,7 +393,8 @@ def main(argv=None):
             try:
                 place = Path(folder) / name.replace(" ", "_")
                 place.mkdir()
-                rows = disturb(name, made, place, args.signals, rng)
+                rows = disturb(name, made, place, args.signals, rng) if args.signals else []
+                rows += accompany(name, made, place, args.rounds, rng) if args.rounds else []
                 faults.update(row["fault"] for row in rows)
             except AssertionError as error:
                 outcome = str(error)
