@@ -11,6 +11,8 @@ import difflib
 import importlib.util
 import json
 import math
+import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields
 from pathlib import Path
@@ -39,6 +41,13 @@ Proportion = Annotated[float, Field(gt=0, lt=1)]
 FileName = Annotated[str, Field(min_length=1)]
 
 HYPERPARAMETERS = ("patch_size", "n_epochs", "sample_size", "learning_rate", "batch_size")
+
+
+def _wrong(error: Mapping[str, Any]) -> str:
+    """Say what is wrong, and what was given, in short: YAML can hold endless values."""
+    return f"{error['msg']}, got {reprlib.repr(error['input'])}"
+
+
 # Parameters that the next execution of a run may change: what the search spans, where and how it
 # runs, what it shows. All others decide whether its trials can be ranked together.
 MAY_CHANGE = {
@@ -62,6 +71,7 @@ PARAMETER_OF = {  # field of the model's configuration -> parameter of a run
     "validation.score_threshold": "SCORE_THRESHOLD", "test.score_threshold": "SCORE_THRESHOLD",
 }  # fmt: skip
 STORAGE_SCHEMES = ("postgresql://", "postgresql+psycopg://")
+LONGEST_NAME = 200  # bytes of a raster's stem; systems allow 255, and names of files add to it
 _STRICT = ConfigDict(validate_assignment=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -205,7 +215,7 @@ class ModelConfig:
         try:
             return self.from_dict(values)
         except ValidationError as error:
-            lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}"
+            lines = [f"{'.'.join(map(str, e['loc']))}: {_wrong(e)}"
                      for e in error.errors()]  # fmt: skip
             raise InputError("MODEL_OPTIONS: " + "\n".join(lines)) from None
 
@@ -357,6 +367,11 @@ class RunParameters:
             raise InputError("IMAGE_FILENAMES is empty; name at least one raster and its table")
         for parameter in ("IMAGE_FILENAMES", "PREDICT_FILENAMES"):
             names = [Path(name).stem for name in getattr(self, parameter)]
+            if long := [name for name in names if len(os.fsencode(name)) > LONGEST_NAME]:
+                raise InputError(
+                    f"{parameter} must have stems of at most {LONGEST_NAME} bytes, for files are "
+                    f"named after them, got {long[0]!r}; rename it, or link to it"
+                )
             if doubled := sorted({name for name in names if names.count(name) > 1}):
                 raise InputError(
                     f"{parameter} must differ in their stems, which name the rasters; "
@@ -426,7 +441,7 @@ class RunParameters:
             return cls(**given)
         except ValidationError as error:
             lines = [
-                f"{'.'.join(map(str, e['loc'])) or 'parameters'}: {e['msg']}, got {e['input']!r}"
+                f"{'.'.join(map(str, e['loc'])) or 'parameters'}: {_wrong(e)}"
                 for e in error.errors()
                 if not isinstance(e.get("ctx", {}).get("error"), InputError)
             ]
@@ -461,7 +476,9 @@ class RunParameters:
             except (ValueError, yaml.YAMLError) as error:
                 raise InputError(f"{parameters} cannot be read as YAML: {error}") from None
             if not isinstance(given, dict):
-                raise InputError(f"{parameters} must hold lines `NAME: value`, got {given!r}")
+                raise InputError(
+                    f"{parameters} must hold lines `NAME: value`, got a {type(given).__name__}"
+                )
             values |= given
         return cls.from_notebook(values)
 

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path, PureWindowsPath
 
@@ -37,6 +37,7 @@ LARGE_LOSS = 0.3  # share of the rows that one step may drop before it is worth 
 ROW_BASE = 2**40  # index of the first row while steps run
 QUARANTINE_BOX_COLUMNS = [f"px_{name}" for name in BOX_COLUMNS]
 EARTH_RADIUS = 6_378_137.0  # m; a globe within 1 % of it is the Earth
+PARTS = "parts"  # folder of what each raster's cleaning left
 SAME_BOX_DIGITS = 6  # digits of px in which duplicates agree
 
 # Reasons why an object is dropped although it is real, and part of it may be seen
@@ -878,6 +879,7 @@ def clean_annotations(
     label_percentile: float,
     output_dir: Path,
     region_paths: Sequence[tuple[Path | None, Path | None]] | None = None,
+    force: bool = False,
     workers: int | None = None,
     scheduler: str | None = None,
     progress: bool = False,
@@ -889,7 +891,8 @@ def clean_annotations(
     so is a crowd, but they are real: the ground under such a box does not count.
 
     Writes, per raster, `<identifier>.csv` and `<identifier>_quarantine.csv` to `output_dir`, and
-    `report.csv` over all.
+    `report.csv` over all. What a raster's cleaning left in `output_dir/parts` is used again as long
+    as it was made from the same input, so that one that was killed goes on.
 
     Args:
         df_paths: The annotation files, in the order of the rasters.
@@ -897,6 +900,7 @@ def clean_annotations(
         label_percentile: See `gather_common_labels`.
         output_dir: Where clean tables, quarantine and report go.
         region_paths: Per raster, see `read_regions`.
+        force: Clean all anew in any case.
         workers: Processes; None takes all cores.
         scheduler: Of a Dask cluster that takes their place, see `parallel.imap_ordered`.
         progress: Show a bar.
@@ -911,30 +915,84 @@ def clean_annotations(
             raster.with_regions(read_regions(*paths, raster, coordinates))
             for paths, raster in zip(region_paths, rasters, strict=True)
         ]
-    cleaned = parallel.map_ordered(
-        partial(_preprocess_job, options=options), list(zip(df_paths, rasters, strict=True)),
-        workers=workers, scheduler=scheduler, description="cleaning", progress=progress,
-    )  # fmt: skip
-    common = gather_common_labels([c.df for c in cleaned], label_percentile)
+    output_dir = Path(output_dir)
+    with fileio.exclusive(output_dir, wait=True):
+        fileio.remove_strays(output_dir / PARTS)
+        parts = parallel.map_ordered(
+            partial(_clean_one, output_dir=output_dir, force=force, options=options),
+            list(zip(df_paths, rasters, strict=True)),
+            workers=workers, scheduler=scheduler, description="cleaning", progress=progress,
+        )  # fmt: skip
+        return _merge_labels(df_paths, rasters, parts, label_percentile, output_dir)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What cleaning one raster leaves, beside its quarantine.
+
+    Attributes:
+        df: The clean rows, with all labels.
+        report: See `Cleaned`.
+        real: Boxes (px) of rows that were dropped although they are real.
+    """
+
+    df: pd.DataFrame
+    report: pd.DataFrame
+    real: pd.DataFrame
+
+
+def _clean_one(
+    job: tuple[Path, fileio.Raster], output_dir: Path, force: bool, options: dict[str, object]
+) -> _Part:
+    """Clean the annotations of one raster, unless that was done before."""
+    path, raster = job
+    name, folder = raster.identifier, output_dir / PARTS
+    files = {field.name: f"{name}.{field.name}.parquet" for field in fields(_Part)}
+    quarantine = output_dir / f"{name}_quarantine.csv"
+    made_from = {
+        "annotations": fileio.files_of(path), "raster": raster.made_from, "options": options,
+        "code": [preprocess_df, fileio.read_annotation_file],
+    }  # fmt: skip
+    manifest = folder / f"{name}.json"
+    if force or not quarantine.exists() or not fileio.is_finished(manifest, made_from):
+        cleaned = preprocess_df(path, raster, **options)
+        dropped = cleaned.quarantine
+        real = dropped.loc[dropped["reason"].isin(REAL), QUARANTINE_BOX_COLUMNS].astype("float64")
+        fileio.write_table(quarantine, dropped)
+        part = _Part(cleaned.df, cleaned.report, real.reset_index(drop=True))
+        for field, file in files.items():
+            fileio.write_table(folder / file, getattr(part, field))
+        fileio.mark_finished(manifest, made_from, list(files.values()))
+    return _Part(**{field: pd.read_parquet(folder / file) for field, file in files.items()})
+
+
+def _merge_labels(
+    df_paths: Sequence[Path],
+    rasters: Sequence[fileio.Raster],
+    parts: Sequence[_Part],
+    label_percentile: float,
+    output_dir: Path,
+) -> tuple[list[ImageData], pd.DataFrame]:
+    """Merge uncommon labels over all rasters, and write the clean tables; see the caller."""
+    common = gather_common_labels([part.df for part in parts], label_percentile)
     merged = sorted(common.index[~common])
     log.info("common labels %s; merged into %s: %s", sorted(common.index[common]), UNKNOWN, merged)
 
     images, reports = [], []
-    for path, raster, first in zip(df_paths, rasters, cleaned, strict=True):
-        identifier = raster.identifier
+    for path, raster, part in zip(df_paths, rasters, parts, strict=True):
+        identifier, dropped = raster.identifier, int(part.report["dropped"].sum())
         last = run_steps(
-            first.df,
+            part.df,
             {"uncommon label": partial(filter_label_column, label_mask=common)},
         )
-        report = pd.concat([first.report, last.report], ignore_index=True)
+        report = pd.concat([part.report, last.report], ignore_index=True)
         report.insert(0, "raster", identifier)
         fileio.write_table(output_dir / f"{identifier}.csv", last.df)
-        fileio.write_table(output_dir / f"{identifier}_quarantine.csv", first.quarantine)
-        images.append(ImageData(_ignore_real(raster, first), identifier, last.df))
+        images.append(ImageData(_ignore_real(raster, part.real), identifier, last.df))
         reports.append(report)
         log.info(
             "%s: kept %d of %d rows, %d in quarantine", path.name, len(last.df),
-            len(last.df) + len(first.quarantine), len(first.quarantine),
+            len(last.df) + dropped, dropped,
         )  # fmt: skip
     report = pd.concat(reports, ignore_index=True)
     fileio.write_table(output_dir / "report.csv", report)
@@ -1001,10 +1059,9 @@ def _read_polygons(
     return tuple(parts[shapely.intersects(parts, shapely.box(0, 0, raster.width, raster.height))])
 
 
-def _ignore_real(raster: fileio.Raster, cleaned: Cleaned) -> fileio.Raster:
+def _ignore_real(raster: fileio.Raster, real: pd.DataFrame) -> fileio.Raster:
     """Let the ground under objects that were dropped although they are real not count."""
-    dropped = cleaned.quarantine[cleaned.quarantine["reason"].isin(REAL)]
-    boxes = dropped[QUARANTINE_BOX_COLUMNS].to_numpy(dtype="float64")
+    boxes = real.to_numpy()
     boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(axis=1)]
     shapes = shapely.box(*boxes.T)
     shapes = shapes[shapely.intersects(shapes, shapely.box(0, 0, raster.width, raster.height))]
@@ -1012,11 +1069,6 @@ def _ignore_real(raster: fileio.Raster, cleaned: Cleaned) -> fileio.Raster:
         return raster
     regions = raster.regions or fileio.Regions()
     return raster.with_regions(replace(regions, ignored=(*regions.ignored, *shapes)))
-
-
-def _preprocess_job(job: tuple[Path, fileio.Raster], options: dict[str, object]) -> Cleaned:
-    path, raster = job
-    return preprocess_df(path, raster, **options)
 
 
 def summarize_report(report: pd.DataFrame) -> pd.DataFrame:

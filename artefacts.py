@@ -2,28 +2,101 @@
 
 from __future__ import annotations
 
-import glob
+import errno
 import hashlib
 import json
+import logging
+import os
+import platform
 import re
 import secrets
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 from filelock import FileLock, Timeout
 
 from ImageData import InputError
 
+log = logging.getLogger(__name__)
+
+FULL = {errno.ENOSPC: "its disk is full", errno.EDQUOT: "the quota of its disk is used up",
+        errno.EFBIG: "files may not grow that large (ulimit -f)"}  # fmt: skip
+REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR}
+PROBE_BYTES = 2**20  # a disk that cannot take them is full
+STALE_SECONDS = 86_400.0  # from then on a temporary file of another machine is a stray
+LOCK_NAME = ".lock"
+
 # ---------------------------------------------------------------------------------------------
 # Atomic artefacts
 # ---------------------------------------------------------------------------------------------
+
+
+class FullDiskError(InputError):
+    """A disk, a quota or a limit is used up: whatever comes next would fail alike."""
+
+
+@contextmanager
+def writing(path: Path, probe: Path | None = None) -> Iterator[None]:
+    """Say what a failed write is about: a disk that is full, or a place that may not be written.
+
+    Args:
+        path: What is being written, for messages.
+        probe: A file that goes in any case. Some libraries tell of a full disk as of any failure,
+            or not at all by words; so it is tried whether this file can grow.
+
+    Raises:
+        FullDiskError: There is no space left.
+        InputError: The file must not be written, or the system does not take its name.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        named = getattr(error, "filename", None)
+        ours = named is None or path.is_relative_to(Path(os.fsdecode(named)).parent)
+        if number in REFUSED and ours:
+            raise InputError(
+                f"{path} cannot be written: {error.strerror}; choose another place or name, or "
+                "have the rights changed"
+            ) from error
+        if number not in FULL:
+            unsure = number is None and not isinstance(error, InputError)
+            if not (unsure and probe is not None and is_full(probe)):
+                raise
+            number = errno.ENOSPC
+        raise FullDiskError(
+            f"{path} cannot be written: {FULL[number]}, {_free_space(path)}; make room, or write "
+            "elsewhere, and run the same again: what is finished is kept"
+        ) from error
+
+
+def is_full(probe: Path) -> bool:
+    """Tell whether a file, which is made if need be, cannot grow by `PROBE_BYTES`."""
+    try:
+        with probe.open("ab") as file:
+            file.write(bytes(PROBE_BYTES))
+    except OSError as error:
+        return error.errno in FULL
+    return False
+
+
+def _free_space(path: Path) -> str:
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    with suppress(OSError):
+        usage = shutil.disk_usage(there)
+        return f"{usage.free / 1e6:,.1f} MB of {usage.total / 1e6:,.0f} MB are free"
+    return "what is free is unknown"
 
 
 @contextmanager
@@ -31,27 +104,55 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that takes its name when the block succeeds.
 
     Readers therefore see the old file or the whole new one; when the block raises, the temporary
-    file is removed and `path` stays as it was.
+    file is removed and `path` stays as it was. The temporary name tells whose it is, and is short,
+    as that of `path` may be as long as the system allows.
+
+    Raises:
+        FullDiskError: There is no space left; see `writing`.
+        InputError: The place must not be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
+    mark = f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+    suffix = path.suffix if len(path.suffix) < 16 else ""
+    temporary = path.with_name(f".{mark}{suffix}")
     try:
-        yield temporary
-        temporary.replace(path)
+        with writing(path, probe=temporary):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            temporary.replace(path)
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             temporary.unlink()
 
 
-def remove_strays(path: Path) -> None:
-    """Remove temporary files that processes which were killed left beside a path.
+@cache
+def _machine() -> str:
+    """Name this machine since it started, and the space of its process numbers."""
+    marks = [platform.node()]
+    with suppress(OSError):
+        marks.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8"))
+        marks.append(str(Path("/proc/self/ns/pid").readlink()))  # containers count for themselves
+    return hashlib.sha256("|".join(marks).encode()).hexdigest()[:8]
 
-    Nobody else may be writing to the path.
+
+_TEMPORARY = re.compile(r"^\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}(\.|-|$)")
+
+
+def remove_strays(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a folder, if there is one.
+
+    Those of this machine go when their process is gone, those of others when they are a day old.
     """
-    for stray in path.parent.glob(f".{'[0-9a-f]' * 8}.{glob.escape(path.name)}*"):
-        if stray.is_file():
-            stray.unlink(missing_ok=True)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if (mark := _TEMPORARY.match(path.name)) is None:
+            continue
+        with suppress(OSError):  # another process may remove it, too
+            if mark["machine"] == _machine():
+                stray = not psutil.pid_exists(int(mark["pid"]))
+            else:
+                stray = time.time() - path.stat().st_mtime > STALE_SECONDS
+            if stray and path.is_file():
+                path.unlink()
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -197,34 +298,105 @@ def hash_rows(df: pd.DataFrame, seed: int) -> np.ndarray:
 def exclusive(directory: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a directory for one process at a time; the lock ends with the process.
 
+    While it is held, a polite kill (SIGTERM) ends the work as Ctrl-C does, and either is told that
+    the work goes on. What was left there by processes that were killed is removed.
+
     Args:
         directory: The directory, which is made if need be.
         wait: Wait until nobody holds it.
 
     Raises:
-        InputError: Another process holds it.
+        InputError: Another process holds it, or it must not be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(directory / ".lock", timeout=-1 if wait else 0)
+    with writing(directory / LOCK_NAME):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / LOCK_NAME, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            if not wait:
+                raise InputError(
+                    f"{directory} is in use by another process; wait for it, or write elsewhere "
+                    "(RUN_NAME, --output)"
+                ) from None
+            log.info("%s is in use by another process, which is waited for", directory)
+            lock.acquire(timeout=-1)
     try:
-        lock.acquire()
-    except Timeout:
-        raise InputError(
-            f"{directory} is in use by another process; wait for it, or write elsewhere "
-            "(RUN_NAME, --output)"
-        ) from None
+        remove_strays(directory)
+        with terminable():
+            yield
+    except KeyboardInterrupt as error:
+        if not getattr(error, "__notes__", None):
+            error.add_note(f"what is finished is kept in {directory}; the same call goes on there")
+        raise
+    finally:
+        lock.release()
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM, by which batch systems end a job, raise `KeyboardInterrupt` as Ctrl-C does.
+
+    Python would end at once, and leave temporary files. Handlers that somebody else set stay.
+    """
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        lock.release()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class Journal:
+    """What a stage has done so far, one unit of work per line, for the run after a kill.
+
+    One process at a time may add to it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read what is there, but for half a line, which a kill may leave."""
+        self.path, self.known = path, {}
+        with suppress(FileNotFoundError):
+            whole, _, _ = path.read_bytes().rpartition(b"\n")
+            self.known = dict(map(json.loads, whole.splitlines()))
+
+    def add(self, key: str, value: object) -> None:
+        """Note the result, plain values, of a unit of work."""
+        append_line(self.path, json.dumps([key, value]))
+        self.known[key] = value
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append text and a line feed to a file, whole or not at all.
+
+    Half a line that a process left when it was killed goes.
+
+    Raises:
+        FullDiskError: There is no space left; see `writing`.
+    """
+    with writing(path), path.open("a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+            size = path.read_bytes().rfind(b"\n") + 1
+            file.truncate(size)
+        content = memoryview(f"{line}\n".encode())
+        try:
+            while content:  # the last bytes of a disk take a part of it
+                content = content[file.write(content) :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 # ---------------------------------------------------------------------------------------------
 # Names
 # ---------------------------------------------------------------------------------------------
 
-_TILE_NAME = re.compile(r"^tile_(?P<identifier>.+)_\d+_(?P<angle>0|90|180|270)$")
-_ROTATED_NAME = re.compile(r"^(?P<identifier>.+)_(?P<angle>0|90|180|270)$")
+_TILE_NAME = re.compile(r"tile_(?P<identifier>.+)_\d+_(?P<angle>0|90|180|270)", re.DOTALL)
+_ROTATED_NAME = re.compile(r"(?P<identifier>.+)_(?P<angle>0|90|180|270)", re.DOTALL)
 
 
 def identifier_from_tilename(name: str | Path) -> str:
@@ -235,7 +407,7 @@ def identifier_from_tilename(name: str | Path) -> str:
             `<identifier>_<angle>`.
     """
     stem = Path(name).stem
-    match = _TILE_NAME.match(stem) or _ROTATED_NAME.match(stem)
+    match = _TILE_NAME.fullmatch(stem) or _ROTATED_NAME.fullmatch(stem)
     if match is None:
         raise InputError(
             f"{name} is not named as a tile (tile_<identifier>_<number>_<angle>) "

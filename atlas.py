@@ -213,18 +213,19 @@ def write_atlas(
     places = {name: [rasters[name].crs, rasters[name].transform] for name in with_errors}
     made_from = {"errors": fileio.fingerprint(errors), "places": places}
     if not fileio.is_finished(folder / MANIFEST, made_from):
-        (folder / MANIFEST).unlink(missing_ok=True)
-        for name, path in paths.items():
-            mine = errors[errors["raster"] == name]
-            if mine.empty:
-                path.unlink(missing_ok=True)
-                continue
-            if path.suffix == ".gpkg":
-                mine = mine.drop(columns=TRUE_BOX_COLUMNS)
-            labels, layers = mine["label"].dropna().unique(), {"layer_column": "kind"}
-            with fileio.annotation_writer(path, rasters[name], labels, **layers) as append:
-                append(mine)
-        outputs = [paths[name].name for name in with_errors]
-        fileio.mark_finished(folder / MANIFEST, made_from, outputs)
+        with fileio.exclusive(folder, wait=True):
+            (folder / MANIFEST).unlink(missing_ok=True)
+            for name, path in paths.items():
+                mine = errors[errors["raster"] == name]
+                if mine.empty:
+                    path.unlink(missing_ok=True)
+                    continue
+                if path.suffix == ".gpkg":
+                    mine = mine.drop(columns=TRUE_BOX_COLUMNS)
+                labels, layers = mine["label"].dropna().unique(), {"layer_column": "kind"}
+                with fileio.annotation_writer(path, rasters[name], labels, **layers) as append:
+                    append(mine)
+            outputs = [paths[name].name for name in with_errors]
+            fileio.mark_finished(folder / MANIFEST, made_from, outputs)
     log.info("%d errors on %d rasters in %s", len(errors), len(with_errors), folder)
     return [paths[name] for name in with_errors]

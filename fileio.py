@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from artefacts import (
+    FullDiskError,
+    Journal,
+    append_line,
     atomic_path,
     exclusive,
     fingerprint,
@@ -22,15 +25,18 @@ from artefacts import (
     mark_finished,
     recreate_directory,
     remove_strays,
+    terminable,
     write_json,
     write_table,
     write_text,
+    writing,
 )
 from formats import (
     ANNOTATION_SUFFIXES,
     PIXEL_COLUMNS,
     AnnotationFile,
     annotation_writer,
+    files_of,
     read_annotation_file,
     read_table,
     write_annotations,
@@ -40,12 +46,13 @@ from layout import check_layout, content_fingerprint, diagnose, raster_fingerpri
 from rasters import Raster, Regions, create_raster, read_raster, read_rasters
 
 __all__ = [
-    "ANNOTATION_SUFFIXES", "PIXEL_COLUMNS", "AnnotationFile", "Raster", "Regions",
-    "annotation_writer", "atomic_path", "check_layout", "content_fingerprint", "create_raster",
-    "diagnose", "exclusive", "fingerprint", "hash_rows", "identifier_from_tilename",
-    "is_finished", "main", "mark_finished", "raster_fingerprint", "read_annotation_file",
-    "read_raster", "read_rasters", "read_table", "recreate_directory", "remove_strays",
-    "rewrite", "write_annotations", "write_json", "write_table", "write_text",
+    "ANNOTATION_SUFFIXES", "PIXEL_COLUMNS", "AnnotationFile", "FullDiskError", "Journal", "Raster",
+    "Regions", "annotation_writer", "append_line", "atomic_path", "check_layout",
+    "content_fingerprint", "create_raster", "diagnose", "exclusive", "files_of", "fingerprint",
+    "hash_rows", "identifier_from_tilename", "is_finished", "main", "mark_finished",
+    "raster_fingerprint", "read_annotation_file", "read_raster", "read_rasters", "read_table",
+    "recreate_directory", "remove_strays", "rewrite", "terminable", "write_annotations",
+    "write_json", "write_table", "write_text", "writing",
 ]  # fmt: skip
 
 DOCTOR_EXIT = 3  # a raster reads slowly and was not rewritten

@@ -18,6 +18,7 @@ Writers take objects chunk by chunk (`annotation_writer`) or all at once (`write
 from __future__ import annotations
 
 import errno
+import glob
 import itertools
 import json
 import logging
@@ -43,7 +44,7 @@ import shapely
 import yaml
 
 import imutils
-from artefacts import atomic_path
+from artefacts import atomic_path, is_full
 from ImageData import BOX_COLUMNS, CENTER_COLUMNS, InputError, RasterHandle
 
 log = logging.getLogger(__name__)
@@ -51,8 +52,10 @@ log = logging.getLogger(__name__)
 PIXEL_COLUMNS = [*CENTER_COLUMNS, "diameter", "label", *BOX_COLUMNS]
 YOLO_NAMES = ("classes.txt", "data.yaml", "dataset.yaml")
 TOLERANCE = 1e-6  # px; a polygon whose bounds differ by more from its box does not stand for it
-FULL_DISK = re.compile(r"disk I/O error|disk is full|No space left", re.IGNORECASE)
+# SQLite rolls back by itself where it runs out of space, which GDAL then cannot
+FULL_DISK = re.compile(r"disk I/O error|disk is full|No space left|cannot rollback", re.IGNORECASE)
 SHOWN = 5  # names that a message lists
+MOST_MASKED = 2**28  # px of a run-length mask that are unpacked, a byte each
 SHAPES = ("own", "box", "circle")
 CIRCLE_SIDES = 32
 STYLES = "layer_styles"  # the table of a GeoPackage where QGIS keeps styles
@@ -119,6 +122,16 @@ def read_annotation_file(
     if file.df.empty:
         raise InputError(f"{path} holds no annotation; leave its raster out if it has no object")
     return file
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files that reading an annotation file looks at, some of which may not exist."""
+    path = Path(path)
+    files = {path, *path.parent.glob(f"{glob.escape(path.stem)}.*")}
+    if path.suffix.lower() == ".txt":
+        folders = (path.parent, *path.parent.resolve().parents[:2])
+        files |= {folder / name for folder in folders for name in YOLO_NAMES}
+    return sorted(files)
 
 
 @contextmanager
@@ -399,7 +412,8 @@ def polygon_from_runs(runs: np.ndarray, height: int, width: int) -> shapely.Geom
         width: Of the whole image in px.
 
     Returns:
-        A polygon or a multi-polygon in px; None for runs without ones, or that do not fit.
+        A polygon or a multi-polygon in px; None for runs without ones, or that do not fit, or that
+        span more than `MOST_MASKED` px.
     """
     ends = np.cumsum(runs)
     fits = len(runs) and runs.min() >= 0 and runs.max() <= height * width >= ends[-1] >= 0
@@ -408,6 +422,8 @@ def polygon_from_runs(runs: np.ndarray, height: int, width: int) -> shapely.Geom
     if not fits or not len(starts):
         return None
     left, right = starts[0] // height, (ends[-1] - 1) // height + 1
+    if (right - left) * height > MOST_MASKED:
+        return None
     pixels = np.zeros((right - left) * height, dtype="uint8")
     for start, end in zip(starts - left * height, ends - left * height, strict=True):
         pixels[start:end] = 1
@@ -508,11 +524,15 @@ def _yolo_names(folder: Path) -> dict[int, str]:
                     return dict(enumerate(re.split(r"\r?\n", text.rstrip("\r\n"))))
                 # the base loader leaves 01 and yes as they are written
                 names = (yaml.load(text, Loader=yaml.BaseLoader) or {}).get("names", {})
+                kind = type(names).__name__
                 if not isinstance(names, Mapping | list):
-                    raise InputError(f"{path}: names must be a list or a mapping, got {names!r}")
-                pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
-                if named := {int(key): str(name) for key, name in pairs}:
-                    return named
+                    raise InputError(f"{path}: names must be a list or a mapping, got a {kind}")
+                pairs = list(names.items() if isinstance(names, Mapping) else enumerate(names))
+                # lists of aliases of lists are short in the file, and endless as text
+                if strangers := [key for key, name in pairs if not isinstance(name, str)]:
+                    raise InputError(f"{path}: names must be texts, {strangers[:SHOWN]} are none")
+                if pairs:
+                    return {int(key): name for key, name in pairs}
     return {}
 
 
@@ -675,7 +695,7 @@ def _gpkg_writer(out: _Output) -> Iterator[Callable[[pd.DataFrame], None]]:
         single = out.shape != "own" or "geometry" not in df.columns
         parts = _layers(df, out)
         layers.update(parts)
-        with _writing(out.path), warnings.catch_warnings(action="ignore", category=UserWarning):
+        with _writing(out), warnings.catch_warnings(action="ignore", category=UserWarning):
             table = as_table(df)
             for layer, rows in parts.items():
                 pyogrio.write_arrow(  # warns that a raster without CRS makes a file without CRS
@@ -720,7 +740,7 @@ def _write_styles(out: _Output, styles: Sequence[Mapping[str, object]]) -> None:
     """Add the table in which QGIS keeps the styles of a GeoPackage's layers, all as defaults."""
     if not styles:
         return
-    with _writing(out.path):
+    with _writing(out):
         pyogrio.write_dataframe(
             pd.DataFrame(styles), out.temporary, layer=STYLES, driver="GPKG",
             layer_options={"FID": "id"},
@@ -761,7 +781,7 @@ def _parquet_writer(out: _Output) -> Iterator[Callable[[pd.DataFrame], None]]:
 
         def append(df: pd.DataFrame) -> None:
             nonlocal writer
-            with _writing(out.path):
+            with _writing(out):
                 table = as_table(df)
                 if writer is None:
                     metadata = table.schema.metadata | {b"geo": json.dumps(geo).encode()}
@@ -774,15 +794,15 @@ def _parquet_writer(out: _Output) -> Iterator[Callable[[pd.DataFrame], None]]:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(out: _Output) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError, pyarrow.ArrowException) as error:
-        if FULL_DISK.search(str(error)):
-            raise OSError(
-                errno.ENOSPC, f"no space left to write it ({error})", str(path)
-            ) from error
-        raise InputError(f"{path} cannot hold the columns: {error}; rename or drop them") from error
+        if FULL_DISK.search(str(error)) or is_full(out.temporary):
+            raise OSError(errno.ENOSPC, str(error), str(out.path)) from error
+        raise InputError(
+            f"{out.path} cannot hold the columns: {error}; rename or drop them"
+        ) from error
 
 
 def _tables(out: _Output) -> Callable[[pd.DataFrame], pyarrow.Table]:

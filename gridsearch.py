@@ -24,13 +24,11 @@ import json
 import logging
 import secrets
 import shutil
-import signal
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -216,7 +214,7 @@ def _work(
 ) -> tuple[int, int]:
     """Do trials until none is left; return how many were done here, and how many failed."""
     done, failed, waiting = 0, 0, False
-    with _terminable(), queue.watching():
+    with fileio.terminable(), queue.watching():
         while max_trials is None or done < max_trials:
             claim = queue.take()
             if claim is not None:
@@ -253,7 +251,7 @@ def _do_trial(
             result = _known_result(run_dir, claim.key, mark, plan)
             if result is None:
                 result = _train_trial(claim, plan, data, conf, run_dir, mark, progress=progress)
-        except LostTrialError:
+        except (LostTrialError, fileio.FullDiskError):  # the latter is no failure of the trial
             raise
         except Exception as error:
             outcome = "fail"
@@ -319,14 +317,15 @@ def _train_trial(
     name = "result.json"
     try:
         judge = _Judge(claim, pruning=plan.pruning)
-        record["values"] = train_iteration(
-            hyperparams, data, conf, trial_dir, logger, [judge], progress=progress
-        )
+        with fileio.writing(trial_dir):
+            record["values"] = train_iteration(
+                hyperparams, data, conf, trial_dir, logger, [judge], progress=progress
+            )
         status = "success"
     except optuna.TrialPruned:
         record["pruned"] = {"epoch": judge.epoch, BEST_BY: judge.score}
         log.info("trial %s is stopped after epoch %d, hopeless", key, judge.epoch)
-    except LostTrialError:
+    except (LostTrialError, fileio.FullDiskError):
         name = ""
         raise
     except Exception as error:
@@ -428,20 +427,6 @@ def _settle(queue: Queue, run_dir: Path) -> None:
             _publish(run_dir, key, folder)
         elif outcome:
             shutil.rmtree(_claim_dir(run_dir, key, folder), ignore_errors=True)
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM, by which batch systems end a job, give the trial back as Ctrl-C does."""
-    ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -40,6 +40,9 @@ CAPTION = 28  # letters of a caption's line
 MOST_TICKS = 6  # values of a hyperparameter, above which they are taken for a range
 
 
+plt.rcParams["text.parse_math"] = False  # a label may hold dollars
+
+
 def use_backend(*, interactive: bool) -> bool:
     """Choose how a notebook shows figures: widgets that zoom (ipympl), or pictures.
 
@@ -176,6 +179,8 @@ def plot_diameters(
         ax.annotate(f"tile {size}", (size, 1), xycoords=("data", "axes fraction"), rotation=90,
                     va="top", ha="right", fontsize="small")  # fmt: skip
     ax.set(xscale="log", xlabel="diameter (px)", ylabel="objects", title="Object diameters")
+    ax.xaxis.set_major_formatter("{x:g}")  # the usual one writes formulas
+    ax.xaxis.set_minor_formatter("")
     ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if bins[0] <= t <= top]
     ax.set_xticks(ticks, [str(t) for t in ticks])
     ax.minorticks_off()

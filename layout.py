@@ -25,9 +25,9 @@ from rasterio.enums import ColorInterp, Resampling
 from rasterio.windows import Window as RasterioWindow
 
 import parallel
-from artefacts import atomic_path, fingerprint, write_json
+from artefacts import FullDiskError, atomic_path, fingerprint, remove_strays, write_json
 from ImageData import InputError, Window
-from rasters import GDAL_ERRORS, Raster, create_raster, read_bands
+from rasters import GDAL_ERRORS, Raster, check_whole, create_raster, read_bands
 
 log = logging.getLogger(__name__)
 
@@ -277,6 +277,7 @@ def rewrite(raster: Raster | Path | str, out: Path | str, *, block_size: int = 2
                 try:
                     rasterio.shutil.copy(src, temporary, driver="GTiff", **options)
                     _add_overviews(temporary, average=average)
+                    check_whole(temporary)
                     _take_sidecar(temporary, out)
                 finally:
                     _sidecar(temporary).unlink(missing_ok=True)
@@ -414,8 +415,11 @@ def _cached_copy(raster: Raster, cache_dir: Path) -> Raster | InputError:
         changed = max(Path(file).stat().st_mtime_ns for file in raster.files)
         if not copy.exists() or copy.stat().st_mtime_ns < changed:
             log.info("%s is being rewritten to %s", raster.path, copy)
+            remove_strays(copy.parent)
             rewrite(raster, copy)
         return Raster.open(copy, raster.bands).with_regions(raster.regions)
+    except FullDiskError:
+        raise
     except InputError as error:
         return error
 
@@ -432,5 +436,11 @@ def _known_diagnosis(raster: Raster, cache_dir: Path, **measuring: float) -> Dia
         lists = {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
         return Diagnosis(**values | lists)
     diagnosis = diagnose(raster, **measuring)
-    write_json(record, asdict(diagnosis))
+    remove_strays(record.parent)
+    try:
+        write_json(record, asdict(diagnosis))
+    except FullDiskError:
+        raise
+    except InputError as error:  # somebody else's cache
+        log.warning("what was measured is not kept: %s", error)
     return diagnosis

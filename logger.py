@@ -29,7 +29,7 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from typing_extensions import override
 
-from fileio import atomic_path, write_json, write_text
+from fileio import append_line, atomic_path, write_json, write_text, writing
 from ImageData import InputError
 
 PROJECT_DIR = Path(__file__).parent
@@ -56,8 +56,9 @@ def configure_logger(log_file: Path | None = None, level: int = logging.INFO) ->
     } | {"__main__"}
     handlers: dict[str, logging.Handler] = {"console": logging.StreamHandler()}
     if log_file is not None:
-        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
-        handlers["file"] = logging.FileHandler(log_file, encoding="utf-8")
+        with writing(Path(log_file)):
+            Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+            handlers["file"] = _LogFile(log_file, encoding="utf-8")
 
     root = logging.getLogger()
     for handler in root.handlers[:]:
@@ -84,6 +85,24 @@ def configure_logger(log_file: Path | None = None, level: int = logging.INFO) ->
         logging.getLogger(library).handlers.clear()
         logging.getLogger(library).propagate = True
     return logging.getLogger("__main__")
+
+
+class _LogFile(logging.FileHandler):
+    """A file of log lines; where one cannot be written, the console says so once, and work goes on.
+
+    Python would print a traceback for each.
+    """
+
+    silent = False
+
+    @override
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.silent:
+            self.silent = True
+            sys.stderr.write(f"{self.baseFilename} lacks lines: {error}\n")
 
 
 @runtime_checkable
@@ -163,8 +182,9 @@ class DefaultModelLogger(Logger, LoggerProtocol):
         row |= {k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}
         if new := row.keys() - self._columns:
             self._rewrite([name for name in row if name in new])
-        with (self._dir / "metrics.csv").open("a", encoding="utf-8", newline="") as file:
-            csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+        line = io.StringIO()
+        csv.DictWriter(line, self._columns, lineterminator="").writerow(row)
+        append_line(self._dir / "metrics.csv", line.getvalue())
         self.metrics |= {k: v for k, v in row.items() if k not in ("step", "epoch")}
         write_json(self._dir / "metrics.json", self.metrics)
 
@@ -184,8 +204,7 @@ class DefaultModelLogger(Logger, LoggerProtocol):
     @rank_zero_only
     def log_message(self, message: str) -> None:
         line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "message": str(message)}
-        with (self._dir / "messages.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self._dir / "messages.jsonl", json.dumps(line))
 
     @override
     @rank_zero_only

@@ -13,10 +13,18 @@ import logging
 import os
 import secrets
 import socket
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import (
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    ThreadPoolExecutor,
+    wait,
+)
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -266,13 +274,29 @@ class _Processes(_Pool):
 
     def submit(self, item: object) -> Future:
         try:
-            return get_reusable_executor(max_workers=self.size).submit(self.function, item)
+            return self._executor().submit(self.function, item)
         except BrokenExecutor:  # at this very moment
-            return get_reusable_executor(max_workers=self.size).submit(self.function, item)
+            return self._executor().submit(self.function, item)
+
+    def _executor(self) -> Executor:
+        return get_reusable_executor(
+            max_workers=self.size, initializer=_end_with, initargs=(os.getpid(),)
+        )
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and issubclass(kind, KeyboardInterrupt):
-            get_reusable_executor(max_workers=self.size).shutdown(kill_workers=True)
+            self._executor().shutdown(kill_workers=True)
+
+
+def _end_with(parent: int) -> None:
+    """Let this worker process end when the one that started it is gone, even if it was killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Cluster(_Pool):

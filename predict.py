@@ -544,8 +544,8 @@ def run(task: Task, *, progress: bool = False) -> Prediction:
                 part.unlink()
         manifest = {"plan": task.plan, "files": [str(path) for path in task.files]}
         fileio.write_json(journal / MANIFEST, manifest)
-        for path in task.files:
-            fileio.remove_strays(path)
+        for folder in {path.parent for path in task.files}:
+            fileio.remove_strays(folder)
         with _keeping(journal):
             objects, counts, gaps = _merge(task, progress)
         seconds = time.monotonic() - clock

@@ -6,6 +6,7 @@ A raster is whatever GDAL opens: GeoTIFF, COG, VRT, JPEG 2000, PNG, and files be
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -16,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -789,5 +790,52 @@ def create_raster(path: Path, **profile: object) -> Iterator[rasterio.io.Dataset
         "compress": "zstd", "bigtiff": "if_safer",
     }  # fmt: skip
     layout |= profile
-    with atomic_path(path) as temporary, rasterio.open(temporary, "w", **layout) as dst:
-        yield dst
+    with atomic_path(path) as temporary:
+        with rasterio.open(temporary, "w", **layout) as dst:
+            yield dst
+        check_whole(temporary)
+
+
+# of TIFF: bytes per value of a type; types of integers; tags of places and sizes of blocks
+TIFF_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+TIFF_INTEGERS = {3: "<u2", 4: "<u4", 16: "<u8"}
+TIFF_PLACES, TIFF_SIZES = {273, 324}, {279, 325}
+
+
+def check_whole(path: Path) -> None:
+    """Check that all that the directories of a new TIFF name was written, masks and overviews too.
+
+    GDAL does not tell where the last blocks, which go to disk when a file is closed, found no room.
+
+    Raises:
+        OSError: Something is missing, for the disk was full.
+
+    References:
+        TIFF 6.0 and the BigTIFF design, of files in little-endian order, as GDAL writes them here.
+    """
+    size = path.stat().st_size
+    read = partial(np.fromfile, path)  # less than asked for at the end of the file
+    big = read("<u2", 2)[1:] == 43
+    word, count_type, first = ("<u8", "<u8", 8) if big else ("<u4", "<u2", 4)
+    entry = np.dtype([("tag", "<u2"), ("type", "<u2"), ("count", word), ("value", word)])
+    inline = np.dtype(word).itemsize
+    whole, place = True, read(word, 1, offset=first)
+    while whole and place.size and (here := int(place[0])):
+        number = read(count_type, 1, offset=here)
+        here += number.itemsize
+        entries = read(entry, int(number.sum()), offset=here)
+        whole = number.size and len(entries) == number[0]
+        found = {}
+        for index, (tag, kind, count, value) in enumerate(entries.tolist()):
+            length = count * TIFF_BYTES.get(kind, 1)
+            start = value if length > inline else here + (index + 1) * entry.itemsize - inline
+            whole = whole and start + length <= size
+            if tag in TIFF_PLACES | TIFF_SIZES:
+                found[tag in TIFF_PLACES] = read(TIFF_INTEGERS[kind], count, offset=start)
+        if whole and len(found) == 2:
+            places, sizes = (found[key].astype(np.uint64) for key in (True, False))
+            whole = (places + sizes <= size).all() and ((places > 0) == (sizes > 0)).all()
+        here += entries.nbytes
+        place = read(word, 1, offset=here)
+    if not (whole and place.size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

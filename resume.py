@@ -161,7 +161,7 @@ def read_last(path: Path, made_from: str) -> dict[str, Any] | None:
         `finished`, `step` (number of steps made), `seconds` of training; and if it is not finished,
         `epoch` and `place`, the step of the epoch that comes next.
     """
-    fileio.remove_strays(path)
+    fileio.remove_strays(path.parent)
     if not path.exists():
         return None
     try:

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 SPLITS = ("train", "validation", "test")
 REPROJECTION_SLACK = 0.01  # share of a tile; edges that were straight are curved in another CRS
 MIN_BLOCKS = 12  # below this many blocks, the derived block size shrinks
+MAX_BLOCKS = 2**22  # a terapixel in blocks of 512 px
 
 
 def ground_blocks(
@@ -58,7 +59,8 @@ def ground_blocks(
         partition it.
 
     Raises:
-        InputError: A raster is smaller than a tile, or there are fewer than three blocks.
+        InputError: A raster is smaller than a tile, or there are fewer than three blocks, or more
+            than `MAX_BLOCKS`.
     """
     for raster in rasters:
         side = min(raster.width, raster.height)
@@ -75,6 +77,7 @@ def ground_blocks(
     else:
         sizes = [2 * max_tile_size, 3 * max_tile_size // 2, max_tile_size]
     for size in sizes:
+        _check_count(rasters, size)
         blocks = pd.concat([_cut(raster, size) for raster in rasters], ignore_index=True)
         used = blocks[_has_counted_ground(blocks, rasters)]
         if len(used) >= MIN_BLOCKS:
@@ -126,6 +129,19 @@ def _largest_block(rasters: Sequence[RasterHandle]) -> int:
     while sum((r.width // size) * (r.height // size) for r in rasters) < len(SPLITS):
         size -= 1
     return size
+
+
+def _check_count(rasters: Sequence[RasterHandle], size: int | None) -> None:
+    """Refuse ground that is cut into more blocks than memory should hold."""
+    sides = np.array([[raster.width, raster.height] for raster in rasters], dtype=float)
+    count = np.prod(sides // size, axis=1).sum() if size else len(rasters)
+    if count > MAX_BLOCKS:
+        least = int(np.ceil(np.sqrt(np.prod(sides, axis=1).sum() / MAX_BLOCKS)))
+        raise InputError(
+            f"{' and '.join(raster.path.name for raster in rasters[:3])} would fall into "
+            f"{count:.3g} blocks of {size} px, at most {MAX_BLOCKS} are kept in memory; set "
+            f"BLOCK_SIZE to {least} px or more, and check the rasters' size"
+        )
 
 
 def _cut(raster: RasterHandle, size: int | None) -> pd.DataFrame:

@@ -51,7 +51,9 @@ def load_model(checkpoint: Path | str, device: str = "cpu") -> LargeRasterORMode
 @lru_cache(maxsize=2)  # a worker process predicts one strip after the other
 def _load_model(path: Path, _mtime_ns: int, device: str) -> LargeRasterORModel:
     try:
-        model = LargeRasterORModel.load_from_checkpoint(path, map_location=device)
+        model = LargeRasterORModel.load_from_checkpoint(
+            path, map_location=device, weights_only=True
+        )
     except Exception as error:
         raise InputError(
             f"{path} ({path.stat().st_size} bytes) is not a checkpoint of a model trained here: "

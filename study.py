@@ -15,6 +15,7 @@ so long finds out at the latest when it ends its trial, which the storage then r
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import math
 import os
@@ -41,10 +42,11 @@ from optuna.distributions import (
 )
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
+from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import FrozenTrial, TrialState
 
+import fileio
 from ImageData import InputError
 from LargeRasterOR import BEST_BY
 from logger import get_logging_key
@@ -179,9 +181,7 @@ def open_storage(url: str | None, run_dir: Path) -> BaseStorage:
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # we log what happens to a trial
     if url is None:
         journal = run_dir / "study.journal"
-        lock = _JournalLock(journal)
-        _mend(journal, lock)
-        return JournalStorage(_backend(journal, lock))
+        return JournalStorage(_Journal(str(journal), _JournalLock(journal)))
     check_storage(url)
     try:
         import psycopg  # noqa: F401
@@ -203,22 +203,13 @@ def open_storage(url: str | None, run_dir: Path) -> BaseStorage:
     )
 
 
-def _backend(journal: Path, lock: _JournalLock) -> BaseJournalBackend:
-    return JournalFileBackend(str(journal), lock)
+class _Journal(JournalFileBackend):
+    """A file whose lines are appended whole or not at all, so that it stays readable."""
 
-
-def _mend(journal: Path, lock: _JournalLock) -> None:
-    """Cut off half a line, which a full disk may leave, and which would spoil the next one."""
-    if not journal.exists():
-        return
-    lock.acquire()
-    try:
-        content = journal.read_bytes()
-        if content and not content.endswith(b"\n"):
-            log.warning("%s ends in half a line, which is dropped", journal)
-            os.truncate(journal, content.rfind(b"\n") + 1)
-    finally:
-        lock.release()
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        with self._lock:
+            lines = "\n".join(json.dumps(entry, separators=(",", ":")) for entry in logs)
+            fileio.append_line(Path(self._file_path), lines)
 
 
 def public_url(url: str | None) -> str | None:

@@ -326,7 +326,11 @@ def make_single_size(
     scheduler: str | None = None,
     progress: bool = False,
 ) -> Path:
-    """Make the tile index of one size; see `make_tiles`."""
+    """Make the tile index of one size; see `make_tiles`.
+
+    One process at a time makes it, the others wait. One that is killed leaves the answers of the
+    filters and its chips to the next.
+    """
     directory = Path(tiling_directory) / f"tiling_{size}"
     made_from = {
         "size": size,
@@ -335,21 +339,33 @@ def make_single_size(
         "rasters": [image.raster.made_from for image in images],
         "annotations": [image.df for image in images],
     }
-    manifest = directory / "manifest.json"
-    if not force and fileio.is_finished(manifest, made_from):
+    manifest, begun = directory / "manifest.json", directory / "begun.json"
+    filtered = directory / "filtered.jsonl"
+    if not force and fileio.is_finished(manifest, made_from):  # readers need no lock
         log.info("tiles of %d px are up to date in %s", size, directory)
         return directory
-
-    fileio.recreate_directory(directory)
-    work = {"workers": workers, "scheduler": scheduler, "progress": progress}
-    windows, boxes = index_windows(size, images, blocks, options)
-    windows = _reject(windows, boxes, images, options, work)
-    tiles = _turn(windows, options.angles)
-    fileio.write_table(directory / TILES_NAME, tiles)
-    fileio.write_table(directory / BOXES_NAME, boxes)
-    if options.materialize:
-        write_chips(directory, tiles, boxes, images, **work)
-    fileio.mark_finished(manifest, made_from, [TILES_NAME, BOXES_NAME])
+    with fileio.exclusive(directory, wait=True):
+        if not force and fileio.is_finished(manifest, made_from):
+            log.info("tiles of %d px were made by another process in %s", size, directory)
+            return directory
+        manifest.unlink(missing_ok=True)
+        if force or not fileio.is_finished(begun, made_from):
+            begun.unlink(missing_ok=True)
+            for path in (filtered, *directory.glob("tile[._]*")):  # the chips
+                path.unlink(missing_ok=True)
+            fileio.mark_finished(begun, made_from, [])
+        windows, boxes = index_windows(size, images, blocks, options)
+        work = {"workers": workers, "scheduler": scheduler, "progress": progress}
+        windows = _reject(windows, boxes, images, options, fileio.Journal(filtered), work)
+        tiles = _turn(windows, options.angles)
+        # the old tables are replaced, not deleted: whoever reads them sees whole ones
+        fileio.write_table(directory / TILES_NAME, tiles)
+        fileio.write_table(directory / BOXES_NAME, boxes)
+        if options.materialize:
+            write_chips(directory, tiles, boxes, images, keep=True, **work)
+        fileio.mark_finished(manifest, made_from, [TILES_NAME, BOXES_NAME])
+        for path in (begun, filtered):
+            path.unlink(missing_ok=True)
     log.info(
         "tiles of %d px: %d of %d windows kept, %d tiles with turned ones", size,
         windows["kept"].sum(), len(windows), tiles["kept"].sum(),
@@ -429,12 +445,13 @@ def _reject(
     boxes: pd.DataFrame,
     images: Sequence[ImageData],
     options: TilingOptions,
+    journal: fileio.Journal,
     work: Mapping[str, object],
 ) -> pd.DataFrame:
     reason = pd.Series("", index=windows.index, dtype=object)
     train = windows["split"] == "train"
     rasters = {image.image_identifier: image.raster for image in images}
-    attempt = partial(_try_windows, rasters=rasters, options=options, work=work)
+    attempt = partial(_try_windows, rasters=rasters, options=options, journal=journal, work=work)
     empty = train & ~windows["window"].isin(boxes["window"])
     filled = windows.index[train & ~empty]
     reason[filled] = attempt(windows.loc[filled])
@@ -458,23 +475,28 @@ def _try_windows(
     windows: pd.DataFrame,
     rasters: Mapping[str, fileio.Raster],
     options: TilingOptions,
+    journal: fileio.Journal,
     work: Mapping[str, object],
 ) -> pd.Series:
     """Look at the pixels of windows where they can matter; return why each is rejected, or ""."""
     reason = pd.Series("", index=windows.index, dtype=object)
-    jobs, places = [], []
+    jobs, places = {}, {}
     for name, group in windows.groupby("raster", sort=False):
         if options.filters or not rasters[name].all_counted:
             for start in range(0, len(group), JOB_WINDOWS):
                 part = group.iloc[start : start + JOB_WINDOWS]
-                places.append(part.index)
-                jobs.append((rasters[name], _windows(part)))
+                key = fileio.fingerprint([name, part[WINDOW_COLUMNS].to_numpy()])
+                places[key] = part.index
+                if key not in journal.known:
+                    jobs[key] = (rasters[name], _windows(part))
     options_of = {name: getattr(options, name) for name in ("filters", "pixel_limit", "min_valid")}
-    answers = parallel.map_ordered(
-        partial(_filter_job, **options_of), jobs, description="filtering tiles", **work
+    answers = parallel.imap_ordered(
+        partial(_filter_job, **options_of), jobs.values(), description="filtering tiles", **work
     )
-    for place, answer in zip(places, answers, strict=True):
-        reason[place] = answer
+    for key, answer in zip(jobs, answers, strict=True):
+        journal.add(key, answer)
+    for key, place in places.items():
+        reason[place] = journal.known[key]
     return reason
 
 
@@ -629,6 +651,7 @@ def write_chips(
     boxes: pd.DataFrame,
     images: Sequence[ImageData],
     *,
+    keep: bool = False,
     workers: int | None = None,
     scheduler: str | None = None,
     progress: bool = False,
@@ -636,7 +659,8 @@ def write_chips(
     """Write every kept tile as an image file, and `tile.csv` with the boxes they show.
 
     Chips are `tile_{raster}_{window}_{angle}.png`, or `.tif` where Pillow's PNG cannot hold the
-    pixels: it can one or three bands of 8 bits, and one of 16.
+    pixels: it can one or three bands of 8 bits, and one of 16. With `keep` those that are there
+    already stay: they are whole.
 
     Returns:
         What `tile.csv` holds: `xmin, ymin, xmax, ymax` (px of the chip), `label`, `tile_path`.
@@ -654,6 +678,9 @@ def write_chips(
         corners = group[BOX_COLUMNS].to_numpy()
         shown.loc[group.index, BOX_COLUMNS] = imutils.rotate_boxes(corners, angle, width, height)
     count = parallel.cpu_count() if workers is None else max(workers, 1)
+    if keep:
+        there = {path.name for path in directory.glob("tile_*")}
+        jobs = [job for job in jobs if job[-1].name not in there]
     step = max(1, min(JOB_WINDOWS, len(jobs) // (8 * count)))
     parallel.map_ordered(
         split_and_save_tiles,
@@ -710,6 +737,7 @@ def rotate_single_annotation(
     """
     raster, width, height = data.raster, data.raster.width, data.raster.height
     frames = [data.df.assign(image_path=str(raster.path))]
+    fileio.remove_strays(Path(output_directory))
     for angle in angles:
         path = Path(output_directory) / f"{data.image_identifier}_{angle}.tif"
         manifest = path.with_suffix(".json")

@@ -327,7 +327,6 @@ def _known_progress(
 ) -> dict[str, Any] | None:
     """Return where an earlier try was interrupted, and forget what was recorded after it."""
     known = read_last(last, made_from)
-    fileio.remove_strays(best)
     measured = known and (known["finished"] or known["epoch"])
     if measured and not best.exists():
         log.warning("%s is gone; the training starts over", best)
