@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from conftest import PROJECT
 
@@ -54,3 +56,12 @@ def test_an_option_that_has_a_parameter_is_refused(tmp_path):
         run_with(tmp_path, "MODEL_OPTIONS: {test.iou_threshold: 0.3}")
     with pytest.raises(InputError, match=r"did you mean train\.optimizer"):
         run_with(tmp_path, "MODEL_OPTIONS: {train.optimiser: sgd}")
+
+
+def test_with_a_scheduler_all_folders_are_named_from_the_root(tmp_path):
+    run = run_with(tmp_path, "SCHEDULER: tcp://127.0.0.1:8786\nIMG_DIR: data/images")
+    assert run.image_paths[0] == Path.cwd() / "data" / "images" / "sample_1.tif"
+    assert run.run_dir == Path.cwd() / "runs" / "first_run"
+    assert run.prediction_options()["scheduler"] == "tcp://127.0.0.1:8786"
+    with pytest.raises(InputError, match="SCHEDULER: String should match pattern"):
+        run_with(tmp_path, "SCHEDULER: myhost")

@@ -126,21 +126,26 @@ def test_an_item_that_kills_every_worker_is_named(place, tmp_path):
     assert caught.value.__notes__ == ["while testing on 5"]
 
 
-def test_items_that_need_all_memory_get_it(tmp_path):
-    """Two items that cannot live beside another end well, for they get a worker to themselves."""
+def test_an_item_that_dies_twice_is_tried_by_itself(tmp_path):
+    """It may need the memory of all."""
+    record = tmp_path / "record"
 
-    def greedy(x):
-        mark = tmp_path / f"{x}"
-        mark.touch()
-        time.sleep(0.2)
-        if x in (2, 3) and len(list(tmp_path.iterdir())) > 1:
-            for left in tmp_path.iterdir():
-                left.unlink(missing_ok=True)
+    def write(line):
+        with record.open("a") as file:
+            file.write(f"{line}\n")
+
+    def work(x):
+        write(f"begin {x}")
+        if x == 2 and record.read_text().count("begin 2") < 3:
             os.kill(os.getpid(), signal.SIGKILL)
-        mark.unlink(missing_ok=True)
+        time.sleep(0.1)
+        write(f"end {x}")
         return x
 
-    assert parallel.map_ordered(greedy, range(6), workers=2) == list(range(6))
+    assert parallel.map_ordered(work, range(8), workers=2) == list(range(8))
+    lines = record.read_text().splitlines()
+    assert lines.count("begin 2") == 3
+    assert lines[lines.index("end 2") - 1] == "begin 2"
 
 
 def test_no_worker_means_this_process():
