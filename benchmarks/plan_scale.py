@@ -651,11 +651,13 @@ def draw(
         word = "process merges" if curve["mergers"] == 1 else "processes merge"
         ax.plot(curve["workers"], curve["days"], "o-", color=color, markersize=4,
                 label=f"{curve['mergers']} {word}")  # fmt: skip
-        text, x, y = f"{curve['full']} full at {curve['full_at']:,.2g}", 12, 1.15
+        text = f"{curve['full']} full at {curve['full_at']:,.2g}"
         if WORKERS[0] <= curve["full_at"] <= WORKERS[-1]:
             text = f"{curve['full']} full at {curve['full_at']:,.0f}"
             ax.plot(curve["full_at"], curve["full_days"], "*", color=color, markersize=13, mec="k")
-        ax.text(x, y * curve["full_days"], text, fontsize=8, color=color)
+        above = curve["mergers"] == 1
+        ax.text(130, curve["full_days"] * (1.1 if above else 0.9), text, fontsize=8, color=color,
+                va="bottom" if above else "top")  # fmt: skip
         ax.axhline(curve["full_days"], color=color, linewidth=0.7, linestyle="--")
     for ax, who in zip(axes, ("cores", "GPUs of an assumed speed"), strict=False):
         ax.set(xscale="log", yscale="log", xlabel=who, ylabel="days", ylim=(0.1, 300))
