@@ -13,6 +13,7 @@ and a coloured raster whose pixels fill those that are read, as what they compre
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import math
@@ -611,62 +612,76 @@ def _sleep(client: Client, scene: Scenario) -> float:
 # Shown
 # ---------------------------------------------------------------------------------------------
 
-PARTS = {"merging": COLORS[4], "storage": COLORS[1], "scheduler": COLORS[3]}
+PART_COLORS = {"merging": COLORS[4], "storage": COLORS[5], "scheduler": COLORS[3]}
+MERGER_COLORS = {1: COLORS[4], MANY_MERGERS: COLORS[2]}
 
 
-def draw(rates: Mapping[str, float], assumed: Assumptions, path: Path) -> list[dict[str, object]]:
-    """Draw makespans against workers, and what a part feeds against the size of shards."""
-    moon = ARCHIVES[0]
+def simulate_growth(rates: Mapping[str, float], assumed: Assumptions) -> list[dict[str, object]]:
+    """Simulate the mosaic with more and more workers; whoever merges stays alive."""
+    moon, curves = ARCHIVES[0], []
     costs = cost(rates, assumed, moon.kind, moon.bands, moon.density)
-    fig, axes = plt.subplots(1, 3, figsize=(13, 4.1), layout="constrained")
-    curves = []
-    for ax, on_gpu in zip(axes[:2], (False, True), strict=True):
-        describe = partial(scenario, rates, assumed, costs, tiles=SHARD, on_gpu=on_gpu,
-                           merger_mtbf=math.inf)  # fmt: skip
-        ideal = [describe(workers=n).limits["workers"] / DAY for n in WORKERS]
-        ax.plot(WORKERS, ideal, "k:", label="ideal: workers alone")
-        for mergers, style, color in ((1, "o-", COLORS[4]), (MANY_MERGERS, "s-", COLORS[2])):
-            days = []
-            for workers in WORKERS:
-                scene = describe(workers=workers, mergers=mergers)
-                days.append(simulate(scene).makespan / DAY)
-                log.info("%d workers, %d merging: %.3g days", workers, mergers, days[-1])
-            name = "one process merges" if mergers == 1 else f"{mergers} processes merge"
-            ax.plot(WORKERS, days, style, color=color, markersize=4, label=name)
-            limits = describe(workers=WORKERS[-1], mergers=mergers).limits
-            part = max(list(limits)[1:], key=limits.get)
-            crossing = describe(workers=1).limits["workers"] / limits[part]
-            if crossing <= WORKERS[-1]:
-                ax.plot(crossing, limits[part] / DAY, "*", color=color, markersize=13, mec="k")
-                ax.annotate(f"{part}\nfull at {crossing:,.0f}", (crossing, limits[part] / DAY),
-                            xytext=(4, 9), textcoords="offset points", fontsize=8)  # fmt: skip
-            curves.append({"on_gpu": on_gpu, "mergers": mergers, "workers": WORKERS, "days": days,
-                           "limiting": part, "full_at": crossing})  # fmt: skip
-        who = "GPUs (their speed is assumed)" if on_gpu else "cores (measured)"
-        ax.set(xscale="log", yscale="log", xlabel=who, ylabel="days" if not on_gpu else None)
-        ax.set_title(f"100,000 gigapixels, simulated: {'GPUs' if on_gpu else 'cores'}", fontsize=10)
+    for on_gpu, mergers in itertools.product((False, True), MERGER_COLORS):
+        scenes = [
+            scenario(rates, assumed, costs, tiles=SHARD, workers=workers, on_gpu=on_gpu,
+                     mergers=mergers, merger_mtbf=math.inf)
+            for workers in WORKERS
+        ]  # fmt: skip
+        limits = dict(scenes[-1].limits)
+        work = limits.pop("workers") * WORKERS[-1]
+        full = max(limits, key=limits.get)
+        curves.append({
+            "on_gpu": on_gpu, "mergers": mergers, "workers": WORKERS,
+            "days": [simulate(scene).makespan / DAY for scene in scenes],
+            "ideal_days": [work / workers / DAY for workers in WORKERS],
+            "full": full, "full_at": work / limits[full], "full_days": limits[full] / DAY,
+        })  # fmt: skip
+        log.info("%s", curves[-1])
+    return curves
+
+
+def draw(
+    rates: Mapping[str, float], assumed: Assumptions, curves: Sequence[Mapping], path: Path
+) -> None:
+    """Draw days against workers, and how many workers a part feeds against the size of shards."""
+    fig, axes = plt.subplots(1, 3, figsize=(12.5, 4), layout="constrained")
+    for curve in curves:
+        ax, color = axes[int(curve["on_gpu"])], MERGER_COLORS[curve["mergers"]]
+        if curve["mergers"] == 1:
+            ax.plot(curve["workers"], curve["ideal_days"], "k:", label="workers alone: the ideal")
+        word = "process merges" if curve["mergers"] == 1 else "processes merge"
+        ax.plot(curve["workers"], curve["days"], "o-", color=color, markersize=4,
+                label=f"{curve['mergers']} {word}")  # fmt: skip
+        text = f"{curve['full']} full at {curve['full_at']:,.2g}"
+        if WORKERS[0] <= curve["full_at"] <= WORKERS[-1]:
+            text = f"{curve['full']} full at {curve['full_at']:,.0f}"
+            ax.plot(curve["full_at"], curve["full_days"], "*", color=color, markersize=13, mec="k")
+        above = curve["mergers"] == 1
+        ax.text(130, curve["full_days"] * (1.1 if above else 0.9), text, fontsize=8, color=color,
+                va="bottom" if above else "top")  # fmt: skip
+        ax.axhline(curve["full_days"], color=color, linewidth=0.7, linestyle="--")
+    for ax, who in zip(axes, ("cores", "GPUs of an assumed speed"), strict=False):
+        ax.set(xscale="log", yscale="log", xlabel=who, ylabel="days", ylim=(0.1, 300))
+        ax.set_title(f"100,000 gigapixels on {who.split()[0]}, simulated", fontsize=10)
         ax.grid(visible=True, alpha=0.3)
-    low, high = min(ax.get_ylim()[0] for ax in axes[:2]), max(ax.get_ylim()[1] for ax in axes[:2])
-    for ax in axes[:2]:
-        ax.set_ylim(low, high)
-    axes[0].legend(fontsize=8, loc="lower left")
-    sizes = np.geomspace(64, 20_000, 30)
-    for on_gpu, style in ((False, "-"), (True, "--")):
-        limits = [scenario(rates, assumed, costs, tiles=t, workers=1, on_gpu=on_gpu,
-                           link=math.inf).limits for t in sizes]  # fmt: skip
-        for part, color in PARTS.items():
+    axes[0].legend(fontsize=8, loc="upper right")
+    moon, sizes = ARCHIVES[0], np.geomspace(64, 20_000, 30)
+    costs = cost(rates, assumed, moon.kind, moon.bands, moon.density)
+    for on_gpu, style, word in ((False, "-", "cores"), (True, "--", "GPUs")):
+        limits = [scenario(rates, assumed, costs, tiles=tiles, workers=1, on_gpu=on_gpu,
+                           link=math.inf).limits for tiles in sizes]  # fmt: skip
+        for part, color in PART_COLORS.items():
             fed = [limit["workers"] / limit[part] for limit in limits]
             axes[2].plot(sizes, fed, style, color=color)
-            axes[2].annotate(part, (sizes[0], fed[0]), xytext=(2, 3), fontsize=8, color=color,
-                             textcoords="offset points")  # fmt: skip
-    axes[2].plot([], [], "k-", label="cores"), axes[2].plot([], [], "k--", label="GPUs")
-    axes[2].legend(fontsize=8, loc="upper left")
-    axes[2].set(xscale="log", yscale="log", xlabel="tiles in a shard")
-    axes[2].set_title("Workers that a part can feed", fontsize=10)
+            below = part == "storage"  # beside merging for cores
+            axes[2].annotate(f"{part}, {word}", (sizes[-1], fed[-1]), fontsize=8, color=color,
+                             xytext=(0, -11 if below else 4), textcoords="offset points",
+                             ha="right", va="bottom")  # fmt: skip
+    axes[2].set(xscale="log", yscale="log", xlabel="tiles of 512 px in a shard", ylabel="workers")
+    axes[2].set_title("how many workers one of each part feeds", fontsize=10)
+    axes[2].set_ylim(top=2e7)
     axes[2].grid(visible=True, alpha=0.3)
-    fig.savefig(path, dpi=90)
+    fig.savefig(path, dpi=85)
     plt.close(fig)
-    return curves
 
 
 def describe_rates(rates: Mapping[str, float]) -> str:
@@ -744,7 +759,9 @@ def main() -> None:
     rows = {name: describe_outcome(s, simulate(s)) for name, s in cases(base).items()}
     with tempfile.TemporaryDirectory() as folder:
         checked = validate(Path(folder))
-    curves = draw(rates, assumed, args.picture) if args.picture else []
+    curves = simulate_growth(rates, assumed)
+    if args.picture:
+        draw(rates, assumed, curves, args.picture)
     page = [describe_rates(rates), describe_plans(plans), describe_cases(rows), str(checked)]
     sys.stdout.write("\n\n".join(page) + "\n")
     if args.json:
