@@ -31,6 +31,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch import distributed as dist
 from typing_extensions import override
@@ -46,7 +47,8 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 PATIENCE = timedelta(days=365)  # of a follower between two trainings
 STUCK = timedelta(hours=1)  # what one rank does while the others wait for it takes less
 FAREWELL = timedelta(minutes=2)  # for the others to end what rank 0 has ended
-DYING = 3.0  # s, until the end of a process shows
+STARTING = 600.0  # s, for new processes to import what they need
+DYING = timedelta(seconds=5)  # until the end of a process, or of its work, shows
 
 
 class RankError(RuntimeError):
@@ -178,7 +180,7 @@ def lightning_devices(devices: int | str | list[int]) -> dict[str, Any]:
     if count() == 1:
         one = devices[:1] if isinstance(devices, list) else 1
         return {"devices": one, "plugins": plugins}
-    strategy = pl.strategies.DDPStrategy(broadcast_buffers=False)  # `average` makes them agree
+    strategy = pl.strategies.DDPStrategy(forward_sync_buffers=False)  # `average` makes them agree
     here = devices if isinstance(devices, list) else _team.local_size
     nodes = count() // _team.local_size
     return {"devices": here, "num_nodes": nodes, "strategy": strategy, "plugins": plugins}
@@ -217,7 +219,7 @@ def processes(accelerator: str, devices: int | str | list[int], nodes: int = 1) 
             enable_checkpointing=False, enable_progress_bar=False, plugins=[TeamEnvironment()],
             strategy="ddp" if accelerator == "cpu" or torch.cuda.is_available() else "auto",
         ).num_devices  # fmt: skip
-    except (ValueError, RuntimeError) as error:
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise InputError(
             f"ACCELERATOR = {accelerator!r} with DEVICES = {devices!r} cannot be had: {error}"
         ) from error
@@ -255,13 +257,15 @@ def together(
             finally:
                 team.store.set(_key(team, "done", 0), "")
             team.store.wait([_key(team, "done", r) for r in range(1, size)], FAREWELL)
-    except BaseException as error:
-        reason = _blame_others(team, error) if isinstance(error, Exception) else None
-        if team.followers:
-            dismiss()  # whatever state they are in; the next training has new ones
+    except Exception as error:
+        reason = _blame_others(team, error)
+        _dismiss_unless_back(team)
         if reason is None:
             raise
         raise RankError(reason) from error
+    except BaseException:
+        dismiss()
+        raise
 
 
 @contextmanager
@@ -298,7 +302,7 @@ def lead_or_follow() -> Iterator[bool]:
 def dismiss() -> None:
     """End the followers that this process has started."""
     global _team
-    if _team is None:
+    if _team is None or not _team.followers:
         return
     for process in _team.followers:
         process.kill()
@@ -313,9 +317,7 @@ atexit.register(dismiss)
 def _assemble(size: int) -> Team:
     """Return a team of this size, all of it alive; start what is missing."""
     global _team
-    if _team is not None and not _team.followers:
-        return _team
-    if _team is not None and _team.size == size and not any(p.poll() for p in _team.followers):
+    if _team is not None and _team.size == size and all(p.poll() is None for p in _team.followers):
         return _team
     dismiss()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -330,8 +332,19 @@ def _assemble(size: int) -> Team:
         )
         for number in range(1, size)
     ]  # fmt: skip
-    log.info("started %d processes beside this one, to train together", size - 1)
     _team = Team(0, size, 0, size, store, followers)
+    ready, give_up = [f"ready/{number}" for number in range(1, size)], time.monotonic() + STARTING
+    while not store.check(ready):
+        late = time.monotonic() > give_up
+        if late or any(process.poll() is not None for process in followers):
+            dismiss()
+            what = f"were not ready in {STARTING:g} s" if late else "ended at their start"
+            raise RankError(
+                f"processes that were to train with this one {what}; their messages are where this "
+                "one writes its own, or lower DEVICES"
+            )
+        time.sleep(0.05)
+    log.info("started %d processes beside this one, to train together", size - 1)
     return _team
 
 
@@ -340,6 +353,7 @@ def follow(port: int, number: int, size: int) -> None:
     global _team
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     _team = Team(number, size, number, size, store)
+    store.set(f"ready/{number}", "")
     with suppress(RuntimeError):  # rank 0 is gone
         _follow(_team)
 
@@ -361,8 +375,9 @@ def _follow(team: Team) -> None:
                 function(*args)
                 team.store.set(_key(team, "done", team.rank), "")
                 team.store.wait([_key(team, "done", 0)], PATIENCE)
-        except Exception:  # rank 0 has been told, and there may be more to train
-            continue
+        except Exception:
+            log.debug("a training failed, as rank 0 has been told")
+        team.store.set(_key(team, "back", team.rank), "")
 
 
 @contextmanager
@@ -385,6 +400,16 @@ def _group(team: Team, *, on_gpus: bool) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def _dismiss_unless_back(team: Team) -> None:
+    """Keep followers that have noticed the end of a training; the next one has others instead."""
+    if not team.followers:
+        return
+    try:
+        team.store.wait([_key(team, "back", r) for r in range(1, team.size)], DYING)
+    except RuntimeError:
+        dismiss()
+
+
 def _key(team: Team, *names: object) -> str:
     return "/".join(map(str, (team.trainings, *names)))
 
@@ -396,9 +421,9 @@ def _blame_others(team: Team, error: Exception) -> str | None:
         if first != "0":
             text = team.store.get(_key(team, "error", first)).decode()
             return f"rank {first} failed first:\n{text}"
-    if isinstance(error, InputError | MemoryError) or not isinstance(error, RuntimeError):
+    if not isinstance(error, RuntimeError):  # as which a lost connection shows
         return None
-    give_up = time.monotonic() + DYING
+    give_up = time.monotonic() + DYING.total_seconds()
     while time.monotonic() < give_up:
         for number, process in enumerate(team.followers, start=1):
             if process.poll() is not None:
