@@ -46,9 +46,9 @@ rank_zero_only.rank = 0
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = timedelta(days=365)  # of a follower between two trainings
 STUCK = timedelta(hours=1)  # what one rank does while the others wait for it takes less
-FAREWELL = timedelta(minutes=2)  # for the others to end what rank 0 has ended
+FAREWELL = 120.0  # s, for the others to end what rank 0 has ended
 STARTING = 600.0  # s, for new processes to import what they need
-DYING = timedelta(seconds=5)  # until the end of a process, or of its work, shows
+DYING = 5.0  # s, until the end of a process, or of its work, shows
 
 
 class RankError(RuntimeError):
@@ -251,15 +251,19 @@ def together(
     task = pickle.dumps((on_gpus, function, args))
     team.store.set(_key(team, "task"), task)
     try:
+        _await(team, "here", STARTING)
         with _group(team, on_gpus=on_gpus):
             try:
                 yield
             finally:
                 team.store.set(_key(team, "done", 0), "")
-            team.store.wait([_key(team, "done", r) for r in range(1, size)], FAREWELL)
+            _await(team, "done", FAREWELL)
     except Exception as error:
         reason = _blame_others(team, error)
-        _dismiss_unless_back(team)
+        try:
+            _await(team, "back", DYING)  # they have noticed, and are there for the next training
+        except RankError:
+            dismiss()
         if reason is None:
             raise
         raise RankError(reason) from error
@@ -294,7 +298,7 @@ def lead_or_follow() -> Iterator[bool]:
             team.trainings += 1
             store.set(_key(team, "task"), pickle.dumps(None))
             with suppress(RuntimeError):  # the launcher ends whoever does not
-                store.wait([f"left/{r}" for r in range(1, size)], FAREWELL)
+                _await(team, "back", FAREWELL)
     finally:
         _team = None
 
@@ -333,17 +337,11 @@ def _assemble(size: int) -> Team:
         for number in range(1, size)
     ]  # fmt: skip
     _team = Team(0, size, 0, size, store, followers)
-    ready, give_up = [f"ready/{number}" for number in range(1, size)], time.monotonic() + STARTING
-    while not store.check(ready):
-        late = time.monotonic() > give_up
-        if late or any(process.poll() is not None for process in followers):
-            dismiss()
-            what = f"were not ready in {STARTING:g} s" if late else "ended at their start"
-            raise RankError(
-                f"processes that were to train with this one {what}; their messages are where this "
-                "one writes its own, or lower DEVICES"
-            )
-        time.sleep(0.05)
+    try:
+        _await(_team, "ready", STARTING)
+    except RankError:
+        dismiss()
+        raise
     log.info("started %d processes beside this one, to train together", size - 1)
     return _team
 
@@ -353,7 +351,7 @@ def follow(port: int, number: int, size: int) -> None:
     global _team
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     _team = Team(number, size, number, size, store)
-    store.set(f"ready/{number}", "")
+    store.set(_key(_team, "ready", number), "")
     with suppress(RuntimeError):  # rank 0 is gone
         _follow(_team)
 
@@ -367,8 +365,9 @@ def _follow(team: Team) -> None:
         team.store.wait([_key(team, "task")], PATIENCE)
         task = pickle.loads(team.store.get(_key(team, "task")))
         if task is None:
-            team.store.set(f"left/{team.rank}", "")
+            team.store.set(_key(team, "back", team.rank), "")
             return
+        team.store.set(_key(team, "here", team.rank), "")
         on_gpus, function, args = task
         try:
             with _group(team, on_gpus=on_gpus):
@@ -384,12 +383,15 @@ def _follow(team: Team) -> None:
 def _group(team: Team, *, on_gpus: bool) -> Iterator[None]:
     if on_gpus:
         torch.cuda.set_device(team.local_rank)
+    hook = sys.excepthook  # which the group would wrap once more
+    dist.distributed_c10d._world.group_count = 0  # a group that could not form would leave a gap
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
         store=dist.PrefixStore(_key(team, "group"), team.store),
         rank=team.rank, world_size=team.size, timeout=STUCK,
     )  # fmt: skip
     try:
+        dist.barrier()  # nobody leaves while others are still finding each other
         yield
     except BaseException:
         with suppress(RuntimeError):  # before the others notice, and fail, too
@@ -398,16 +400,35 @@ def _group(team: Team, *, on_gpus: bool) -> Iterator[None]:
         raise
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook
 
 
-def _dismiss_unless_back(team: Team) -> None:
-    """Keep followers that have noticed the end of a training; the next one has others instead."""
-    if not team.followers:
-        return
-    try:
-        team.store.wait([_key(team, "back", r) for r in range(1, team.size)], DYING)
-    except RuntimeError:
-        dismiss()
+def _await(team: Team, word: str, seconds: float) -> None:
+    """Wait until all followers have said a word.
+
+    Raises:
+        RankError: One of them is gone, or silent.
+    """
+    words, give_up = [_key(team, word, r) for r in range(1, team.size)], time.monotonic() + seconds
+    while not team.store.check(words):
+        if gone := _gone(team):
+            raise RankError(gone)
+        if time.monotonic() > give_up:
+            raise RankError(
+                f"processes that were to train with this one have not answered for {seconds:g} s; "
+                "their messages are where this one writes its own"
+            )
+        time.sleep(0.02)
+
+
+def _gone(team: Team) -> str | None:
+    for number, process in enumerate(team.followers, start=1):
+        if process.poll() is not None:
+            return (
+                f"the process of rank {number} ended (exit code {process.returncode}), as it does "
+                "when memory runs out; fewer DEVICES, a smaller batch or fewer WORKERS take less"
+            )
+    return None
 
 
 def _key(team: Team, *names: object) -> str:
@@ -423,14 +444,7 @@ def _blame_others(team: Team, error: Exception) -> str | None:
             return f"rank {first} failed first:\n{text}"
     if not isinstance(error, RuntimeError):  # as which a lost connection shows
         return None
-    give_up = time.monotonic() + DYING.total_seconds()
-    while time.monotonic() < give_up:
-        for number, process in enumerate(team.followers, start=1):
-            if process.poll() is not None:
-                return (
-                    f"the process of rank {number} ended (exit code {process.returncode}), as it "
-                    "does when memory runs out; fewer DEVICES, a smaller batch or fewer WORKERS "
-                    "take less"
-                )
-        time.sleep(0.1)
-    return None
+    give_up = time.monotonic() + DYING
+    while (gone := _gone(team)) is None and time.monotonic() < give_up:
+        time.sleep(0.02)
+    return gone
