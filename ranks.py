@@ -31,6 +31,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch import distributed as dist
 from typing_extensions import override
@@ -45,8 +46,9 @@ rank_zero_only.rank = 0
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = timedelta(days=365)  # of a follower between two trainings
 STUCK = timedelta(hours=1)  # what one rank does while the others wait for it takes less
-FAREWELL = timedelta(minutes=2)  # for the others to end what rank 0 has ended
-DYING = 3.0  # s, until the end of a process shows
+FAREWELL = 120.0  # s, for the others to end what rank 0 has ended
+STARTING = 600.0  # s, for new processes to import what they need
+DYING = 5.0  # s, until the end of a process, or of its work, shows
 
 
 class RankError(RuntimeError):
@@ -178,7 +180,7 @@ def lightning_devices(devices: int | str | list[int]) -> dict[str, Any]:
     if count() == 1:
         one = devices[:1] if isinstance(devices, list) else 1
         return {"devices": one, "plugins": plugins}
-    strategy = pl.strategies.DDPStrategy(broadcast_buffers=False)  # `average` makes them agree
+    strategy = pl.strategies.DDPStrategy(forward_sync_buffers=False)  # `average` makes them agree
     here = devices if isinstance(devices, list) else _team.local_size
     nodes = count() // _team.local_size
     return {"devices": here, "num_nodes": nodes, "strategy": strategy, "plugins": plugins}
@@ -217,7 +219,7 @@ def processes(accelerator: str, devices: int | str | list[int], nodes: int = 1) 
             enable_checkpointing=False, enable_progress_bar=False, plugins=[TeamEnvironment()],
             strategy="ddp" if accelerator == "cpu" or torch.cuda.is_available() else "auto",
         ).num_devices  # fmt: skip
-    except (ValueError, RuntimeError) as error:
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise InputError(
             f"ACCELERATOR = {accelerator!r} with DEVICES = {devices!r} cannot be had: {error}"
         ) from error
@@ -249,19 +251,25 @@ def together(
     task = pickle.dumps((on_gpus, function, args))
     team.store.set(_key(team, "task"), task)
     try:
+        _await(team, "here", STARTING)
         with _group(team, on_gpus=on_gpus):
             try:
                 yield
             finally:
                 team.store.set(_key(team, "done", 0), "")
-            team.store.wait([_key(team, "done", r) for r in range(1, size)], FAREWELL)
-    except BaseException as error:
-        reason = _blame_others(team, error) if isinstance(error, Exception) else None
-        if team.followers:
-            dismiss()  # whatever state they are in; the next training has new ones
+            _await(team, "done", FAREWELL)
+    except Exception as error:
+        reason = _blame_others(team, error)
+        try:
+            _await(team, "back", DYING)  # they have noticed, and are there for the next training
+        except RankError:
+            dismiss()
         if reason is None:
             raise
         raise RankError(reason) from error
+    except BaseException:
+        dismiss()
+        raise
 
 
 @contextmanager
@@ -290,7 +298,7 @@ def lead_or_follow() -> Iterator[bool]:
             team.trainings += 1
             store.set(_key(team, "task"), pickle.dumps(None))
             with suppress(RuntimeError):  # the launcher ends whoever does not
-                store.wait([f"left/{r}" for r in range(1, size)], FAREWELL)
+                _await(team, "back", FAREWELL)
     finally:
         _team = None
 
@@ -298,7 +306,7 @@ def lead_or_follow() -> Iterator[bool]:
 def dismiss() -> None:
     """End the followers that this process has started."""
     global _team
-    if _team is None:
+    if _team is None or not _team.followers:
         return
     for process in _team.followers:
         process.kill()
@@ -313,9 +321,7 @@ atexit.register(dismiss)
 def _assemble(size: int) -> Team:
     """Return a team of this size, all of it alive; start what is missing."""
     global _team
-    if _team is not None and not _team.followers:
-        return _team
-    if _team is not None and _team.size == size and not any(p.poll() for p in _team.followers):
+    if _team is not None and _team.size == size and all(p.poll() is None for p in _team.followers):
         return _team
     dismiss()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -330,8 +336,13 @@ def _assemble(size: int) -> Team:
         )
         for number in range(1, size)
     ]  # fmt: skip
-    log.info("started %d processes beside this one, to train together", size - 1)
     _team = Team(0, size, 0, size, store, followers)
+    try:
+        _await(_team, "ready", STARTING)
+    except RankError:
+        dismiss()
+        raise
+    log.info("started %d processes beside this one, to train together", size - 1)
     return _team
 
 
@@ -340,6 +351,7 @@ def follow(port: int, number: int, size: int) -> None:
     global _team
     store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     _team = Team(number, size, number, size, store)
+    store.set(_key(_team, "ready", number), "")
     with suppress(RuntimeError):  # rank 0 is gone
         _follow(_team)
 
@@ -353,28 +365,33 @@ def _follow(team: Team) -> None:
         team.store.wait([_key(team, "task")], PATIENCE)
         task = pickle.loads(team.store.get(_key(team, "task")))
         if task is None:
-            team.store.set(f"left/{team.rank}", "")
+            team.store.set(_key(team, "back", team.rank), "")
             return
+        team.store.set(_key(team, "here", team.rank), "")
         on_gpus, function, args = task
         try:
             with _group(team, on_gpus=on_gpus):
                 function(*args)
                 team.store.set(_key(team, "done", team.rank), "")
                 team.store.wait([_key(team, "done", 0)], PATIENCE)
-        except Exception:  # rank 0 has been told, and there may be more to train
-            continue
+        except Exception:
+            log.debug("a training failed, as rank 0 has been told")
+        team.store.set(_key(team, "back", team.rank), "")
 
 
 @contextmanager
 def _group(team: Team, *, on_gpus: bool) -> Iterator[None]:
     if on_gpus:
         torch.cuda.set_device(team.local_rank)
+    hook = sys.excepthook  # which the group would wrap once more
+    dist.distributed_c10d._world.group_count = 0  # a group that could not form would leave a gap
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
         store=dist.PrefixStore(_key(team, "group"), team.store),
         rank=team.rank, world_size=team.size, timeout=STUCK,
     )  # fmt: skip
     try:
+        dist.barrier()  # nobody leaves while others are still finding each other
         yield
     except BaseException:
         with suppress(RuntimeError):  # before the others notice, and fail, too
@@ -383,6 +400,35 @@ def _group(team: Team, *, on_gpus: bool) -> Iterator[None]:
         raise
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook
+
+
+def _await(team: Team, word: str, seconds: float) -> None:
+    """Wait until all followers have said a word.
+
+    Raises:
+        RankError: One of them is gone, or silent.
+    """
+    words, give_up = [_key(team, word, r) for r in range(1, team.size)], time.monotonic() + seconds
+    while not team.store.check(words):
+        if gone := _gone(team):
+            raise RankError(gone)
+        if time.monotonic() > give_up:
+            raise RankError(
+                f"processes that were to train with this one have not answered for {seconds:g} s; "
+                "their messages are where this one writes its own"
+            )
+        time.sleep(0.02)
+
+
+def _gone(team: Team) -> str | None:
+    for number, process in enumerate(team.followers, start=1):
+        if process.poll() is not None:
+            return (
+                f"the process of rank {number} ended (exit code {process.returncode}), as it does "
+                "when memory runs out; fewer DEVICES, a smaller batch or fewer WORKERS take less"
+            )
+    return None
 
 
 def _key(team: Team, *names: object) -> str:
@@ -396,16 +442,9 @@ def _blame_others(team: Team, error: Exception) -> str | None:
         if first != "0":
             text = team.store.get(_key(team, "error", first)).decode()
             return f"rank {first} failed first:\n{text}"
-    if isinstance(error, InputError | MemoryError) or not isinstance(error, RuntimeError):
+    if not isinstance(error, RuntimeError):  # as which a lost connection shows
         return None
     give_up = time.monotonic() + DYING
-    while time.monotonic() < give_up:
-        for number, process in enumerate(team.followers, start=1):
-            if process.poll() is not None:
-                return (
-                    f"the process of rank {number} ended (exit code {process.returncode}), as it "
-                    "does when memory runs out; fewer DEVICES, a smaller batch or fewer WORKERS "
-                    "take less"
-                )
-        time.sleep(0.1)
-    return None
+    while (gone := _gone(team)) is None and time.monotonic() < give_up:
+        time.sleep(0.02)
+    return gone

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 
 SAVE_SECONDS = 180.0  # between two checkpoints within an epoch
+COUNTERS = ("ready", "started", "processed", "completed")  # Lightning's, of epochs and batches
 
 
 class LastCheckpoint(pl.Callback):
@@ -55,10 +56,7 @@ class LastCheckpoint(pl.Callback):
         if self.record is None:
             return
         # Lightning's own way holds for the end of an epoch, and then not for all of its counters
-        loop, epoch, step = trainer.fit_loop, self.record["epoch"], self.record["step"]
-        for name in ("ready", "started", "processed", "completed"):
-            setattr(loop.epoch_progress.current, name, epoch)
-        set_steps(trainer, step)
+        set_progress(trainer, self.record["epoch"], self.record["step"])
         pl_module.seconds = self.saved_at = self.record["seconds"]
         pl_module.sums["train"] = self.record["losses"]
         trainer.callback_metrics.update(self.record["metrics"])
@@ -76,13 +74,14 @@ class LastCheckpoint(pl.Callback):
     ) -> None:
         """Save every few minutes."""
         if self.record is not None:
-            fetcher, progress = trainer.fit_loop._data_fetcher, trainer.fit_loop.epoch_loop
-            for name in ("ready", "started", "processed", "completed"):
-                current = progress.batch_progress.current
-                setattr(current, name, getattr(current, name) + self.record["place"])
+            fetcher = trainer.fit_loop._data_fetcher
             fetcher.fetched += self.record["place"]
             fetcher.done = fetcher.fetched >= fetcher.length
-            progress.batch_progress.is_last_batch = fetcher.done
+            progress = trainer.fit_loop.epoch_loop.batch_progress
+            progress.is_last_batch = fetcher.done
+            for name in COUNTERS:
+                now = getattr(progress.current, name)
+                setattr(progress.current, name, now + self.record["place"])
             self._go_on()
         elif batch_idx and pl_module.seconds - self.saved_at >= SAVE_SECONDS:
             self._save(trainer, pl_module, batch_idx)
@@ -90,7 +89,8 @@ class LastCheckpoint(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note that there is nothing left to train."""
         if trainer.is_global_zero:
-            record = {"made_from": self.made_from, "finished": True, "step": trainer.global_step,
+            record = {"made_from": self.made_from, "finished": True,
+                      "epoch": trainer.current_epoch, "step": trainer.global_step,
                       "seconds": pl_module.seconds}  # fmt: skip
             with fileio.atomic_path(self.path) as temporary:
                 torch.save({"resume": record}, temporary)
@@ -136,8 +136,10 @@ class LastCheckpoint(pl.Callback):
         self._place, self.saved_at = None, pl_module.seconds
 
 
-def set_steps(trainer: pl.Trainer, step: int) -> None:
-    """Tell a trainer how many steps were made, for its records and schedules."""
+def set_progress(trainer: pl.Trainer, epoch: int, step: int) -> None:
+    """Tell a trainer how many epochs and steps were made, for its records and schedules."""
+    for name in COUNTERS:
+        setattr(trainer.fit_loop.epoch_progress.current, name, epoch)
     loop = trainer.fit_loop.epoch_loop
     loop._batches_that_stepped = step
     steps = loop.automatic_optimization.optim_progress.optimizer.step.total
@@ -158,8 +160,8 @@ def read_last(path: Path, made_from: str) -> dict[str, Any] | None:
     """Return what `last.ckpt` says of a training, or None where the training has to start over.
 
     Returns:
-        `finished`, `step` (number of steps made), `seconds` of training; and if it is not finished,
-        `epoch` and `place`, the step of the epoch that comes next.
+        `finished`, numbers of whole epochs, `epoch`, and of steps made, `step`, and `seconds` of
+        training.
     """
     fileio.remove_strays(path.parent)
     if not path.exists():
@@ -173,8 +175,7 @@ def read_last(path: Path, made_from: str) -> dict[str, Any] | None:
     if known != made_from:
         log.warning("%s is of another training; this one starts over", path)
         return None
-    names = ("finished", "step", "seconds", "epoch", "place")
-    return {name: record[name] for name in names if name in record}
+    return {name: record[name] for name in ("finished", "epoch", "step", "seconds")}
 
 
 def random_state() -> dict[str, Any]:

@@ -37,7 +37,7 @@ from networks import (
     fit_anchors,
     good_anchor_share,
 )
-from resume import LastCheckpoint, read_last, set_steps
+from resume import LastCheckpoint, read_last, set_progress
 
 log = logging.getLogger(__name__)
 
@@ -254,7 +254,7 @@ def _train(
         contract.detections_per_tile, model.network.topk_candidates,
     )  # fmt: skip
     if known and known["finished"]:
-        set_steps(trainer, known["step"])
+        set_progress(trainer, known["epoch"], known["step"])
         model.seconds = known["seconds"]
     else:
         try:
@@ -327,8 +327,7 @@ def _known_progress(
 ) -> dict[str, Any] | None:
     """Return where an earlier try was interrupted, and forget what was recorded after it."""
     known = read_last(last, made_from)
-    measured = known and (known["finished"] or known["epoch"])
-    if measured and not best.exists():
+    if known and known["epoch"] and not best.exists():
         log.warning("%s is gone; the training starts over", best)
         known = None
     if known is None:

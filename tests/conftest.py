@@ -131,7 +131,10 @@ def prepared(small_sample, tmp_path_factory):
 
 def small_conf(devices=1):
     """Return a configuration whose trainings depend on all that they carry from step to step."""
-    conf = ModelConfig(fpn_channels=16, accelerator="cpu", precision="32-true", devices=devices)
+    conf = ModelConfig(
+        backbone="mobilenet_v3_large", fpn_channels=16, accelerator="cpu", precision="32-true",
+        devices=devices,
+    )  # fmt: skip
     conf.train.hard_negatives = 0.3  # epochs depend on what was learnt before
     conf.train.patience = 5
     conf.validation.pr_compute_interval = 3  # an epoch without a measurement needs the last one

@@ -81,10 +81,13 @@ def at_every_step(monkeypatch):
     monkeypatch.setattr(resume, "SAVE_SECONDS", 0.0)
 
 
-def test_a_training_interrupted_twice_ends_as_an_undisturbed_one(
+def test_an_interrupted_training_ends_as_an_undisturbed_one(
     prepared, tmp_path, undisturbed, at_every_step
 ):
-    """Within the first epoch, then at the first step of the third; its folder is moved between."""
+    """Within the first epoch, at the first step of the third, and when all steps are done.
+
+    Its folder is moved between.
+    """
     tmp_path = tmp_path / "before"
     for step, epoch, place in ((3, 0, 2), (11, 2, 0)):
         with pytest.raises(KeyboardInterrupt):
@@ -93,7 +96,18 @@ def test_a_training_interrupted_twice_ends_as_an_undisturbed_one(
         assert (record["step"], record["epoch"], record["place"]) == (step - 1, epoch, place)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         tmp_path = tmp_path.rename(tmp_path.with_name(f"after_{step}"))
-    check_same(undisturbed, train_small(prepared.data, tmp_path), tmp_path)
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    state = torch.load(path, weights_only=True)
+    state["resume"]["seconds"] += 1000
+    torch.save(state, path)
+    for callbacks in ([Interrupt(stage="validate")], [NoTraining(), Interrupt(stage="test")]):
+        with pytest.raises(KeyboardInterrupt):
+            train_small(prepared.data, tmp_path, callbacks)
+        assert last(tmp_path)["finished"]
+    assert path.stat().st_size < 10_000
+    values = train_small(prepared.data, tmp_path, [NoTraining()])
+    assert values["training_time"] > 1000
+    check_same(undisturbed, values, tmp_path)
 
 
 @pytest.mark.long
@@ -114,52 +128,35 @@ def test_wherever_a_training_is_interrupted_it_ends_the_same(
     check_same(whole, train_small(prepared.data, folder, conf=conf), folder)
 
 
-def test_what_is_trained_is_not_trained_again(prepared, tmp_path, undisturbed):
-    for callbacks in ([Interrupt(stage="validate")], [NoTraining(), Interrupt(stage="test")]):
-        with pytest.raises(KeyboardInterrupt):
-            train_small(prepared.data, tmp_path, callbacks)
-        assert last(tmp_path)["finished"]
-    assert (tmp_path / "checkpoints" / "last.ckpt").stat().st_size < 10_000
-    check_same(undisturbed, train_small(prepared.data, tmp_path, [NoTraining()]), tmp_path)
-
-
-def test_the_clock_of_a_training_goes_on(prepared, tmp_path, at_every_step):
-    with pytest.raises(KeyboardInterrupt):
-        train_small(prepared.data, tmp_path, [Interrupt(3)])
-    path = tmp_path / "checkpoints" / "last.ckpt"
-    state = torch.load(path, weights_only=True)
-    before = state["resume"]["seconds"]
-    assert before > 0
-    state["resume"]["seconds"] = before + 1000
-    torch.save(state, path)
-    values = train_small(prepared.data, tmp_path, n_epochs=3)
-    assert values["training_time"] > before + 1000
-
-
-@pytest.mark.parametrize("how", ["damaged", "of another learning rate", "without its best"])
-def test_what_cannot_be_gone_on_from_starts_over(
-    prepared, tmp_path, undisturbed, caplog, monkeypatch, how
-):
-    rate = 2e-3 if how == "of another learning rate" else 1e-3
-    with pytest.raises(KeyboardInterrupt):
-        train_small(prepared.data, tmp_path, [Interrupt(7)], learning_rate=rate)
+def test_what_cannot_be_gone_on_from_starts_over(prepared, tmp_path, caplog):
     folder = tmp_path / "checkpoints"
-    if how == "damaged":
-        whole = (folder / "last.ckpt").read_bytes()
-        (folder / "last.ckpt").write_bytes(whole[: len(whole) // 2])
-    elif how == "without its best":
-        (folder / "best.ckpt").unlink()
 
-    class Started(pl.Callback):
+    class AtTheStart(pl.Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
             assert trainer.global_step == 0
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_small(prepared.data, tmp_path, [Started()])
-    assert "starts over" in caplog.text
-    assert not (folder / "last.ckpt").exists()
-    assert len(pd.read_csv(tmp_path / "metrics.csv")) == 0
+        train_small(prepared.data, tmp_path, [Interrupt(7)])
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+    assert {path.name for path in files} == {"best.ckpt", "last.ckpt"}
+    whole = files[folder / "last.ckpt"]
+    cases = [
+        ("last.ckpt is damaged", {"last.ckpt": whole[: len(whole) // 2]}, 1e-3),
+        ("last.ckpt is damaged", {"last.ckpt": b""}, 1e-3),
+        ("last.ckpt is of another training", {}, 2e-3),
+        ("best.ckpt is gone", {"best.ckpt": None}, 1e-3),
+    ]
+    for expected, changed, rate in cases:
+        for path, content in files.items():
+            content = changed.get(path.name, content)
+            path.unlink(missing_ok=True) if content is None else path.write_bytes(content)
+        caplog.clear()
+        with pytest.raises(KeyboardInterrupt):
+            train_small(prepared.data, tmp_path, [AtTheStart()], learning_rate=rate)
+        assert expected in caplog.text
+        assert not list(folder.iterdir())
+        assert len(pd.read_csv(tmp_path / "metrics.csv")) == 0
 
 
 KILLED = """
@@ -174,29 +171,32 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_training_ends_as_an_undisturbed_one(prepared, tmp_path, undisturbed, number):
+def test_a_killed_training_ends_as_an_undisturbed_one(prepared, tmp_path, undisturbed):
+    """First as batch systems do it, then as nobody should; each time it gets further."""
     data, folder = tmp_path / "data.pkl", tmp_path / "trial"
     data.write_bytes(pickle.dumps(prepared.data))
     code = textwrap.dedent(KILLED).format(
         project=str(PROJECT), tests=str(PROJECT / "tests"), data=str(data), folder=str(folder)
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
-    try:
-        give_up = time.monotonic() + PATIENCE
-        while not (folder / "checkpoints" / "last.ckpt").exists():
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < give_up
-            time.sleep(0.02)
-        os.kill(process.pid, number)
-        _, errors = process.communicate(timeout=PATIENCE)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == -number or "KeyboardInterrupt" in errors
-    assert 0 < last(folder)["step"] < STEPS
+    path, written = folder / "checkpoints" / "last.ckpt", 0
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+        try:
+            give_up = time.monotonic() + PATIENCE
+            while not path.exists() or path.stat().st_mtime_ns == written:
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() < give_up
+                time.sleep(0.02)
+            os.kill(process.pid, number)
+            _, errors = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+            process.wait()
+        assert process.returncode == -number or "KeyboardInterrupt" in errors
+        assert 0 < last(folder)["step"] < STEPS
+        written = path.stat().st_mtime_ns
     check_same(undisturbed, train_small(prepared.data, folder), folder)
-    assert not list((folder / "checkpoints").glob(".*"))
+    assert not list(path.parent.glob(".*"))
 
 
 def test_a_search_takes_up_the_trial_that_was_interrupted(prepared, tmp_path, monkeypatch):
