@@ -54,3 +54,23 @@ def test_an_option_that_has_a_parameter_is_refused(tmp_path):
         run_with(tmp_path, "MODEL_OPTIONS: {test.iou_threshold: 0.3}")
     with pytest.raises(InputError, match=r"did you mean train\.optimizer"):
         run_with(tmp_path, "MODEL_OPTIONS: {train.optimiser: sgd}")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("N_EPOCHS: [1, 2, 3]", 3),
+        ("SEARCH: random\nN_TRIALS: 2\nN_EPOCHS: [1, 2, 3]", 2),
+        ("SEARCH: tpe\nN_TRIALS: 9\nN_EPOCHS: [1, 2, 3]", 3),  # there are no more
+        ("SEARCH: tpe\nN_TRIALS: 9\nLEARNING_RATES: [0.001, 0.01]", 9),  # of a range there are
+    ],
+)
+def test_the_trainings_of_a_search_are_counted(tmp_path, text, count):
+    assert run_with(tmp_path, text).trial_count == count
+
+
+def test_a_storage_must_be_postgresql(tmp_path):
+    run = run_with(tmp_path, "STORAGE: postgresql://me@host/db")
+    assert run.search_options()["storage"] == "postgresql://me@host/db"
+    with pytest.raises(InputError, match="STORAGE must be a PostgreSQL database"):
+        run_with(tmp_path, "STORAGE: sqlite:///x.db")
