@@ -340,6 +340,7 @@ def _train_trial(
         if name:
             record["seconds"] = round(time.monotonic() - start, 1)
             fileio.write_json(trial_dir / name, record)
+            (trial_dir / "checkpoints" / "last.ckpt").unlink(missing_ok=True)  # it has ended
         logger.close(status)
     return record
 
