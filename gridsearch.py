@@ -611,10 +611,13 @@ def _open_queue(
     def again(trial: FrozenTrial) -> bool:
         if study.outcome_of(trial) == "fail":
             return retry_failed
-        lost = not (run_dir / "trials" / trial.user_attrs["key"] / "result.json").exists()
-        if lost:
+        key, folder = trial.user_attrs["key"], trial.system_attrs.get("folder", "")
+        # in this order: meanwhile its worker may be giving the one the other's name
+        there = _claim_dir(run_dir, key, folder).exists()
+        there = there or (run_dir / "trials" / key / "result.json").exists()
+        if not there:
             log.warning("trial %d has no result; it starts over", trial.number)
-        return lost
+        return not there
 
     queue.bury()
     queue.fill(again)

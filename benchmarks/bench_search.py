@@ -1,10 +1,12 @@
 """What further workers gain: the trainings of a search, done by one worker and by several.
 
-    .venv/bin/python benchmarks/bench_search.py [--workers 2] [--rounds 1] [--json FILE]
+    .venv/bin/python benchmarks/bench_search.py [--workers 2] [--rounds 1] [--sleep S] [--json FILE]
 
 The search is that of `params/quickstart.yaml` on its samples, which `make sample` writes. Every
-worker is a process of one thread, so that one needs a core of its own to gain anything. They wait
+worker is a process of one thread, so that it needs a core of its own to gain anything. They wait
 for each other before the clock starts: what is measured is the search, not the start of Python.
+With `--sleep`, trainings are replaced by as many seconds of waiting: what is left of a ratio above
+one over the number of workers is then what sharing itself costs, on however busy a machine.
 """
 
 from __future__ import annotations
@@ -29,7 +31,15 @@ sys.path.insert(0, sys.argv[1])
 import torch
 import gridsearch
 torch.set_num_threads(1)
-run = Path(sys.argv[2])
+run, seconds = Path(sys.argv[2]), float(sys.argv[4])
+if seconds:
+    def train_iteration(hyperparams, data, conf, trial_dir, *_, **__):
+        time.sleep(seconds)
+        (trial_dir / "checkpoints").mkdir(parents=True)
+        for name in ("checkpoints/best.ckpt", *gridsearch.EVALUATION_FILES):
+            (trial_dir / name).touch()
+        return {"AP50": 0.5, "val_AP50": 0.5, "training_time": seconds}
+    gridsearch.train_iteration = train_iteration
 Path(sys.argv[3]).touch()
 while not (run / "go").exists():
     time.sleep(0.01)
@@ -76,7 +86,7 @@ def prepare(runs: Path) -> Path:
     raise AssertionError("the search was not stopped")
 
 
-def measure(prepared: Path, workers: int) -> dict[str, float]:
+def measure(prepared: Path, workers: int, sleep: float) -> dict[str, float]:
     """Let workers do a copy of the search; return the seconds, and the machine's load before."""
     import shutil
 
@@ -89,7 +99,7 @@ def measure(prepared: Path, workers: int) -> dict[str, float]:
     marks = [run / f"ready_{i}" for i in range(workers)]
     crew = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(PROJECT), str(run), str(mark)],
+            [sys.executable, "-c", WORKER, str(PROJECT), str(run), str(mark), str(sleep)],
             env=environment, stderr=subprocess.DEVNULL,
         )
         for mark in marks
@@ -119,12 +129,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--sleep", type=float, default=0.0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(Path(folder))
         found = {
-            count: [measure(prepared, count) for _ in range(args.rounds)]
+            count: [measure(prepared, count, args.sleep) for _ in range(args.rounds)]
             for count in (1, args.workers)
         }
     seconds = {
