@@ -214,9 +214,12 @@ def _work(
 ) -> tuple[int, int]:
     """Do trials until none is left; return how many were done here, and how many failed."""
     done, failed, waiting = 0, 0, False
-    with fileio.terminable(), queue.watching():
+    with fileio.terminable(), queue.watching(), _giving_back(queue):
         while max_trials is None or done < max_trials:
-            claim = queue.take()
+            try:
+                claim = queue.take()
+            except LostTrialError:  # at once: the search was started over, as the queue will say
+                continue
             if claim is not None:
                 outcome = _do_trial(claim, plan, data, conf, run_dir, marks, progress=progress)
                 done, failed = done + 1, failed + (outcome == "fail")
@@ -268,19 +271,27 @@ def _do_trial(
         log.warning("%s; what was made of it here is dropped", lost)
         shutil.rmtree(_claim_dir(run_dir, claim.key, claim.folder), ignore_errors=True)
         return "lost"
-    except BaseException:
-        claim.release()
-        raise
     return outcome
+
+
+@contextmanager
+def _giving_back(queue: Queue) -> Iterator[None]:
+    """Put the trial back into the queue if the work on it is broken off."""
+    try:
+        yield
+    except BaseException:
+        if queue.claim is not None:
+            queue.claim.release()
+        raise
 
 
 def _known_result(run_dir: Path, key: str, mark: str, plan: Plan) -> dict[str, Any] | None:
     """Return what a trial of the same input ended with, perhaps in a search of another grid."""
-    path = run_dir / "trials" / key / "result.json"
-    if not path.exists():
+    try:
+        result = _read_json(run_dir / "trials" / key / "result.json")
+    except (OSError, ValueError):  # there is none, or it is damaged
         return None
-    result = _read_json(path)
-    if result["made_from"] != mark or ("pruned" in result and not plan.pruning):
+    if result.get("made_from") != mark or ("pruned" in result and not plan.pruning):
         return None
     log.info("%s is done already", key)
     return result
@@ -597,10 +608,13 @@ def _open_queue(
     def again(trial: FrozenTrial) -> bool:
         if study.outcome_of(trial) == "fail":
             return retry_failed
-        lost = not (run_dir / "trials" / trial.user_attrs["key"] / "result.json").exists()
-        if lost:
+        key, folder = trial.user_attrs["key"], trial.system_attrs.get("folder", "")
+        # in this order: meanwhile its worker may be giving the one the other's name
+        there = _claim_dir(run_dir, key, folder).exists()
+        there = there or (run_dir / "trials" / key / "result.json").exists()
+        if not there:
             log.warning("trial %d has no result; it starts over", trial.number)
-        return lost
+        return not there
 
     queue.bury()
     queue.fill(again)

@@ -216,20 +216,20 @@ def _read_trial(folder: Path, read: Callable[[Path], dict[str, Any]]) -> dict[st
     key = folder.name.removeprefix(".").partition("~")[0]
     row = {"trial": key, "state": "unfinished", "problem": ""}
     if failure:
-        row |= {"state": "fail", "problem": failure.get("error", "")}
+        row |= {"state": "fail", "problem": str(failure.get("error", ""))}
     elif pruned:
-        problem = f"stopped after epoch {pruned.get('epoch')}, {BEST_BY} {pruned.get(BEST_BY):.3g}"
+        problem = f"stopped after epoch {pruned.get('epoch')}, {BEST_BY} {pruned.get(BEST_BY)}"
         row |= {"state": "pruned", "problem": problem}
     elif record:
         row["state"] = "complete"
-    row |= {name: v for name, v in _mapping(hyperparams).items() if name in HYPERPARAMETERS}
-    row |= {n: v for n, v in _mapping(record.get("values")).items() if isinstance(v, int | float)}
+    row |= {n: v for n, v in _numbers(hyperparams).items() if n in HYPERPARAMETERS}
+    row |= _numbers(record.get("values"))
     ended = record or failure
     row |= {
-        "code_version": ended.get("code_version"),
-        "host": _mapping(ended.get("worker")).get("host"),
-        "started": ended.get("started") or _time_of(folder / "hparams.json"),
-        "seconds": ended.get("seconds", row.get("training_time")),
+        "code_version": _text(ended.get("code_version")),
+        "host": _text(_mapping(ended.get("worker")).get("host")),
+        "started": _text(ended.get("started")) or _time_of(folder / "hparams.json"),
+        "seconds": _numbers(ended).get("seconds", row.get("training_time")),
         "checkpoint": str(checkpoint) if checkpoint.is_file() else None,
     }
     return row
@@ -241,6 +241,14 @@ def _time_of(path: Path) -> str | None:
         return datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds")
     except OSError:
         return None
+
+
+def _numbers(values: object) -> dict[str, int | float]:
+    return {name: v for name, v in _mapping(values).items() if isinstance(v, int | float)}
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

@@ -65,3 +65,23 @@ def test_with_a_scheduler_all_folders_are_named_from_the_root(tmp_path):
     assert run.prediction_options()["scheduler"] == "tcp://127.0.0.1:8786"
     with pytest.raises(InputError, match="SCHEDULER: String should match pattern"):
         run_with(tmp_path, "SCHEDULER: myhost")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("N_EPOCHS: [1, 2, 3]", 3),
+        ("SEARCH: random\nN_TRIALS: 2\nN_EPOCHS: [1, 2, 3]", 2),
+        ("SEARCH: tpe\nN_TRIALS: 9\nN_EPOCHS: [1, 2, 3]", 3),  # there are no more
+        ("SEARCH: tpe\nN_TRIALS: 9\nLEARNING_RATES: [0.001, 0.01]", 9),  # of a range there are
+    ],
+)
+def test_the_trainings_of_a_search_are_counted(tmp_path, text, count):
+    assert run_with(tmp_path, text).trial_count == count
+
+
+def test_a_storage_must_be_postgresql(tmp_path):
+    run = run_with(tmp_path, "STORAGE: postgresql://me@host/db")
+    assert run.search_options()["storage"] == "postgresql://me@host/db"
+    with pytest.raises(InputError, match="STORAGE must be a PostgreSQL database"):
+        run_with(tmp_path, "STORAGE: sqlite:///x.db")

@@ -13,6 +13,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
+import optuna
 import pandas as pd
 import pytest
 import torch
@@ -20,6 +21,8 @@ from conftest import PROJECT
 
 import fileio
 import gridsearch
+import ledger
+import study
 import trials
 from ImageData import InputError
 from LargeRasterOR import LargeRasterORModel
@@ -90,6 +93,27 @@ def test_a_real_trial_leaves_its_record(real_run, prepared):
     summary = json.loads((folder / "metrics.json").read_text())
     assert summary["values"]["AP50"] == row["AP50"]
     assert json.loads((folder / "classes.json").read_text()) == prepared.data.ids
+
+
+def test_every_epoch_of_a_trial_is_reported_to_the_search(real_run):
+    folder, board = real_run
+    storage = study.open_storage(None, folder)
+    (name,) = optuna.get_all_study_names(storage)
+    (trial,) = optuna.load_study(study_name=name, storage=storage).trials
+    recorded = pd.read_csv(gridsearch.trial_dir_of(board.iloc[0]) / "metrics.csv")
+    assert trial.intermediate_values == {1: recorded["val_AP50"].dropna().iloc[0]}
+
+
+def test_a_row_of_the_ledger_becomes_a_model(real_run):
+    folder, board = real_run
+    (row,) = (row for _, row in ledger.read_ledger(folder).iterrows())
+    assert row["AP50"] == board["AP50"].iloc[0]
+    assert row["seconds"] >= row["training_time"] > 0
+    model = ledger.load_model(row)
+    assert not model.training
+    with torch.no_grad():
+        (found,) = model(torch.zeros(1, len(model.contract.bands), 128, 128))
+    assert set(found) >= {"boxes", "scores", "labels"}
 
 
 def test_detections_lie_on_the_test_ground_of_their_raster(real_run, prepared):

@@ -11,6 +11,7 @@ from matplotlib.collections import LineCollection
 
 import fileio
 import implot
+import study
 from ImageData import BOX_COLUMNS, Window
 
 
@@ -202,3 +203,51 @@ def test_a_contact_sheet_reads_cut_outs_of_rasters_of_any_type(tmp_path, monkeyp
     assert shown.shape == (36, 36, 3)
     assert (shown[:2] == 0).all()
     assert shown[2:].std() > 30
+
+
+def board_of(count, **columns):
+    rng = np.random.default_rng(0)
+    score = rng.uniform(0.4, 0.9, count)
+    table = {
+        "state": "complete", "patch_size": rng.choice([128, 256], count), "n_epochs": 4,
+        "sample_size": rng.choice([0.5, 1.0], count), "batch_size": 8,
+        "learning_rate": 10 ** rng.uniform(-4, -2, count), "val_AP50": score,
+    }  # fmt: skip
+    board = pd.DataFrame(table | columns)
+    return board.assign(selected=board["val_AP50"] == board["val_AP50"].max())
+
+
+def test_every_trial_is_a_line_through_what_differs():
+    state = ["fail", "pruned", "pruned", *["complete"] * 9]
+    board = board_of(12, state=state, pruned_val_AP50=0.3)
+    board.loc[:2, "val_AP50"] = np.nan
+    ax = implot.plot_parallel_coordinates(board)
+    names = [text.get_text() for text in ax.get_xticklabels()]
+    assert names == ["patch_size", "sample_size", "learning_rate", "validation AP50"]
+    (lines,) = ax.collections
+    assert len(lines.get_segments()) == 11
+    assert {len(line) for line in lines.get_segments()} == {4}
+    assert sorted(lines.get_linewidths())[-2:] == [1.3, 3.5]  # the selected one
+    lowest = [line for line in lines.get_segments() if line[-1, 1] == pytest.approx(0.05)]
+    assert len(lowest) == 2  # the stopped ones
+
+
+@pytest.mark.parametrize("score", [0.5, 0.0])
+def test_trials_that_are_all_alike_are_drawn(score):
+    ax = implot.plot_parallel_coordinates(board_of(2, val_AP50=score))
+    assert len(ax.collections[0].get_segments()) == 2
+    one = board_of(2, state=["complete", "fail"], val_AP50=[0.5, np.nan])
+    assert len(implot.plot_parallel_coordinates(one).collections[0].get_segments()) == 1
+
+
+def test_what_decides_is_the_longest_bar():
+    board = board_of(40)
+    board["val_AP50"] = 0.5 + 0.3 * (board["patch_size"] == 256) + 0.01 * board["sample_size"]
+    shares = study.importances(board)
+    assert shares.index[0] == "patch_size"
+    assert shares.iloc[0] > 0.5
+    assert shares.sum() == pytest.approx(1)
+    assert set(shares.index) == {"patch_size", "sample_size", "learning_rate"}
+    ax = implot.plot_importance(shares)
+    assert [bar.get_width() for bar in ax.patches] == shares.iloc[::-1].tolist()
+    assert len(study.importances(board.head(4))) == 0  # too few to tell

@@ -28,7 +28,7 @@ from ImageData import InputError
 from logger import get_logging_key
 
 LARGE = SPACE | {"sample_size": [0.25, 0.5, 0.75, 1.0]}  # 8 combinations
-PATIENCE = 120  # s, on a machine that is busy with other things
+PATIENCE = 300  # s, on a machine that is busy with other things
 
 
 # ---------------------------------------------------------------------------------------------

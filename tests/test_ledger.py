@@ -1,0 +1,184 @@
+"""The ledger: all runs and trials in one table, damaged ones included."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_gridsearch import SPACE, conf, fake_training
+
+import fileio
+import gridsearch
+import ledger
+from ImageData import InputError
+
+
+@pytest.fixture(scope="module")
+def runs(prepared, tmp_path_factory):
+    """Three runs: one of another backbone, one with failures, one of a single trial."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def sometimes(hyperparams):
+        if hyperparams["sample_size"] == 0.5:
+            raise RuntimeError("out of memory")
+        return 0.5
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gridsearch, "train_iteration", fake_training())
+        other = conf()
+        other.backbone = "resnet34"
+        gridsearch.run_search(prepared.data, SPACE, other, folder / "deep")
+        patch.setattr(gridsearch, "train_iteration", fake_training(sometimes))
+        gridsearch.run_search(prepared.data, SPACE, conf(), folder / "flat")
+        patch.setattr(gridsearch, "train_iteration", fake_training())
+        one = SPACE | {"sample_size": [0.5], "learning_rate": [1e-3]}
+        gridsearch.run_search(prepared.data, one, conf(), folder / "single")
+    (folder / "bench").mkdir()  # no run
+    return folder
+
+
+@pytest.fixture
+def damaged(runs, tmp_path):
+    """A copy of the runs, to spoil."""
+    return shutil.copytree(runs, tmp_path / "runs")
+
+
+def test_every_trial_of_every_run_is_a_row(runs, prepared):
+    table = ledger.read_ledger(runs)
+    assert table["run"].value_counts().to_dict() == {"deep": 4, "flat": 4, "single": 1}
+    assert table["state"].value_counts().to_dict() == {"complete": 7, "fail": 2}
+    failed = table[table["state"] == "fail"]
+    assert (failed["problem"] == "RuntimeError: out of memory").all()
+    assert (failed["sample_size"] == 0.5).all()
+    assert failed["checkpoint"].isna().all()
+    assert set(table["split_hash"]) == {fileio.fingerprint(prepared.blocks)}
+    assert len(set(table["data"])) == len(set(table["tiles"])) == 1
+    assert (pd.to_datetime(table["started"]) <= pd.Timestamp.now("UTC")).all()
+    single = table[table["run"] == "single"].iloc[0]
+    board = pd.read_csv(runs / "single" / "leaderboard.csv").iloc[0]
+    assert single["AP50"] == board["AP50"]
+    assert single["val_AP50"] == board["val_AP50"]
+    assert single["seconds"] >= 0
+    assert single["checkpoint"] == board["checkpoint"]
+    assert list(table)[:3] == ["run", "trial", "state"]
+
+
+def test_only_options_of_the_model_that_differ_are_columns(runs):
+    table = ledger.read_ledger(runs)
+    assert table.groupby("run")["backbone"].unique().map(list).to_dict() == {
+        "deep": ["resnet34"], "flat": ["resnet18"], "single": ["resnet18"]
+    }  # fmt: skip
+    assert "fpn_channels" not in table
+    assert "backbone" not in ledger.read_ledger(runs / "flat")
+
+
+def test_a_trial_without_a_model_says_so(runs):
+    failed = ledger.read_ledger(runs, "state == 'fail'").iloc[0]
+    with pytest.raises(InputError, match="has no checkpoint, it is fail"):
+        ledger.load_model(failed)
+
+
+def test_damaged_and_half_written_runs_are_listed_with_what_is_wrong(damaged):
+    results = sorted((damaged / "deep" / "trials").glob("*/result.json"))
+    results[0].write_text('{"hyperparams": {"patch_')
+    results[1].write_text("[]")
+    results[2].write_bytes(b"\xff\xfe\x00")
+    (damaged / "flat" / "trials" / "made_from.json").write_text("no JSON")
+    (damaged / "flat" / "search" / "search.json").unlink()
+    shutil.rmtree(damaged / "single" / "trials")
+    (damaged / "single" / "trials").write_text("a file")
+    (damaged / "begun").mkdir()
+    (damaged / "begun" / "application.log").write_text("")
+    working = damaged / "deep" / "trials" / ".batch_size-8~0badf00d"
+    working.mkdir()
+    (working / "hparams.json").write_text('{"batch_size": 8, "patch_size": 128}')
+    table = ledger.read_ledger(damaged)
+    deep = table[table["run"] == "deep"]
+    assert sorted(deep["state"]) == ["complete", "damaged", "damaged", "damaged", "unfinished"]
+    problems = deep[deep["state"] == "damaged"]["problem"]
+    assert problems.str.contains("result.json cannot be read").all()
+    assert deep[deep["state"] == "unfinished"]["trial"].tolist() == ["batch_size-8"]
+    flat = table[table["run"] == "flat"]
+    assert sorted(flat["state"]) == ["complete", "complete", "fail", "fail"]
+    assert flat["problem"].str.contains("made_from.json cannot be read").all()
+    assert flat["split_hash"].isna().all()
+    single = table[table["run"] == "single"].iloc[0]
+    assert (single["state"], single["trial"]) == ("damaged", "")
+    assert "trials cannot be read" in single["problem"]
+    assert table[table["run"] == "begun"]["state"].tolist() == ["empty"]
+
+
+@pytest.mark.parametrize("name", ["result.json", "failure.json", "hparams.json"])
+def test_whatever_a_record_holds_the_table_is_made(damaged, name):
+    (result,) = (damaged / "single" / "trials").glob("*/result.json")
+    result.unlink()
+    for content in (
+        b"", b"null", b"{}", b'{"values": 3}', b'{"hyperparams": []}', b'{"pruned": {}}',
+        b'{"pruned": {"epoch": "x", "val_AP50": "y"}}', b"\x80\x04.", b'{"worker": 3}',
+        b'{"values": {"AP50": "x"}}', b'{"error": [1]}', b'{"started": 3, "seconds": "x"}',
+        b'{"hyperparams": {"batch_size": "x"}, "code_version": 3}',
+    ):  # fmt: skip
+        (result.parent / name).write_bytes(content)
+        table = ledger.read_ledger(damaged)
+        assert len(table) == 9, content
+        fileio.write_table(damaged / "table.parquet", table)
+        assert len(pd.read_parquet(damaged / "table.parquet")) == 9, content
+
+
+def test_conditions_keep_rows():
+    table = pd.DataFrame(
+        {"AP50": [0.2, 0.6, np.nan], "state": ["fail", "complete", "pruned"],
+         "patch_size": [256, 400, 256], "train.epochs": [1, 2, 3]}
+    )  # fmt: skip
+
+    def kept(where):
+        return ledger.filter_rows(table, where)["patch_size"].tolist()
+
+    assert kept("AP50 > 0.5") == [400]
+    assert kept("not AP50 > 0.5") == [256, 256]
+    assert kept("0.1 < AP50 <= 0.6 and state == 'fail'") == [256]
+    assert kept("state in ['complete', 'pruned'] or AP50 < 0.3") == [256, 400, 256]
+    assert kept("state not in ['fail']") == [400, 256]
+    assert kept("train.epochs >= 2 and (AP50 > -1)") == [400]
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "__import__('os').system('touch {path}')", "@pd", "AP50.__class__", "state.str.len() > 1",
+        "(lambda: 1)()", "[x for x in AP50]", "AP50 > open('{path}', 'w')", "AP60 > 1", "AP50",
+        "'a' * 10**9 == state", "state < 3", "AP50 >", "AP50 := 1", "f'{state}' == 'x'",
+        "AP50[0] > 1", "(" * 5000, "AP50 is 3", "state in 5",
+    ],
+)  # fmt: skip
+def test_conditions_execute_nothing(where, tmp_path):
+    table = pd.DataFrame({"AP50": [0.2], "state": ["fail"]})
+    where = where.replace("{path}", str(tmp_path / "made"))
+    with pytest.raises(InputError, match="condition"):
+        ledger.filter_rows(table, where)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_writes_and_shows_the_ledger(runs, tmp_path, capsys):
+    out = tmp_path / "ledger.parquet"
+    arguments = ["ledger", str(runs), "--where", "AP50 > 0.85 and run == 'deep'"]
+    assert gridsearch.main([*arguments, "--out", str(out)]) == 0
+    written = pd.read_parquet(out)
+    assert (written["AP50"] > 0.85).all()
+    assert len(written) == len(ledger.read_ledger(runs, arguments[3])) > 0
+    assert gridsearch.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) == 1 + len(written)
+    assert gridsearch.main(["ledger", str(tmp_path / "none")]) == ledger.FAILED
+    assert "there is no folder of runs" in capsys.readouterr().err
+    assert gridsearch.main([*arguments, "--out", "x.pkl"]) == ledger.FAILED
+    assert "must end in .parquet or .csv" in capsys.readouterr().err
+
+
+def test_a_folder_without_runs_is_an_empty_table(tmp_path):
+    table = ledger.read_ledger(tmp_path)
+    assert len(table) == 0
+    assert json.loads(table.to_json(orient="records")) == []
