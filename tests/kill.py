@@ -56,7 +56,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 KILLS_IN_A_ROW = 4  # then an attempt is left alone
 TIMES = {"seconds", "started", "training_time", "windows_per_second", "step_seconds"}
 TIMES |= {"trial"}  # one that is repeated has another number
-VOLATILE = {".lock", "application.log", "messages.jsonl", "study.journal"}
+TIMES |= {"model"}  # a digest of a checkpoint, which holds times
+VOLATILE = {".lock", "application.log", "messages.jsonl", "study.journal", "plan.csv"}
 PATIENCE = 300  # s, for an attempt that is left alone
 
 log = logging.getLogger("kill")
@@ -404,8 +405,8 @@ def main(argv=None):
                 {"stage": name, "faults": dict(faults), "outcome": outcome, "seconds": seconds,
                  "seed": args.seed}
             )  # fmt: skip
-    args.report.parent.mkdir(parents=True, exist_ok=True)
-    args.report.write_text(json.dumps(tally, indent=2) + "\n")
+            args.report.parent.mkdir(parents=True, exist_ok=True)
+            args.report.write_text(json.dumps(tally, indent=2) + "\n")
     return int(any(row["outcome"] != "same as undisturbed" for row in tally))
 
 

@@ -222,7 +222,7 @@ def test_finished_rasters_and_windows_are_not_done_again(
         tiling.make_tiles(images, blocks, [128], folder / "tiles", options, workers=1)
 
     monkeypatch.setattr(tiling, "JOB_WINDOWS", 8)
-    for module, name in ((annotations, "preprocess_df"), (tiling, "filter_tiles")):
+    for module, name in ((pd, "read_csv"), (tiling, "filter_tiles")):
         monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
     stages(tmp_path / "undisturbed")
     whole, limit = list(calls), place % len(calls)
@@ -232,9 +232,9 @@ def test_finished_rasters_and_windows_are_not_done_again(
     limit = None
     stages(tmp_path / "killed")
     assert len(calls) == len(whole) + 1, "what was under way is done again, and nothing else"
-    assert kill.snapshot(tmp_path / "killed") == kill.snapshot(tmp_path / "undisturbed")
     stages(tmp_path / "killed")
-    assert len(calls) == len(whole) + 1
+    assert len(calls) == len(whole) + 1, "what is finished is not done again"
+    assert kill.snapshot(tmp_path / "killed") == kill.snapshot(tmp_path / "undisturbed")
 
 
 # -- neighbours ---------------------------------------------------------------------------------
@@ -705,10 +705,9 @@ WRITERS = {
 
 
 def limited(write, path, limit):
-    """Write in a child whose files may grow up to a limit; return what it said, None if nothing."""
+    """Write in a child whose files may grow up to a limit; return what it said, "" if nothing."""
     read, answer = os.pipe()
     if not (pid := os.fork()):
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does, and what it starts does not
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         said = ""
         try:
@@ -720,27 +719,53 @@ def limited(write, path, limit):
     os.close(answer)
     with os.fdopen(read) as file:
         said = file.read()
-    os.waitpid(pid, 0)
-    return said or None
+    return said if os.waitpid(pid, 0)[1] == 0 else "it died"
+
+
+LIMITED = """
+    import json, sys
+    from pathlib import Path
+    from test_reliability import WRITERS, limited
+
+    for line in sys.stdin:
+        name, path, limit = json.loads(line)
+        print(json.dumps(limited(WRITERS[name], Path(path), limit)), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def ask():
+    """A function that lets a child of a process that itself writes nothing write a file."""
+    process = start(LIMITED, stdin=subprocess.PIPE, stderr=None)
+
+    def ask(name, path, limit=resource.RLIM_INFINITY):
+        process.stdin.write(json.dumps([name, str(path), int(limit)]) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    try:
+        yield ask
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_file_that_does_not_fit_never_appears_and_the_old_one_stays(name, tmp_path):
-    path, write = tmp_path / "out" / name, WRITERS[name]
+def test_a_file_that_does_not_fit_never_appears_and_the_old_one_stays(name, tmp_path, ask):
+    path = tmp_path / "out" / name
     path.parent.mkdir()
-    write(path)
+    assert ask(name, path) == ""
     size, before = path.stat().st_size, path.read_bytes()
     names = sorted(p.name for p in path.parent.iterdir())
     rng = np.random.default_rng(0)
     for limit in (size - 1, size - 8, *rng.integers(64, size - 8, 4)):
-        said = limited(write, path, int(limit))
-        assert said is not None, f"{limit} of {size} bytes were taken for all"
-        assert said.startswith("FullDiskError: "), said
+        said = ask(name, path, limit)
+        assert said.startswith("FullDiskError: "), f"{limit} of {size} bytes: {said or 'fine'}"
         assert "cannot be written" in said
         assert "run the same again" in said
         assert path.read_bytes() == before
         assert sorted(p.name for p in path.parent.iterdir()) == names
-    write(path)
+    assert ask(name, path) == ""
 
 
 @pytest.fixture
