@@ -437,13 +437,13 @@ def _key(team: Team, *names: object) -> str:
 
 def _blame_others(team: Team, error: Exception) -> str | None:
     """Tell which other rank failed before this one, and why; None: this one was the first."""
+    if not isinstance(error, RuntimeError):  # all ranks fail so, or this one alone
+        return None
     with suppress(RuntimeError):
         first = team.store.compare_set(_key(team, "failed"), "", "0").decode()
         if first != "0":
             text = team.store.get(_key(team, "error", first)).decode()
             return f"rank {first} failed first:\n{text}"
-    if not isinstance(error, RuntimeError):  # as which a lost connection shows
-        return None
     give_up = time.monotonic() + DYING
     while (gone := _gone(team)) is None and time.monotonic() < give_up:
         time.sleep(0.02)
