@@ -70,25 +70,30 @@ def writing(path: Path, probe: Path | None = None) -> Iterator[None]:
                 f"{path} cannot be written: {error.strerror}; choose another place or name, or "
                 "have the rights changed"
             ) from error
+        if number is None and probe is not None and not isinstance(error, InputError):
+            number = find_full(probe)
         if number not in FULL:
-            unsure = number is None and not isinstance(error, InputError)
-            if not (unsure and probe is not None and is_full(probe)):
-                raise
-            number = errno.ENOSPC
+            raise
         raise FullDiskError(
             f"{path} cannot be written: {FULL[number]}, {_free_space(path)}; make room, or write "
             "elsewhere, and run the same again: what is finished is kept"
         ) from error
 
 
-def is_full(probe: Path) -> bool:
-    """Tell whether a file, which is made if need be, cannot grow by `PROBE_BYTES`."""
+def find_full(probe: Path) -> int | None:
+    """Return the error, of `FULL`, by which a file cannot grow by `PROBE_BYTES`; it does not."""
+    left = PROBE_BYTES
     try:
-        with probe.open("ab") as file:
-            file.write(bytes(PROBE_BYTES))
+        with probe.open("ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            try:
+                while left:
+                    left -= file.write(bytes(left))
+            finally:
+                file.truncate(size)
     except OSError as error:
-        return error.errno in FULL
-    return False
+        return error.errno if error.errno in FULL else None
+    return None
 
 
 def _free_space(path: Path) -> str:

@@ -44,7 +44,7 @@ import shapely
 import yaml
 
 import imutils
-from artefacts import atomic_path, is_full
+from artefacts import atomic_path, find_full
 from ImageData import BOX_COLUMNS, CENTER_COLUMNS, InputError, RasterHandle
 
 log = logging.getLogger(__name__)
@@ -199,6 +199,11 @@ def _read_parquet(path: Path) -> AnnotationFile:
 
 
 def _read_vector(path: Path, layer: str | None) -> AnnotationFile:
+    if re.search(r"[\t\r\n]", str(path)):
+        raise InputError(
+            f"{str(path)!r} has a tab or a line feed in its name, which the reader of vector files "
+            "drops; rename it"
+        )
     remedy = "expected CSV, Parquet, COCO, Pascal VOC, YOLO, or a vector file that GDAL reads"
     with _parsing(path, "annotations", remedy):
         layers = {name: kind for name, kind in pyogrio.list_layers(path) if name != STYLES}
@@ -713,6 +718,8 @@ def _gpkg_writer(out: _Output) -> Iterator[Callable[[pd.DataFrame], None]]:
             colors = imutils.label_colors(layers)
             styles = [_style(out, name, out.layer_column, {name: colors[name]}) for name in colors]
         _write_styles(out, styles)
+        if full := find_full(out.temporary):  # GDAL would not tell that an index found no room
+            raise OSError(full, "no room for all of it", str(out.path))
     finally:
         for suffix in ("-journal", "-wal", "-shm"):  # of SQLite, where a transaction broke
             out.temporary.with_name(out.temporary.name + suffix).unlink(missing_ok=True)
@@ -798,8 +805,9 @@ def _writing(out: _Output) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError, pyarrow.ArrowException) as error:
-        if FULL_DISK.search(str(error)) or is_full(out.temporary):
-            raise OSError(errno.ENOSPC, str(error), str(out.path)) from error
+        full = find_full(out.temporary)
+        if full or FULL_DISK.search(str(error)):
+            raise OSError(full or errno.ENOSPC, str(error), str(out.path)) from error
         raise InputError(
             f"{out.path} cannot hold the columns: {error}; rename or drop them"
         ) from error

@@ -32,7 +32,7 @@ from rasterio.enums import ColorInterp, Interleaving, MaskFlags, Resampling
 from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as RasterioWindow
 
-from artefacts import atomic_path
+from artefacts import atomic_path, find_full
 from ImageData import InputError, Window
 
 log = logging.getLogger(__name__)
@@ -805,7 +805,9 @@ TIFF_PLACES, TIFF_SIZES = {273, 324}, {279, 325}
 def check_whole(path: Path) -> None:
     """Check that all that the directories of a new TIFF name was written, masks and overviews too.
 
-    GDAL does not tell where the last blocks, which go to disk when a file is closed, found no room.
+    GDAL does not tell where blocks that threads write, or that go to disk when the file is closed,
+    found no room. It may even put later ones in their place, so that a disk that is full by now is
+    reason enough.
 
     Raises:
         OSError: Something is missing, for the disk was full.
@@ -834,8 +836,9 @@ def check_whole(path: Path) -> None:
                 found[tag in TIFF_PLACES] = read(TIFF_INTEGERS[kind], count, offset=start)
         if whole and len(found) == 2:
             places, sizes = (found[key].astype(np.uint64) for key in (True, False))
-            whole = (places + sizes <= size).all() and ((places > 0) == (sizes > 0)).all()
+            whole = (places + sizes <= size).all() and (places > 0).all() and (sizes > 0).all()
         here += entries.nbytes
         place = read(word, 1, offset=here)
-    if not (whole and place.size):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    full = find_full(path)
+    if full or not (whole and place.size):
+        raise OSError(full or errno.ENOSPC, "no room for all of it", str(path))

@@ -276,15 +276,24 @@ def result_of(function, *args):
         return pickle.loads(answer.read_bytes())
 
 
-def attempt(function, report, moment=None, number=None):
+def attempt(function, report, moment=None, number=None, watched=None):
     """Do something in a child, and send it a signal at a moment; return its exit code.
+
+    The moment is in seconds, or, if a folder is watched, the number of changes seen in it: more
+    often than by chance a file is being written then.
 
     Processes that outlive the child are an error: what it started must end with it.
     """
     begun, pid = time.monotonic(), start(function, report)
-    deadline = begun + (PATIENCE if moment is None else moment)
+    deadline = begun + (moment if moment is not None and watched is None else PATIENCE)
+    state, changes = None, 0
     while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
-        time.sleep(min(0.005, max(deadline - time.monotonic(), 0)))
+        if watched is None:
+            time.sleep(min(0.005, max(deadline - time.monotonic(), 0)))
+        elif (now := _files(watched)) != state:
+            state, changes = now, changes + 1
+            if changes > moment:
+                break
     if ended[0] == 0:
         os.kill(pid, signal.SIGKILL if moment is None else number)
         ended = os.waitpid(pid, 0)
@@ -295,6 +304,14 @@ def attempt(function, report, moment=None, number=None):
             raise AssertionError(f"processes {left} outlived the one that started them")
         time.sleep(0.05)
     return os.waitstatus_to_exitcode(ended[1])
+
+
+def _files(folder):
+    """Return the files of a folder that is being written to, and their sizes."""
+    try:
+        return [(path, path.stat().st_size) for path in folder.rglob("*")]
+    except OSError:
+        return []
 
 
 def _group(pid):
@@ -334,8 +351,10 @@ def disturb(name, made, folder, signals, rng):
         renew(work)
         history = []
         while len(history) < KILLS_IN_A_ROW and len(rows) + len(history) < signals:
-            number, moment = rng.choice(SIGNALS), rng.uniform(0, 1.05 * duration)
-            code = attempt(function, report, moment, number)
+            number, moment, watched = rng.choice(SIGNALS), rng.uniform(0, 1.05 * duration), None
+            if rng.random() < 0.5:
+                moment, watched = rng.randrange(20), work
+            code = attempt(function, report, moment, number, watched)
             if code == 0:
                 break  # it was done before the signal came
             history.append((number.name, round(moment, 3)))

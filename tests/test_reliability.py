@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
 import resource
@@ -40,7 +41,7 @@ import predict
 import splits
 import strips
 import tiling
-from artefacts import is_full
+from artefacts import find_full
 from ImageData import InputError
 from LargeRasterOR import LargeRasterORModel
 from logger import DefaultModelLogger, configure_logger
@@ -448,6 +449,10 @@ def test_no_name_escapes_its_folder_or_breaks_a_stage(badly_named, tmp_path):
             path = out / "maps" / f"{image.image_identifier}{suffix}"
             df = image.df[~image.df["label"].str.contains("\n")] if suffix == ".txt" else image.df
             fileio.write_annotations(path, df, placed)
+            if "\n" in path.name and suffix in (".gpkg", ".geojson"):
+                with pytest.raises(InputError, match="a tab or a line feed in its name"):
+                    fileio.read_annotation_file(path, placed)
+                continue
             read = fileio.read_annotation_file(path, placed, text_columns=["label"])
             assert sorted(read.df["label"]) == sorted(df["label"]), suffix
             (out / "maps" / "classes.txt").unlink(missing_ok=True)
@@ -761,7 +766,7 @@ def test_a_file_that_does_not_fit_never_appears_and_the_old_one_stays(name, tmp_
     for limit in (size - 1, size - 8, *rng.integers(64, size - 8, 4)):
         said = ask(name, path, limit)
         assert said.startswith("FullDiskError: "), f"{limit} of {size} bytes: {said or 'fine'}"
-        assert "cannot be written" in said
+        assert "cannot be written: files may not grow that large (ulimit -f)" in said
         assert "run the same again" in said
         assert path.read_bytes() == before
         assert sorted(p.name for p in path.parent.iterdir()) == names
@@ -887,5 +892,5 @@ def test_a_log_file_on_a_full_disk_is_told_of_once(small_disk, capsys):
 
 def test_whether_a_disk_is_full_is_tried(small_disk, tmp_path):
     fill(small_disk, 4096)
-    assert is_full(small_disk / "probe")
-    assert not is_full(tmp_path / "probe")
+    assert find_full(small_disk / "probe") == errno.ENOSPC
+    assert find_full(tmp_path / "probe") is None
