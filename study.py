@@ -43,7 +43,6 @@ from optuna.distributions import (
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import FrozenTrial, TrialState
 
 import fileio
@@ -154,20 +153,6 @@ def is_hopeless(
 # ---------------------------------------------------------------------------------------------
 
 
-class _JournalLock(BaseJournalFileLock):
-    """A lock that ends with its process; Optuna's own outlive it, and stop all others for 30 s."""
-
-    def __init__(self, journal: Path) -> None:
-        self._lock = FileLock(f"{journal}.lock")
-
-    def acquire(self) -> bool:
-        self._lock.acquire()
-        return True
-
-    def release(self) -> None:
-        self._lock.release()
-
-
 def open_storage(url: str | None, run_dir: Path) -> BaseStorage:
     """Open what holds the queues of a run.
 
@@ -181,7 +166,8 @@ def open_storage(url: str | None, run_dir: Path) -> BaseStorage:
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # we log what happens to a trial
     if url is None:
         journal = run_dir / "study.journal"
-        return JournalStorage(_Journal(str(journal), _JournalLock(journal)))
+        # Optuna's own locks outlive their process, and stop all others for 30 s
+        return JournalStorage(_Journal(str(journal), FileLock(f"{journal}.lock")))
     check_storage(url)
     try:
         import psycopg  # noqa: F401
