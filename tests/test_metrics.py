@@ -117,7 +117,7 @@ def test_the_collector_marks_strays_by_their_centres():
              "scores": torch.ones(3), "labels": torch.zeros(3, dtype=torch.int64)}  # fmt: skip
     collector = metrics.GroundCollector()
     collector.add([found], [{"ground": torch.tensor(0), "counted": counted}])
-    (kept,), (target,) = collector.tiles[0]
+    (((_, kept, target),),) = collector.batches
     assert kept["stray"].tolist() == [False, True, True]
     assert "counted" not in target
 

@@ -48,7 +48,7 @@ class Kill(pl.Callback):
 
 def test_two_processes_learn_as_one_does_also_when_one_is_killed(prepared, tmp_path, undisturbed):
     with pytest.raises(ranks.RankError, match=r"process of rank 1 ended \(exit code -9\)"):
-        train_small(prepared.data, tmp_path, [Kill(7)], devices=2)
+        train_small(prepared.data, tmp_path, [Kill(4)], devices=2)
     values = train_small(prepared.data, tmp_path, devices=2)  # goes on with the second epoch
     table, known = (
         pd.read_csv(folder / "metrics.csv") for folder in (tmp_path, undisturbed[1])

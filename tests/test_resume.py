@@ -22,7 +22,7 @@ import gridsearch
 import resume
 import trials
 
-STEPS = 15  # of `train_small`, five in an epoch
+STEPS = 9  # of `train_small`, three in an epoch
 PATIENCE = 300  # s, for another process
 
 
@@ -89,7 +89,7 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(
     Its folder is moved between.
     """
     tmp_path = tmp_path / "before"
-    for step, epoch, place in ((3, 0, 2), (11, 2, 0)):
+    for step, epoch, place in ((2, 0, 1), (7, 2, 0)):
         with pytest.raises(KeyboardInterrupt):
             train_small(prepared.data, tmp_path, [Interrupt(step)])
         record = last(tmp_path)
@@ -137,7 +137,7 @@ def test_what_cannot_be_gone_on_from_starts_over(prepared, tmp_path, caplog):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_small(prepared.data, tmp_path, [Interrupt(7)])
+        train_small(prepared.data, tmp_path, [Interrupt(4)])
     files = {path: path.read_bytes() for path in folder.iterdir()}
     assert {path.name for path in files} == {"best.ckpt", "last.ckpt"}
     whole = files[folder / "last.ckpt"]
