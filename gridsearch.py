@@ -319,7 +319,9 @@ def _count_to_do(
 ) -> int:
     """Count the trials to train, after putting those that are to be repeated into the queue."""
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)  # its process was stopped
+        # its process was stopped; `tell` would fail, as the sampler wants to end a search that is
+        # not under way when it hears of the last place of its grid
+        study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
     # the last word on each place in the grid
     latest = {t.system_attrs["grid_id"]: t for t in study.trials if "grid_id" in t.system_attrs}
     queued = [trial for trial in latest.values() if trial.state == TrialState.WAITING]
