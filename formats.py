@@ -23,6 +23,7 @@ import itertools
 import json
 import logging
 import re
+import string
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -599,7 +600,8 @@ def annotation_writer(
         shape: What vector files and COCO polygons are: "own" (the row's polygon if that has the
             box for its bounds, and the box otherwise), "box", or "circle" (of `CIRCLE_SIDES` sides,
             around the centre `pixel_x, pixel_y` with `diameter`, which by default are the box's).
-        layer: Name of the layer in GeoPackage and GeoJSON; None takes the file's.
+        layer: Name of the layer in GeoPackage and GeoJSON; None takes the file's, but for special
+            characters that begin it.
         layer_column: Column of the chunks whose values name the layers of a GeoPackage, each drawn
             in a colour of its own; a categorical one makes a layer of every category. Other formats
             have one layer.
@@ -623,7 +625,7 @@ def annotation_writer(
     with (
         atomic_path(path) as temporary,
         opened(
-            _Output(path, temporary, raster, labels, shape, layer or path.stem, layer_column)
+            _Output(path, temporary, raster, labels, shape, layer or _layer_of(path), layer_column)
         ) as write,
     ):
 
@@ -644,6 +646,11 @@ def annotation_writer(
         yield append
         if not columns:
             write(_measured(empty))
+
+
+def _layer_of(path: Path) -> str:
+    """Name a layer after its file; GDAL wants no special character to begin it."""
+    return path.stem.lstrip(string.punctuation.replace("_", "")) or "objects"
 
 
 def _measured(df: pd.DataFrame) -> pd.DataFrame:

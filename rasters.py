@@ -45,6 +45,7 @@ os.environ.setdefault("GDAL_CACHEMAX", "64")  # MB
 
 FALSE_ALPHA = 0.2  # share of half-transparent pixels from which an alpha band looks like data
 MAX_BANDS = 1024  # read at once; a damaged header may promise tens of thousands
+MAX_BLOCK_BYTES = 2**29  # decoded at once; a header may declare more than any memory holds
 OVERVIEW_CELLS = 8  # px of an overview along a window's side, at least, that tell if it is empty
 MAX_OPEN_DATASETS = 32  # per thread; GDAL keeps a file descriptor and buffers for each
 SCHEMES = {"https": "vsicurl", "http": "vsicurl", "s3": "vsis3", "gs": "vsigs", "az": "vsiaz"}
@@ -213,6 +214,7 @@ class Raster:
                     f"{path} holds {dtype} pixels, which are no numbers to order; convert it, for "
                     "example to amplitudes in float32"
                 )
+            _check_blocks(src, path)
             a, b, _, d, e, _ = tuple(src.transform)[:6]
             if (src.crs and not np.isfinite(a * e - b * d)) or a * e == b * d:
                 raise InputError(
@@ -631,6 +633,18 @@ def read_rasters(
 def _files_of(src: rasterio.DatasetReader, path: Path) -> tuple[str, ...]:
     files = {path, *map(Path, src.files)}
     return tuple(sorted(str(file) for file in files if file.is_file()))
+
+
+def _check_blocks(src: rasterio.DatasetReader, path: Path | str) -> None:
+    height, width = src.block_shapes[0]
+    together = src.count if src.interleaving == Interleaving.pixel else 1
+    size = height * width * np.dtype(src.dtypes[0]).itemsize * together
+    if size > MAX_BLOCK_BYTES:
+        raise InputError(
+            f"{path} has blocks of {width} x {height} px, of which each takes {size / 2**20:,.0f} "
+            f"MiB when a window is read, at most {MAX_BLOCK_BYTES / 2**20:.0f} are allowed; write "
+            "it in tiles: gdal_translate -co TILED=YES"
+        )
 
 
 def _warn_of_palette(raster: Raster) -> None:

@@ -582,12 +582,11 @@ def write_bombs(folder):
         pass
     strip = tiff(folder / "strip.tif", SIDE, SIDE)
     bombs = [
-        ("look", strip, "cannot be read"),
-        ("survey", strip, "cannot be read"),
-        ("cut", strip, "set BLOCK_SIZE to"),
-        ("look", tiff(folder / "zip.tif", SIDE, SIDE, compression=8), "cannot be read"),
-        ("look", tiff(folder / "rows.tif", SIDE, SIDE, **rows), "cannot be read"),
-        ("survey", tiff(folder / "tile.tif", SIDE, SIDE, tile=2**30, blocks=4), "cannot be read"),
+        ("look", strip, "write it in tiles"),
+        ("cut", folder / "itself.vrt", "set BLOCK_SIZE to"),
+        ("look", tiff(folder / "zip.tif", SIDE, SIDE, compression=8), "write it in tiles"),
+        ("look", tiff(folder / "rows.tif", SIDE, SIDE, **rows), "write it in tiles"),
+        ("look", tiff(folder / "tile.tif", SIDE, SIDE, tile=2**30, blocks=4), "write it in tiles"),
         ("look", tiff(folder / "tiles.tif", SIDE, SIDE, tile=256, blocks=2**31), "is not a raster"),
         ("look", tiff(folder / "bands.tif", 999, 999, samples=65535), "at most 1024"),
         ("look", folder / "huge.png", "is not a raster"),
