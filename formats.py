@@ -39,6 +39,7 @@ import pandas as pd
 import pyarrow
 import pyarrow.parquet
 import pyogrio
+import pyogrio.util
 import pyproj
 import rasterio.features
 import shapely
@@ -200,11 +201,7 @@ def _read_parquet(path: Path) -> AnnotationFile:
 
 
 def _read_vector(path: Path, layer: str | None) -> AnnotationFile:
-    if re.search(r"[\t\r\n]", str(path)):
-        raise InputError(
-            f"{str(path)!r} has a tab or a line feed in its name, which the reader of vector files "
-            "drops; rename it"
-        )
+    _check_name(path)
     remedy = "expected CSV, Parquet, COCO, Pascal VOC, YOLO, or a vector file that GDAL reads"
     with _parsing(path, "annotations", remedy):
         layers = {name: kind for name, kind in pyogrio.list_layers(path) if name != STYLES}
@@ -224,6 +221,16 @@ def _read_vector(path: Path, layer: str | None) -> AnnotationFile:
         raise InputError(f"layer {layer!r} of {path} is empty; choose another with LAYER")
     null = path.suffix.lower() in (".geojson", ".json") and _crs_is_null(path)
     return AnnotationFile(file.df, file.kind, None if null else file.crs)
+
+
+def _check_name(path: Path) -> None:
+    """Refuse a name that pyogrio would take for an address, parts of which it would drop."""
+    reached = pyogrio.util.vsi_path(path)
+    if reached != str(path) and not reached.startswith("/vsi"):
+        raise InputError(
+            f"{str(path)!r} would be taken for {reached!r}, for the path of a vector file may hold "
+            "no tab or line feed, and its name no semicolon; rename it"
+        )
 
 
 def _from_frame(df: pd.DataFrame) -> AnnotationFile:
@@ -695,6 +702,7 @@ def _further(df: pd.DataFrame, first: Sequence[str]) -> pd.DataFrame:
 def _gpkg_writer(out: _Output) -> Iterator[Callable[[pd.DataFrame], None]]:
     if out.layer == STYLES:
         raise InputError(f"{out.path}: QGIS keeps styles in {STYLES}; give the layer another name")
+    _check_name(out.temporary)
     crs = _crs(out)
     code = crs and crs.to_epsg()
     described = f"EPSG:{code}" if code else crs and crs.to_wkt("WKT1_GDAL")
