@@ -57,7 +57,9 @@ KILLS_IN_A_ROW = 4  # then an attempt is left alone
 TIMES = {"seconds", "started", "training_time", "windows_per_second", "step_seconds"}
 TIMES |= {"trial"}  # one that is repeated has another number
 TIMES |= {"model"}  # a digest of a checkpoint, which holds times
+TIMES |= {"worker"}  # who trained
 VOLATILE = {".lock", "application.log", "messages.jsonl", "study.journal", "plan.csv"}
+VOLATILE |= {"study.journal.lock", "search.json"}  # the latter names the queue at random
 PATIENCE = 300  # s, for an attempt that is left alone
 
 log = logging.getLogger("kill")
