@@ -174,8 +174,9 @@ def read_leaderboard(study: optuna.Study, run_dir: Path) -> pd.DataFrame:
         values = trial.user_attrs.get("values", {})
         best = run_dir / "trials" / trial.user_attrs["key"] / "checkpoints" / "best.ckpt"
         rows.append(
-            {"trial": trial.number, "state": trial.state.name.lower(), **trial.params, **values,
-             "selected": False,
+            # one that was stopped after its last word is complete all the same
+            {"trial": trial.number, "state": "complete" if values else trial.state.name.lower(),
+             **trial.params, **values, "selected": False,
              "checkpoint": str(best) if values else "", "error": trial.user_attrs.get("error", "")}
         )  # fmt: skip
     board = pd.DataFrame(rows)
