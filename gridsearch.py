@@ -130,6 +130,8 @@ def run_search(
     """
     run_dir = Path(run_dir)
     with fileio.exclusive(run_dir, wait=True):
+        for folder in (run_dir / "trials", *(run_dir / "trials").glob("*/")):
+            fileio.remove_strays(folder)
         marks = _check_same_input(data, conf, run_dir, force=force)
         fileio.write_json(run_dir / "classes.json", dict(data.ids))
         fileio.write_json(run_dir / "radiometry.json", asdict(data.radiometry))

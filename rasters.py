@@ -807,7 +807,7 @@ def create_raster(path: Path, **profile: object) -> Iterator[rasterio.io.Dataset
     with atomic_path(path) as temporary:
         with rasterio.open(temporary, "w", **layout) as dst:
             yield dst
-        check_whole(temporary)
+        check_whole(temporary, sparse=bool(layout.get("sparse_ok")))
 
 
 # of TIFF: bytes per value of a type; types of integers; tags of places and sizes of blocks
@@ -816,12 +816,12 @@ TIFF_INTEGERS = {3: "<u2", 4: "<u4", 16: "<u8"}
 TIFF_PLACES, TIFF_SIZES = {273, 324}, {279, 325}
 
 
-def check_whole(path: Path) -> None:
+def check_whole(path: Path, *, sparse: bool = False) -> None:
     """Check that all that the directories of a new TIFF name was written, masks and overviews too.
 
     GDAL does not tell where blocks that threads write, or that go to disk when the file is closed,
     found no room. It may even put later ones in their place, so that a disk that is full by now is
-    reason enough.
+    reason enough. A sparse file lacks blocks on purpose.
 
     Raises:
         OSError: Something is missing, for the disk was full.
@@ -850,7 +850,8 @@ def check_whole(path: Path) -> None:
                 found[tag in TIFF_PLACES] = read(TIFF_INTEGERS[kind], count, offset=start)
         if whole and len(found) == 2:
             places, sizes = (found[key].astype(np.uint64) for key in (True, False))
-            whole = (places + sizes <= size).all() and (places > 0).all() and (sizes > 0).all()
+            written = (places > 0) & (sizes > 0) | (sparse & (places + sizes == 0))
+            whole = written.all() and (places + sizes <= size).all()
         here += entries.nbytes
         place = read(word, 1, offset=here)
     full = find_full(path)

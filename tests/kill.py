@@ -209,7 +209,7 @@ def snapshot(folder):
 
 
 def _content(path):
-    match path.suffix:
+    match "" if path.name.startswith(".") else path.suffix:  # a stray may be anything
         case ".json":
             return json.dumps(_timeless(json.loads(path.read_text()))).encode()
         case ".csv":
