@@ -288,10 +288,14 @@ def is_finished(path: Path, parameters: Mapping[str, Any]) -> bool:
 
 def mark_finished(path: Path, parameters: Mapping[str, Any], outputs: Sequence[str]) -> None:
     """Leave the manifest that `is_finished` reads, when the outputs beside it are written."""
-    shown = json.loads(json.dumps(dict(parameters), default=repr))
+    shown = json.loads(json.dumps(dict(parameters), default=_named))
     value = {"fingerprint": fingerprint(dict(parameters)), "outputs": list(outputs)}
     value["parameters"] = shown
     write_json(path, value)
+
+
+def _named(value: object) -> str:
+    return getattr(value, "__qualname__", None) or repr(value)  # no address of a function
 
 
 def hash_rows(df: pd.DataFrame, seed: int) -> np.ndarray:

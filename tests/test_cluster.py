@@ -16,8 +16,9 @@ from ImageData import InputError, Window
 
 
 def contents(folder):
-    """Return the files of a folder, by name; its manifests name no place."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """Return the files of a folder, by name; its manifests name no place; locks hold nothing."""
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 def assert_same_files(here, there):
@@ -39,7 +40,9 @@ def test_cleaning(small_sample, tmp_path, cluster):
             scheduler=scheduler, **cleaning,
         )  # fmt: skip
     names = assert_same_files(tmp_path / "here", tmp_path / "there")
-    assert names == {"one.csv", "one_quarantine.csv", "two.csv", "two_quarantine.csv", "report.csv"}
+    tables = {name for name in names if name.endswith(".csv")}
+    quarantines = {"one_quarantine.csv", "two_quarantine.csv"}
+    assert tables == {"one.csv", "two.csv", "report.csv", *quarantines}
     assert "not_tiny" in (tmp_path / "there" / "report.csv").read_text()
 
 

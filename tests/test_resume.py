@@ -213,7 +213,8 @@ def test_a_search_takes_up_the_trial_that_was_interrupted(prepared, tmp_path, mo
                 if len(begun) == 5:
                     raise KeyboardInterrupt
 
-        return original(*args, [Watch()], progress=progress)
+        *shared, callbacks = args
+        return original(*shared, [*callbacks, Watch()], progress=progress)
 
     monkeypatch.setattr(gridsearch, "train_iteration", train_iteration)
     with pytest.raises(KeyboardInterrupt):
