@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields
@@ -19,14 +20,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from ImageData import InputError
 
 Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
-Strategy = Literal["auto", "ddp"]
 Geometry = Literal["box", "circle"]
 Views = Literal["none", "flips", "turns", "all"]
 Search = Literal["grid", "random", "tpe"]
@@ -40,6 +40,16 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 Proportion = Annotated[float, Field(gt=0, lt=1)]
 FileName = Annotated[str, Field(min_length=1)]
 
+
+def _devices(value: object) -> object:
+    """Read text as a command line gives it: "2" as a number of devices, "2,3" or "2," as which."""
+    if isinstance(value, str) and re.fullmatch(r"\d+(,\d+)*,?", value):
+        which = [int(number) for number in value.rstrip(",").split(",")]
+        return which if "," in value else which[0]
+    return value
+
+
+Devices = Annotated[int | str | list[int], BeforeValidator(_devices)]
 HYPERPARAMETERS = ("patch_size", "n_epochs", "sample_size", "learning_rate", "batch_size")
 
 
@@ -54,8 +64,8 @@ MAY_CHANGE = {
     "RUN_NAME", "PR_COMPUTE_INTERVAL", "PATCH_SIZES", "BATCH_SIZES", "N_EPOCHS", "SAMPLE_SIZES",
     "LEARNING_RATES", "SEARCH", "N_TRIALS", "PRUNING", "STORAGE", "RETRY_FAILED",
     "REPAIR_LAYOUT", "CACHE_DIR", "RESOLUTION_TOLERANCE",
-    "FORCE_CREATION", "ACCELERATOR", "DEVICES", "WORKERS", "RUNS_DIR", "DF_DIR", "IMG_DIR",
-    "TILING_DIRECTORY", "IMAGE_OUTPUT_DIRECTORY", "MATERIALIZE_TILES", "WANDB_ACTIVE",
+    "FORCE_CREATION", "ACCELERATOR", "DEVICES", "NUM_NODES", "WORKERS", "RUNS_DIR", "DF_DIR",
+    "IMG_DIR", "TILING_DIRECTORY", "IMAGE_OUTPUT_DIRECTORY", "MATERIALIZE_TILES", "WANDB_ACTIVE",
     "WANDB_PROJECT", "PLOT_IMAGE", "INTERACTIVE", "PREDICT_FILENAMES", "CATALOGUE_FORMATS",
     "CATALOGUE_GEOMETRY", "DENSITY_CELL", "SCHEDULER",
 }  # fmt: skip
@@ -63,7 +73,7 @@ PARAMETER_OF = {  # field of the model's configuration -> parameter of a run
     "batch_size": "BATCH_SIZES", "train.epochs": "N_EPOCHS", "train.lr": "LEARNING_RATES",
     "train.optimizer": "OPTIMIZER", "train.min_visible": "MIN_VISIBLE", "workers": "WORKERS",
     "accelerator": "ACCELERATOR", "devices": "DEVICES", "num_nodes": "NUM_NODES",
-    "strategy": "STRATEGY", "precision": "PRECISION", "seed": "SEED",
+    "precision": "PRECISION", "seed": "SEED",
     "backbone": "BACKBONE", "weights": "WEIGHTS", "init_from": "INIT_FROM",
     "fpn_channels": "FPN_CHANNELS", "views": "VIEWS",
     "validation.pr_compute_interval": "PR_COMPUTE_INTERVAL",
@@ -152,9 +162,8 @@ class ModelConfig:
     batch_size: Positive = 4  # tiles per optimiser step, of each device
     workers: Annotated[int, Field(ge=0)] = 0  # processes that read tiles; 0 reads in the main one
     accelerator: str = "auto"  # Lightning's: auto, cpu, gpu, mps, ...
-    devices: int | str | list[int] = 1  # of this machine: how many, or which; "auto": all GPUs
+    devices: Devices = 1  # of this machine: how many, or which; "auto": all GPUs
     num_nodes: Positive = 1  # machines that train together, by torchrun
-    strategy: Strategy = "auto"  # of several devices; auto: ddp
     precision: Precision = "auto"  # auto: bf16-mixed where hardware has it and is faster by it
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     backbone: Backbone = "resnet18"
@@ -329,9 +338,8 @@ class RunParameters:
     CATALOGUE_GEOMETRY: Geometry
     DENSITY_CELL: Positive | None
     ACCELERATOR: str
-    DEVICES: int | str | list[int]
+    DEVICES: Devices
     NUM_NODES: Positive
-    STRATEGY: Strategy
     PRECISION: Precision
     WORKERS: Annotated[int, Field(ge=0)] | None
     SCHEDULER: Annotated[str, Field(pattern=r"^[a-z]+://\S+:\d+$")] | None
@@ -656,7 +664,6 @@ class RunParameters:
             accelerator=self.ACCELERATOR,
             devices=self.DEVICES,
             num_nodes=self.NUM_NODES,
-            strategy=self.STRATEGY,
             precision=self.PRECISION,
             seed=self.SEED,
             backbone=self.BACKBONE,

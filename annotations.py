@@ -955,6 +955,7 @@ def _clean_one(
     }  # fmt: skip
     manifest = folder / f"{name}.json"
     if force or not quarantine.exists() or not fileio.is_finished(manifest, made_from):
+        manifest.unlink(missing_ok=True)  # before what it speaks of is replaced
         cleaned = preprocess_df(path, raster, **options)
         dropped = cleaned.quarantine
         real = dropped.loc[dropped["reason"].isin(REAL), QUARANTINE_BOX_COLUMNS].astype("float64")

@@ -563,7 +563,7 @@ def _check_same_input(
     configuration = conf.to_dict()
     configuration["validation"].pop("pr_compute_interval")
     # what a trial sets itself, and what only says where it runs, may differ
-    for name in ("batch_size", "workers", "accelerator", "devices", "num_nodes", "strategy"):
+    for name in ("batch_size", "workers", "accelerator", "devices", "num_nodes"):
         configuration.pop(name)
     for name in ("epochs", "lr"):
         configuration["train"].pop(name)

@@ -245,31 +245,46 @@ def together(
     if size == 1:
         yield
         return
-    team = _assemble(size)
-    team.trainings += 1
-    on_gpus = accelerator != "cpu" and torch.cuda.is_available()
-    task = pickle.dumps((on_gpus, function, args))
-    team.store.set(_key(team, "task"), task)
-    try:
-        _await(team, "here", STARTING)
-        with _group(team, on_gpus=on_gpus):
-            try:
-                yield
-            finally:
-                team.store.set(_key(team, "done", 0), "")
-            _await(team, "done", FAREWELL)
-    except Exception as error:
-        reason = _blame_others(team, error)
+    with _threads_kept():
+        team = _assemble(size)
+        team.trainings += 1
+        on_gpus = accelerator != "cpu" and torch.cuda.is_available()
+        task = pickle.dumps((on_gpus, function, args))
+        team.store.set(_key(team, "task"), task)
         try:
-            _await(team, "back", DYING)  # they have noticed, and are there for the next training
-        except RankError:
+            _await(team, "here", STARTING)
+            with _group(team, on_gpus=on_gpus):
+                try:
+                    yield
+                finally:
+                    team.store.set(_key(team, "done", 0), "")
+                _await(team, "done", FAREWELL)
+        except Exception as error:
+            reason = _blame_others(team, error)
+            try:
+                _await(
+                    team, "back", DYING
+                )  # they have noticed, and are there for the next training
+            except RankError:
+                dismiss()
+            if reason is None:
+                raise
+            raise RankError(reason) from error
+        except BaseException:
             dismiss()
-        if reason is None:
             raise
-        raise RankError(reason) from error
-    except BaseException:
-        dismiss()
-        raise
+
+
+@contextmanager
+def _threads_kept() -> Iterator[None]:
+    """Undo that Lightning shares the cores out among the ranks, for whatever comes after."""
+    threads, told = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if told is None:
+            os.environ.pop("OMP_NUM_THREADS", None)
 
 
 @contextmanager

@@ -192,4 +192,6 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     kind, keys, *place = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *place))  # noqa: NPY002
-    torch.cuda.set_rng_state_all(state["cuda"])
+    # another machine, or another worker of this one, may see fewer
+    for device, known in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+        torch.cuda.set_rng_state(known, device)

@@ -126,7 +126,7 @@ def prepare_search(
     model = LargeRasterORModel(data.ids, conf, make_contract(data, module, size))
     model.load_pretrained()
     model.create_trainer()
-    ranks.processes(conf.accelerator, conf.devices, conf.num_nodes)
+    ranks.processes(conf.accelerator, conf.devices)
     return data, counts
 
 
@@ -187,18 +187,17 @@ def _promptly_interrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    if before[signal.SIGTERM] is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # what Lightning made of it
-            raise error.__context__ from None
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with fileio.terminable():
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # what Lightning made of it
+                raise error.__context__ from None
+            raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _train(
@@ -315,7 +314,7 @@ def _train(
 def _made_from(hyperparams: Mapping[str, Any], data: SearchData, conf: ModelConfig) -> str:
     """Digest all that the steps of a training depend on, the number of its ranks included."""
     settings = conf.to_dict()
-    for name in ("workers", "accelerator", "devices", "num_nodes", "strategy"):
+    for name in ("workers", "accelerator", "devices", "num_nodes"):
         settings.pop(name)
     tiles = data.tile_marks[hyperparams["patch_size"]]
     ground = [dict(data.ids), asdict(data.radiometry), data.blocks]

@@ -85,3 +85,11 @@ def test_a_storage_must_be_postgresql(tmp_path):
     assert run.search_options()["storage"] == "postgresql://me@host/db"
     with pytest.raises(InputError, match="STORAGE must be a PostgreSQL database"):
         run_with(tmp_path, "STORAGE: sqlite:///x.db")
+
+
+@pytest.mark.parametrize(
+    ("text", "devices"),
+    [("'2'", 2), ("'2,3'", [2, 3]), ("'3,'", [3]), ("auto", "auto"), ("[0, 1]", [0, 1])],
+)
+def test_devices_are_a_number_or_those_that_are_named(tmp_path, text, devices):
+    assert run_with(tmp_path, f"DEVICES: {text}").model_config().devices == devices
