@@ -174,19 +174,39 @@ def measure_radiometry(
     return Radiometry(method, *bounds, tuple(mean.tolist()), tuple(std.tolist()))
 
 
+def preview_limits(image: np.ndarray, valid: np.ndarray) -> tuple[tuple[float, float], ...]:
+    """Return per band of an image (bands, H, W) the values to show as black and as white.
+
+    They are the percentiles 1 and 99 of the valid pixels (H, W). Only the bands that are shown
+    have them: the first three, or the one.
+    """
+    bands = image[:3] if image.shape[0] >= 3 else image[:1]
+    if not valid.any():
+        return ((0.0, 1.0),) * len(bands)
+    return tuple(
+        tuple(np.percentile(band[valid].astype(np.float64), (1, 99)).tolist()) for band in bands
+    )
+
+
 def preview_stretch(
-    image: np.ndarray, valid: np.ndarray, percentiles: tuple[float, float] = (1.0, 99.0)
+    image: np.ndarray,
+    valid: np.ndarray,
+    limits: tuple[tuple[float, float], ...] | None = None,
 ) -> np.ndarray:
     """Stretch an image (bands, H, W) of any type to uint8 (H, W) or (H, W, 3) for looking at it.
 
-    The percentiles are those of the valid pixels (H, W); invalid ones become black.
+    Invalid pixels (H, W) become black.
+
+    Args:
+        image: The image.
+        valid: Which of its pixels hold data.
+        limits: See `preview_limits`; None: those of this image.
     """
-    bands = image[:3] if image.shape[0] >= 3 else image[:1]
     planes = []
-    for band in bands.astype(np.float64):
-        lo, hi = np.percentile(band[valid], percentiles) if valid.any() else (0.0, 1.0)
-        scaled = np.where(valid, (band - lo) / max(hi - lo, 1e-12), 0.0)
-        planes.append((scaled.clip(0, 1) * 255).astype(np.uint8))
+    limits = limits or preview_limits(image, valid)
+    for band, (low, high) in zip(image, limits, strict=False):
+        scaled = (band.astype(np.float64) - low) / max(high - low, 1e-12)
+        planes.append((np.where(valid, scaled, 0).clip(0, 1) * 255).astype(np.uint8))
     return np.stack(planes, axis=-1) if len(planes) == 3 else planes[0]
 
 

@@ -401,24 +401,31 @@ class Raster:
             present &= np.isfinite(image).all(axis=0)
         return present
 
-    def preview(self, longest_side: int = 1024) -> tuple[np.ndarray, np.ndarray]:
-        """Read the whole raster decimated to at most `longest_side` px, from overviews if any.
+    def preview(
+        self, longest_side: int = 1024, window: Window | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Read a window decimated to at most `longest_side` px, from overviews if any.
+
+        Args:
+            longest_side: Of what is returned; a smaller window stays as it is.
+            window: Inside the raster; None reads all of it.
 
         Returns:
             Pixels (bands, height, width) and their validity (height, width).
         """
-        scale = min(1.0, longest_side / max(self.width, self.height))
-        height, width = (max(1, round(side * scale)) for side in (self.height, self.width))
-        window = Window(0, 0, self.width, self.height)
+        window = window or Window(0, 0, self.width, self.height)
+        scale = min(1.0, longest_side / max(window.width, window.height))
+        shape = tuple(max(1, round(side * scale)) for side in (window.height, window.width))
         plain = not self.masked and set(self.nodata) == {None}
+        place = {"window": RasterioWindow(*window), "out_shape": shape}
         with self._reading(window) as src:
             image = read_bands(
-                src, self.bands, self.dtype, out_shape=(height, width),
+                src, self.bands, self.dtype, **place,
                 resampling=Resampling.average if plain else Resampling.nearest,
             )  # fmt: skip
             valid = self._has_value(image)
             if self.masked:
-                valid &= src.dataset_mask(out_shape=(height, width)) > 0
+                valid &= src.dataset_mask(**place) > 0
         return image, valid
 
     def _clip(self, window: Window) -> tuple[Window, tuple[int, int]]:
