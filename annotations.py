@@ -887,8 +887,9 @@ def clean_annotations(
     An object that reaches over the edge of the raster or of its area of interest is dropped, and
     so is a crowd, but they are real: the ground under such a box does not count.
 
-    Writes, per raster, `<identifier>.csv` and `<identifier>_quarantine.csv` to `output_dir`, and
-    `report.csv` over all.
+    Writes, per raster, `<identifier>.csv` and `<identifier>_quarantine.csv` to `output_dir`;
+    `report.csv` over all; and `labels.csv`: all labels, the most frequent first, with the number of
+    `objects` and whether they are `common`, or become "Unknown".
 
     Args:
         df_paths: The annotation files, in the order of the rasters.
@@ -914,6 +915,9 @@ def clean_annotations(
         workers=workers, description="cleaning", progress=progress,
     )  # fmt: skip
     common = gather_common_labels([c.df for c in cleaned], label_percentile)
+    counts = pd.concat([c.df["label"] for c in cleaned]).value_counts()
+    labels = pd.DataFrame({"objects": counts.reindex(common.index), "common": common})
+    fileio.write_table(output_dir / "labels.csv", labels.rename_axis("label").reset_index())
     merged = sorted(common.index[~common])
     log.info("common labels %s; merged into %s: %s", sorted(common.index[common]), UNKNOWN, merged)
 

@@ -41,6 +41,7 @@ MAX_SIDE = 2048  # px of a picture, on the largest screen
 OVERVIEW_SIDE = 1024  # px, of the whole raster, which is kept
 MAX_READ = 2**26  # px of a raster without overviews that are read for a view
 LEAST_BOX = 5  # px on the screen; what is smaller is a dot
+CROWDED = 0.1  # share of the picture that dots of 3 px may cover; beyond it they are of one
 CLICK = 4  # px on the screen, how near to an object a click means it
 LEGEND = 8  # labels that it names
 HEIGHT = 520  # px of the map cell
@@ -155,8 +156,9 @@ class MapPicture:
         small = np.ptp(corners, axis=1).max(axis=1, initial=0) < LEAST_BOX
         picture = np.zeros((size_wh[1], size_wh[0], 4), np.uint8)
         dots = np.floor(corners[small].mean(axis=1)).astype(int)
-        for step in np.ndindex(3, 3):
-            x, y = (dots + step - 1).T
+        crowded = 9 * len(dots) > CROWDED * picture[..., 0].size
+        for step in np.ndindex((1, 1) if crowded else (3, 3)):
+            x, y = (dots + step - (not crowded)).T
             inside = (x >= 0) & (x < size_wh[0]) & (y >= 0) & (y < size_wh[1])
             picture[y[inside], x[inside], :3] = paint[small][inside]
             picture[y[inside], x[inside], 3] = 255
