@@ -119,11 +119,11 @@ def _named(colors: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _handles(colors: Mapping[str, str], counts: Mapping[str, int] | None = None) -> list[Line2D]:
-    entries = {
-        name + ("" if counts is None else f" ({sum(counts[k] for k in labels):,})"): labels
-        for name, labels in _named(colors).items()
-    }
-    return [Line2D([], [], color=colors[ls[0]], label=name) for name, ls in entries.items()]
+    handles = []
+    for name, labels in _named(colors).items():
+        count = "" if counts is None else f" ({sum(counts[label] for label in labels):,})"
+        handles.append(Line2D([], [], color=colors[labels[0]], label=_cut(str(name)) + count))
+    return handles
 
 
 def _draw_boxes(
@@ -146,12 +146,24 @@ def _draw_labelled(ax: Axes, df: pd.DataFrame, colors: Mapping[str, str], **styl
         _draw_boxes(ax, boxes, painted, **{"linewidths": 1.0 if len(df) < 300 else 0.7} | style)
 
 
+def _columns(figure: Figure, handles: Sequence) -> int:
+    """Return how many entries of a legend fit side by side into a figure."""
+    longest = max((len(h.get_label()) for h in handles), default=0)
+    wide = 0.6 + 0.075 * longest  # inches: a line, its gap, and small letters
+    return max(1, min(len(handles), int(figure.get_figwidth() / wide)))
+
+
 def _legend_above(ax: Axes, handles: Sequence, title: str) -> None:
-    """Put a legend between an Axes and its title, in lines of at most five entries."""
-    columns = min(max(len(handles), 1), 5)
+    """Put a legend between an Axes and its title."""
+    columns = _columns(ax.figure, handles)
     ax.legend(handles=handles, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0),
               ncols=columns, frameon=False)  # fmt: skip
     ax.set_title(title, pad=10 + 16 * -(-len(handles) // columns))
+
+
+def _legend_below(figure: Figure, handles: Sequence) -> None:
+    figure.legend(handles=handles, fontsize="small", loc="outside lower center",
+                  ncols=_columns(figure, handles), frameon=False)  # fmt: skip
 
 
 def show_window(
@@ -268,7 +280,7 @@ def plot_common_labels(labels: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     shown, rest = labels.head(MAX_LABELS), labels[MAX_LABELS:]
     bars = [
-        (str(row.label), row.objects, COLORS[5] if row.common else OTHER)
+        (_cut(str(row.label)), row.objects, COLORS[5] if row.common else OTHER)
         for row in shown.itertuples()
     ]
     if len(rest):
@@ -316,7 +328,8 @@ def plot_label_counts(counts: pd.DataFrame, ax: Axes | None = None) -> Axes:
     if counts.empty:
         ax.set_title("Objects per label and split")
         return _say(ax, "no objects")
-    names = [str(label) for label in counts.index]
+    counts = counts.loc[counts.sum(axis=1).sort_values(ascending=False, kind="stable").index]
+    names = [_cut(str(label)) for label in counts.index]
     _write_bars(ax, names, [counts[split] for split in SPLIT_COLORS], SPLIT_COLORS.values())
     handles = [
         Rectangle((0, 0), 1, 1, color=color, label=f"{split} ({counts[split].sum():,})")
@@ -401,7 +414,7 @@ def plot_tile_mosaic(
     mine = mine[(mine["row"] - mine["row"].min() < most) & (mine["col"] - mine["col"].min() < most)]
     rows, cols = (mine[k].rank(method="dense").astype(int) - 1 for k in ("row", "col"))
     shape = (int(rows.max()) + 1, int(cols.max()) + 1) if len(mine) else (1, 1)
-    side = min(WIDTH / shape[1], WIDTH / 3)
+    side = min(WIDTH / shape[1], WIDTH / 4)
     figure, axes = plt.subplots(
         *shape, figsize=(side * shape[1], side * shape[0] + 0.9), squeeze=False,
         layout="constrained",
@@ -417,7 +430,8 @@ def plot_tile_mosaic(
         if not tile.kept:
             ax.images[0].set_alpha(0.35)
             ax.text(0.5, 0.5, "\n".join(str(tile.reason).split(": ")), transform=ax.transAxes,
-                    ha="center", va="center", fontsize="small", wrap=True)  # fmt: skip
+                    ha="center", va="center", fontsize="small",
+                    bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none"})  # fmt: skip
     if mine.empty:
         _say(axes[0, 0], "no tiles")
         figure.suptitle("Tiles", fontsize="medium")
@@ -452,9 +466,7 @@ def _draw_tile(
 
 def _legend_of_tiles(figure: Figure, colors: Mapping[str, str]) -> None:
     neighbour = Line2D([], [], color="0.5", linestyle=":", label="owned by a neighbour")
-    handles = [*_handles(colors), neighbour]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6),
-                  frameon=False, fontsize="small")  # fmt: skip
+    _legend_below(figure, [*_handles(colors), neighbour])
 
 
 def plot_stretch(
@@ -672,7 +684,9 @@ def plot_confusion(confusion: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.annotate("" if quiet else f"{count:.0f}", (j, i), ha="center", va="center",
                     fontsize="small", color="black" if shares[i, j] > 0.6 else "white")  # fmt: skip
     names = [_cut(str(name), 18) for name in counts.columns]
-    ax.set_xticks(range(columns), names, rotation=35, ha="right", rotation_mode="anchor")
+    steep = 90 if columns > 12 else 35  # degrees
+    ax.set_xticks(range(columns), names, rotation=steep, ha="right", va="center",
+                  rotation_mode="anchor")  # fmt: skip
     ax.set_yticks(range(rows), [_cut(str(name), 18) for name in counts.index])
     ax.set(xlabel="detected as", ylabel="truth", title="Confusion on the test ground")
     ax.figure.colorbar(drawn, ax=ax, label="% of the row")
@@ -690,13 +704,13 @@ def plot_precision_recall(
         ax: Where to draw; None makes a figure.
     """
     ax = _axes(ax, (WIDTH * 0.6, WIDTH * 0.5))
-    ax.set(xlim=(0, 1.01), ylim=(0, 1.01), xlabel="recall (0 to 1)", ylabel="precision (0 to 1)")
+    ax.set(xlim=(0, 1.0), ylim=(0, 1.01), xlabel="recall (0 to 1)", ylabel="precision (0 to 1)")
     ax.set_title(f"Precision and recall on the test ground (AP50 {values['AP50']:.3f})")
     for f1 in (0.2, 0.4, 0.6, 0.8):
         recall = np.linspace(f1 / (2 - f1) + 1e-6, 1, 100)
         ax.plot(recall, f1 * recall / (2 * recall - f1), color="0.8", linewidth=0.8, zorder=0)
-        ax.annotate(f"F1 {f1}", (1, f1 / (2 - f1)), fontsize="small", color="0.45", ha="right",
-                    va="bottom")  # fmt: skip
+        ax.annotate(f"F1 {f1}", (1.02, f1 / (2 - f1)), fontsize="small", color="0.45", va="center",
+                    annotation_clip=False)  # fmt: skip
     if curve.empty:
         return _say(ax, "no detections")
     ax.plot(curve["recall"], curve["precision"], color=COLORS[5])
@@ -880,11 +894,10 @@ def plot_detections(
         show_window(ax, image.raster, window)
         _draw_labelled(ax, df[~wrong], colors)
         _draw_labelled(ax, df[wrong], colors, linestyles="--", linewidths=1.6)
-        ax.set_title(f"{title}: {len(df)}, {wrong.sum()} of them {word}", fontsize="medium")
+        ax.set_title(f"{title}: {len(df):,}, {wrong.sum():,} of them {word}", fontsize="medium")
     handles = _handles(colors)
     handles.append(Line2D([], [], color="0.5", linestyle="--", label="missed or spurious"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6),
-                  frameon=False)  # fmt: skip
+    _legend_below(figure, handles)
     figure.suptitle(f"{image.image_identifier}, test block {block['block']}", fontsize="medium")
     return figure
 
@@ -894,7 +907,7 @@ def plot_errors(
     rasters: Mapping[str, fileio.Raster],
     kind: str | None = None,
     count: int | None = None,
-    columns: int = 6,
+    columns: int = 5,
     objects: pd.DataFrame | None = None,
 ) -> Figure:
     """Draw the first errors of each kind as cut-outs of their rasters, a contact sheet.
@@ -914,7 +927,7 @@ def plot_errors(
     shown = {k: errors[errors["kind"] == k].head(count) for k in kinds}
     rows = {k: -(-len(mine) // columns) for k, mine in shown.items()}
     slots = columns * max(sum(rows.values()), 1)
-    figure, axes = _grid(slots, columns, WIDTH / columns, caption=0.45)
+    figure, axes = _grid(slots, columns, WIDTH / columns, caption=0.8)
     figure.get_layout_engine().set(h_pad=0.08)  # inches, between the captions of two rows
     for ax in axes:
         ax.axis("off")
@@ -926,7 +939,7 @@ def plot_errors(
         Line2D([], [], color=TRUTH_COLOR, label="truth"),
         Line2D([], [], color=DETECTION_COLOR, linestyle="--", label="detection"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    _legend_below(figure, handles)
     counts = [f"{len(mine)} of {(errors['kind'] == k).sum()} {k}" for k, mine in shown.items()]
     figure.suptitle(", ".join(counts) or "no errors", fontsize="medium")
     return figure
@@ -953,11 +966,11 @@ def _draw_error(
     known = error.kind == "spurious" or error.label == error.true_label
     seen = "never seen" if np.isnan(error.score) else f"{error.score:.2f}, IoU {error.iou:.2f}"
     label = str(error.label) if known else f"{error.label}, is {error.true_label}"
-    ax.set_title("\n".join(map(_cut, [f"{error.kind} {seen}", label])), fontsize="x-small")
+    ax.set_title("\n".join(map(_cut, [f"{error.kind} {seen}", label])), fontsize="small")
     ax.axis("on")
     ax.set(xticks=[], yticks=[], ylabel="")
     ax.set_xlabel(
-        _cut(f"{error.pixel_x:.0f}, {error.pixel_y:.0f} {error.raster}"), fontsize="xx-small"
+        _cut(f"{error.pixel_x:.0f}, {error.pixel_y:.0f} {error.raster}"), fontsize="small"
     )
 
 
@@ -1005,8 +1018,6 @@ def plot_catalogue(raster: fileio.Raster, catalogue: pd.DataFrame, max_side: int
     )
     overview.set(xlim=(0, width), ylim=(height, 0), xlabel="x (px)", ylabel="y (px)")
     overview.set_title("all of it (white: that window)", fontsize="medium")
-    handles = _handles(colors, catalogue["label"].value_counts())
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(max(len(handles), 1), 6),
-                  frameon=False)  # fmt: skip
+    _legend_below(figure, _handles(colors, catalogue["label"].value_counts()))
     figure.suptitle(f"{raster.path.name}: {len(catalogue):,} objects", fontsize="medium")
     return figure
