@@ -72,6 +72,7 @@ def use_backend(*, interactive: bool) -> bool:
             import ipympl  # noqa: F401
 
             shell.run_line_magic("matplotlib", "widget")
+            plt.rcParams["figure.max_open_warning"] = 0  # figures that zoom stay open on purpose
         except Exception as error:
             log.warning("no interactive figures (%s): pip install ipympl; showing pictures", error)
         else:
