@@ -46,6 +46,8 @@ MANY = 3000  # boxes of a picture, from which on they are dots
 MAX_LABELS = 25  # bars of labels; the rarer ones share one
 MAX_BANDS = 8  # of a picture of bands
 MAX_BINS = 256  # of a histogram of values
+LOOK = 1.0  # s between two looks at a training's record
+REST = 20  # times as long as a picture of it took, at least, before the next one
 WIDTH = 9.0  # inches, a notebook's cell
 TRUTH_COLOR, DETECTION_COLOR = COLORS[1], COLORS[4]  # of the boxes of an error
 CONTEXT = 3.0  # side of an error's cut-out, in sides of what it shows
@@ -170,7 +172,7 @@ def _legend_below(figure: Figure, handles: Sequence) -> None:
 def show_window(
     ax: Axes, raster: fileio.Raster, window: Window | None = None, *, gray: bool = False
 ) -> None:
-    """Draw a window of a raster, or all of it decimated, in px of the raster, perhaps in gray."""
+    """Draw a window of a raster, or all of it decimated, in px; perhaps in pale gray."""
     whole = Window(0, 0, raster.width, raster.height)
     window = window or whole
     if window == whole:
@@ -182,7 +184,7 @@ def show_window(
     extent = (window.x, window.x + window.width, window.y + window.height, window.y)
     ax.imshow(
         imutils.preview_stretch(image, valid), cmap="gray", extent=extent, interpolation="nearest",
-        vmin=0, vmax=255,
+        vmin=-150 if gray else 0, vmax=255,  # a gray one is a background, on which colours show
     )  # fmt: skip
     ax.set(xlim=extent[:2], ylim=extent[2:], xlabel="x (px)", ylabel="y (px)")
 
@@ -237,7 +239,8 @@ def plot_diameters(
         ax.set_title("Object diameters")
         return _say(ax, "no objects")
     smallest, largest = max(df["diameter"].min(), 0.5), df["diameter"].max()
-    bins = np.geomspace(smallest * 0.95, largest * 1.05, 40)
+    count = int(np.clip(1.5 * np.sqrt(len(df)), 10, 40))
+    bins = np.geomspace(smallest * 0.95, largest * 1.05, count + 1)
     colors = _colors(df["label"])
     for labels in _named(colors).values():
         mine = df.loc[df["label"].isin(labels), "diameter"]
@@ -303,7 +306,7 @@ def plot_common_labels(labels: pd.DataFrame, ax: Axes | None = None) -> Axes:
             Rectangle((0, 0), 1, 1, color=COLORS[4], label='"Unknown" afterwards'),
         ]
     kept = labels["common"].sum()
-    _legend_above(ax, handles, f"{len(labels)} labels before, {kept + bool(len(merged))} after")
+    _legend_above(ax, handles, f"Labels: {len(labels)} before, {kept + bool(len(merged))} after")
     return ax
 
 
@@ -502,7 +505,8 @@ def plot_stretch(
             for mark in marks:
                 ax.axvline(mark, color=COLORS[4], linewidth=1.2)
         left.set_ylabel(f"band {numbers[i]}\n% of pixels")
-        left.set_title(f"{low:.4g} becomes 0, {high:.4g} becomes 1", fontsize="small")
+        places = ",.0f" if abs(low) + abs(high) >= 100 else ".4g"
+        left.set_title(f"{low:{places}} becomes 0, {high:{places}} becomes 1", fontsize="small")
         right.axvline(stretched[i].mean(), color="black", linestyle="--", linewidth=1)
         right.set_title(
             f"mean {stretched[i].mean():.3f}, deviation {stretched[i].std():.3f}", fontsize="small"
@@ -521,8 +525,8 @@ def plot_stretch(
 def live_curves(trials_dir: Path, *, active: bool = True) -> Iterator[None]:
     """Show the learning curves of the training that runs, drawn anew after each epoch.
 
-    The training is not touched: its record is read, by a thread that rests twenty times as long as
-    it works, whichever process writes it.
+    The training is not touched: its record is read, by a thread that rests `REST` times as long as
+    it draws, whichever process writes it.
 
     Args:
         trials_dir: Folder of the trials' folders.
@@ -569,14 +573,14 @@ def _watch(trials_dir: Path, show: Callable[[object], None], done: threading.Eve
         except (OSError, ValueError, KeyError):  # none yet, or half a line
             continue
         finally:
-            pause = 1.0
+            pause = LOOK
         if epochs != shown and epochs[1]:
             figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")  # pyplot has but one thread
             plot_learning_curves(records, figure.subplots(), title=path.parent.name)
             file = io.BytesIO()
             FigureCanvasAgg(figure).print_png(file)
             show(Image(file.getvalue()))
-            shown, pause = epochs, max(1.0, 20 * (time.monotonic() - start))
+            shown, pause = epochs, max(LOOK, REST * (time.monotonic() - start))
 
 
 def plot_learning_curves(
@@ -706,7 +710,8 @@ def plot_precision_recall(
     """
     ax = _axes(ax, (WIDTH * 0.6, WIDTH * 0.5))
     ax.set(xlim=(0, 1.0), ylim=(0, 1.01), xlabel="recall (0 to 1)", ylabel="precision (0 to 1)")
-    ax.set_title(f"Precision and recall on the test ground (AP50 {values['AP50']:.3f})")
+    title = f"Precision and recall on the test ground (AP50 {values['AP50']:.3f})"
+    ax.set_title(title)
     for f1 in (0.2, 0.4, 0.6, 0.8):
         recall = np.linspace(f1 / (2 - f1) + 1e-6, 1, 100)
         ax.plot(recall, f1 * recall / (2 * recall - f1), color="0.8", linewidth=0.8, zorder=0)
@@ -716,8 +721,9 @@ def plot_precision_recall(
         return _say(ax, "no detections")
     ax.plot(curve["recall"], curve["precision"], color=COLORS[5])
     label = f"score >= {values['score_threshold']:.2f}: F1 {values['box_f1']:.3f}"
-    ax.plot(values["box_recall"], values["box_precision"], "o", color=COLORS[4], label=label)
-    ax.legend(fontsize="small", loc="lower left")
+    marked = ax.plot(values["box_recall"], values["box_precision"], "o", color=COLORS[4],
+                     label=label, clip_on=False)  # fmt: skip
+    _legend_above(ax, marked, title)
     return ax
 
 
@@ -850,7 +856,7 @@ def plot_density(
         return _say(ax, "no test ground on this raster")
     ax.figure.colorbar(
         drawn, ax=ax, label=f"detections per cell of about {cell} px",
-        ticks=MaxNLocator(integer=True),
+        ticks=MaxNLocator(integer=True), shrink=float(np.clip(height / width, 0.4, 1)),
     )  # fmt: skip
     return ax
 
