@@ -84,9 +84,7 @@ class MapPicture:
         self._paint = self._paint.reshape(-1, 3)
 
         self._whole = raster.preview(OVERVIEW_SIDE)
-        self._limits = imutils.preview_limits(*self._whole)
-        with raster.anew() as src:
-            self._has_overviews = bool(src.overviews(raster.bands[0]))
+        self._limits = imutils.preview_bounds(*self._whole)
 
     def to_plane(self, xy: np.ndarray) -> np.ndarray:
         """Turn points (N, 2) in px into metres east and north of the raster's centre."""
@@ -137,11 +135,11 @@ class MapPicture:
     def _read(self, window: Window, step: float) -> tuple[Window, np.ndarray, np.ndarray]:
         whole = Window(0, 0, self.raster.width, self.raster.height)
         coarse = max(whole[2:]) / OVERVIEW_SIDE <= step
-        much = not self._has_overviews and window.width * window.height > MAX_READ
+        much = not self.raster.overviews and window.width * window.height > MAX_READ
         if coarse or much:
             return whole, *self._whole
-        longest = max(1, round(max(window[2:]) / max(step, 1)))
-        return window, *self.raster.preview(longest, window)
+        shape = tuple(max(1, round(side / max(step, 1))) for side in (window.height, window.width))
+        return window, *self.raster.read_decimated(window, shape)
 
     def draw_objects(self, bounds: Bounds, size_wh: tuple[int, int]) -> np.ndarray:
         """Draw the outlines of the objects in a part of the map as uint8 (height, width, 4).

@@ -175,10 +175,10 @@ def test_of_a_large_raster_without_overviews_only_small_views_are_read(tmp_path,
     monkeypatch.setattr(mapview, "OVERVIEW_SIDE", 40)
     picture, windows = mapview.MapPicture(raster, objects()), []
     assert picture._whole[0].shape == (3, 30, 40)
-    read = type(raster).preview
+    read = type(raster).read_decimated
     monkeypatch.setattr(
-        type(raster), "preview",
-        lambda self, side, window: windows.append(window) or read(self, side, window),
+        type(raster), "read_decimated",
+        lambda self, window, shape: windows.append(window) or read(self, window, shape),
     )  # fmt: skip
     assert picture.draw_raster(picture.bounds, (320, 240))[..., 3].all()
     assert not windows
