@@ -346,6 +346,32 @@ def plot_label_counts(counts: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def plot_split_map(image: ImageData, blocks: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Draw which ground of a raster trains, validates and tests, and where its objects are."""
     ax = _axes(ax, (WIDTH, WIDTH * 0.75))
+    mine = _draw_split(ax, image, blocks)
+    title = f"Ground of {_cut(image.image_identifier)} (blocks per split)"
+    _legend_above(ax, _split_handles(mine, len(image.df)), title)
+    return ax
+
+
+def plot_split_maps(
+    images: Sequence[ImageData], blocks: pd.DataFrame, count: int = 12, columns: int = 3
+) -> Figure:
+    """Draw the first rasters of a run as `plot_split_map` does, side by side."""
+    shown = images[:count]
+    columns = min(columns, len(shown))
+    figure, axes = _grid(len(shown), columns, WIDTH / columns)
+    drawn = []
+    for ax, image in zip(axes, shown, strict=True):
+        drawn.append(_draw_split(ax, image, blocks))
+        ax.set(xlabel="", ylabel="")
+        ax.set_title(_cut(image.image_identifier), fontsize="small")
+        ax.tick_params(labelsize="small")
+    _legend_below(figure, _split_handles(pd.concat(drawn), sum(len(i.df) for i in shown)))
+    more = f", the first {len(shown)} of {len(images)} rasters" if len(images) > count else ""
+    figure.suptitle(f"Ground in px of each raster (blocks per split){more}", fontsize="medium")
+    return figure
+
+
+def _draw_split(ax: Axes, image: ImageData, blocks: pd.DataFrame) -> pd.DataFrame:
     show_window(ax, image.raster, gray=True)
     mine = blocks[blocks["raster"] == image.image_identifier]
     for b in mine.itertuples():
@@ -354,19 +380,22 @@ def plot_split_map(image: ImageData, blocks: pd.DataFrame, ax: Axes | None = Non
         ax.add_patch(
             Rectangle((b.x, b.y), b.width, b.height, edgecolor="white", linewidth=1.2, fill=False)
         )
-    side = 3 if len(image.df) < MANY else 1
+    side = 3 if len(image.df) < 500 else 1.5 if len(image.df) < MANY else 1
     ax.plot(image.df["pixel_x"], image.df["pixel_y"], "o", color="white", markersize=side,
             markeredgecolor="black", markeredgewidth=0.4, rasterized=True)  # fmt: skip
-    counts = mine["split"].value_counts()
+    return mine
+
+
+def _split_handles(blocks: pd.DataFrame, objects: int) -> list:
+    counts = blocks["split"].value_counts()
     handles = [
         Rectangle((0, 0), 1, 1, color=color, label=f"{split} ({counts.get(split, 0)})")
         for split, color in (SPLIT_COLORS | {"unused": OTHER}).items()
         if split in SPLIT_COLORS or split in counts
     ]
-    handles.append(Line2D([], [], marker="o", color="white", markeredgecolor="black",
-                          linestyle="", label=f"object ({len(image.df):,})"))  # fmt: skip
-    _legend_above(ax, handles, f"Ground of {image.image_identifier} (blocks per split)")
-    return ax
+    dot = Line2D([], [], marker="o", color="white", markeredgecolor="black", linestyle="",
+                 label=f"object ({objects:,})")  # fmt: skip
+    return [*handles, dot]
 
 
 def plot_tiles(

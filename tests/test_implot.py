@@ -239,6 +239,10 @@ def test_split_maps_and_label_counts_show_every_split(prepared):
     ax = implot.plot_split_map(prepared.images[0], prepared.blocks)
     names = [text.get_text().split(" (")[0] for text in ax.get_legend().get_texts()]
     assert names == ["train", "validation", "test", "object"]
+    figure = implot.plot_split_maps(prepared.images, prepared.blocks)
+    assert [ax.get_title() for ax in figure.axes] == ["one", "two"]
+    patches = [sum(patch.get_fill() for patch in ax.patches) for ax in figure.axes]
+    assert patches == prepared.blocks["raster"].value_counts()[["one", "two"]].tolist()
     ax = implot.plot_label_counts(prepared.counts)
     assert len(ax.patches) == prepared.counts.size
     totals = prepared.counts.sum(axis=1).sort_values(ascending=False)
