@@ -6,8 +6,8 @@ map needs neither internet nor a server whose port a browser would have to reach
 for a hundred thousand objects as for ten.
 
 The map is a plane in metres, origin at the raster's centre, the y axis of its CRS upwards. Nothing
-is reprojected: it is the raster's own CRS in metres, of whatever body and projection. Where there
-is no CRS, it is the raster in px.
+is reprojected: it is the raster's own CRS, of whatever body and projection, scaled so that metres
+are true at the centre. Where there is no CRS, it is the raster in px.
 """
 
 from __future__ import annotations
@@ -263,7 +263,8 @@ class _Cell:
         overview.url = to_url(picture.draw_raster(picture.bounds, size))
         self.map = leaflet.Map(
             crs=leaflet.projections.Simple, layers=(overview, self._raster, self._objects),
-            center=(0.0, 0.0), zoom=fit, min_zoom=fit - 2, max_zoom=5 - np.log2(picture.pixel_side),
+            center=(0.0, 0.0), zoom=fit, min_zoom=fit - 2,
+            max_zoom=max(5 - np.log2(picture.pixel_side), fit + 1),
             zoom_snap=0, scroll_wheel_zoom=True, attribution_control=False,
             layout=widgets.Layout(height=f"{HEIGHT}px"),
         )  # fmt: skip
