@@ -53,6 +53,7 @@ TRUTH_COLOR, DETECTION_COLOR = COLORS[1], COLORS[4]  # of the boxes of an error
 CONTEXT = 3.0  # side of an error's cut-out, in sides of what it shows
 LEAST_CUTOUT = 32  # px
 CAPTION = 28  # letters of a caption's line
+PLACE = 24  # letters of a raster's name below a picture
 
 
 def use_backend(*, interactive: bool) -> bool:
@@ -879,8 +880,8 @@ def plot_density(
     for found, extent in counts:
         drawn = ax.imshow(found, cmap="cividis", extent=extent, vmin=0, vmax=most)
     ax.set(xlabel="x (px)", ylabel="y (px)", facecolor="0.9", aspect="equal",
-           xlim=(0, width), ylim=(height, 0),
-           title=f"{len(mine):,} detections on the test ground of {_cut(raster)}")  # fmt: skip
+           xlim=(0, width), ylim=(height, 0))  # fmt: skip
+    ax.set_title(f"{len(mine):,} detections on the test ground of {_cut(raster, PLACE)}")
     if not counts:
         return _say(ax, "no test ground on this raster")
     ax.figure.colorbar(
@@ -963,7 +964,7 @@ def plot_errors(
     shown = {k: errors[errors["kind"] == k].head(count) for k in kinds}
     rows = {k: -(-len(mine) // columns) for k, mine in shown.items()}
     slots = columns * max(sum(rows.values()), 1)
-    figure, axes = _grid(slots, columns, WIDTH / columns, caption=0.8)
+    figure, axes = _grid(slots, columns, WIDTH / columns, caption=0.95)
     figure.get_layout_engine().set(h_pad=0.08)  # inches, between the captions of two rows
     for ax in axes:
         ax.axis("off")
@@ -1005,9 +1006,8 @@ def _draw_error(
     ax.set_title("\n".join(map(_cut, [f"{error.kind} {seen}", label])), fontsize="small")
     ax.axis("on")
     ax.set(xticks=[], yticks=[], ylabel="")
-    ax.set_xlabel(
-        _cut(f"{error.pixel_x:.0f}, {error.pixel_y:.0f} {error.raster}"), fontsize="small"
-    )
+    name = _cut(str(error.raster), PLACE)
+    ax.set_xlabel(f"{error.pixel_x:.0f}, {error.pixel_y:.0f}\n{name}", fontsize="small")
 
 
 def _cut(line: str, most: int = CAPTION) -> str:
