@@ -25,7 +25,7 @@ LAYERS = [
     ["layout"],
     ["fileio"],
     ["geometries"],
-    ["sampledata", "annotations", "tiling", "splits", "catalogue"],
+    ["sampledata", "annotations", "tiling", "splits", "catalogue", "mapview"],
     ["ranks"],
     ["datasets", "metrics", "logger", "implot"],
     ["networks", "atlas"],
