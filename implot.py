@@ -22,6 +22,7 @@ from matplotlib.patches import Rectangle
 import fileio
 import imutils
 import tiling
+from explore import explore as explore  # with the other pictures
 from ImageData import BOX_COLUMNS, ImageData, Window
 from imutils import COLORS, label_colors
 

@@ -26,6 +26,8 @@ LAYERS = [
     ["fileio"],
     ["geometries"],
     ["sampledata", "annotations", "tiling", "splits", "catalogue"],
+    ["explore"],
+    ["review"],
     ["datasets", "metrics", "logger", "implot"],
     ["networks", "atlas"],
     ["LargeRasterOR"],
