@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backend_bases import Event, KeyEvent, MouseEvent
+from matplotlib.backend_bases import KeyEvent, MouseEvent, RendererBase
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgba_array
 from matplotlib.lines import Line2D
@@ -37,12 +37,11 @@ FIGURE_SIZE = (9.0, 6.2)  # inches, a notebook's cell
 PICTURE_SIDE = 1024  # px, longest side of the picture of the whole raster
 BUDGET = 2**23  # px that a reading decodes at once at most; larger ones come block by block
 FIRST_BLOCKS = 8  # blocks along a side of the first, coarse sample of such a reading
-STEP = 0.08  # s of reading between two answers
-REST = 0.1  # s without a movement before the ground in view is read
+STEP = 0.1  # s of reading before what there is is drawn
 STATIC_PATIENCE = 10.0  # s of reading for a figure that cannot be refined later
 OVERVIEW_SLACK = 1.2  # GDAL takes an overview up to this much coarser than what is asked for
 MAX_BOXES = 2500  # in view; beyond, objects are drawn as points
-MAX_POINTS = 20_000  # in view; beyond, every n-th object is drawn
+MAX_POINTS = 8000  # in view; beyond, every n-th object is drawn
 HALO_MARGIN = 0.12  # of a box, between it and what marks it as selected
 CONTEXT = 8.0  # side of the view of one box, in its sides
 LEAST_VIEW = 48  # px, side of that view
@@ -70,7 +69,7 @@ def read_progressively(
     window: Window,
     shape_hw: tuple[int, int],
     base: tuple[np.ndarray, np.ndarray] | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
     """Read a window at the size of the screen: at once, or better and better.
 
     What overviews make cheap comes as one reading. Of a file without them, blocks are read in the
@@ -85,13 +84,13 @@ def read_progressively(
         base: A coarser picture of the window in the same shape to start from, if there is one.
 
     Yields:
-        Pixels (bands, height, width) and their validity (height, width); about every `STEP` s the
-        same arrays, with more in them.
+        Pixels (bands, height, width), their validity (height, width), and whether that was all;
+        about every `STEP` s the same arrays, with more in them.
     """
     step_yx = window.height / shape_hw[0], window.width / shape_hw[1]
     factor = max((f for f in raster.overviews if f <= OVERVIEW_SLACK * min(step_yx)), default=1)
     if window.width * window.height / factor**2 <= BUDGET:
-        yield raster.read_decimated(window, shape_hw)
+        yield *raster.read_decimated(window, shape_hw), True
         return
     bands = len(raster.bands)
     image, valid = base or (np.zeros((bands, *shape_hw), raster.dtype), np.zeros(shape_hw, bool))
@@ -108,8 +107,8 @@ def read_progressively(
 
     def place(axis: int, low: int, high: int) -> slice:
         """Return where pixels from `low` to `high` of the raster lie in the result."""
-        low, high = ((v - start[axis]) / step_yx[axis] for v in (low, high))
-        return slice(max(int(low), 0), max(int(np.ceil(high)), int(low) + 1, 1))
+        low, high = (max(int((v - start[axis]) / step_yx[axis] + 1e-6), 0) for v in (low, high))
+        return slice(low, max(high, low + 1))  # so that those of neighbours do not overlap
 
     while stride:
         rows, cols = (
@@ -144,10 +143,55 @@ def read_progressively(
                     valid[around] = has_value.any()
                 image[:, *own], valid[own] = pixels, has_value
                 if perf_counter() > due:
-                    yield image, valid
+                    yield image, valid, False
                     due = perf_counter() + STEP
         stride //= 2
-    yield image, valid
+    yield image, valid, True
+
+
+def _shape(window: Window, scale: float) -> tuple[int, int]:
+    return tuple(min(side, max(1, round(side / scale))) for side in (window.height, window.width))
+
+
+class _Picture:
+    """A window that is being read; `pixels` are what there is of it, and their validity."""
+
+    def __init__(
+        self,
+        raster: fileio.Raster,
+        window: Window,
+        shape_hw: tuple[int, int],
+        base: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> None:
+        self.window, self.pixels, self.busy = window, None, True
+        self._pieces = read_progressively(raster, window, shape_hw, base)
+
+    def advance(self) -> None:
+        try:
+            *pixels, last = next(self._pieces)
+        except InputError as error:
+            log.warning("%s", error)
+            self.busy = False
+        else:
+            self.pixels, self.busy = tuple(pixels), not last
+
+    def cut(
+        self, window: Window, shape_hw: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return what there is of a smaller window, enlarged to a shape."""
+        if self.pixels is None:
+            return None
+        image, valid = self.pixels
+        rows, cols = (
+            ((low - from_ + (np.arange(n) + 0.5) * side / n) * of / whole).astype(int)
+            for low, from_, side, n, of, whole in (
+                (window.y, self.window.y, window.height, shape_hw[0], valid.shape[0],
+                 self.window.height),
+                (window.x, self.window.x, window.width, shape_hw[1], valid.shape[1],
+                 self.window.width),
+            )
+        )  # fmt: skip
+        return image[:, rows[:, None], cols], valid[rows[:, None], cols]
 
 
 class Ground:
@@ -155,104 +199,76 @@ class Ground:
 
     Attributes:
         raster: The raster, with the bands that are shown.
-        scale: Px of the raster per px of the picture of all of it.
     """
 
     def __init__(self, raster: fileio.Raster) -> None:
-        """Begin with the picture of the whole raster; `advance` reads it."""
+        """Begin with the whole raster; `advance` reads it."""
         shown = 3 if len(raster.bands) >= 3 else 1
         self.raster = replace(raster, bands=raster.bands[:shown], nodata=raster.nodata[:shown])
-        self.scale = max(raster.width, raster.height, PICTURE_SIDE) / PICTURE_SIDE
+        self._scale = max(raster.width, raster.height, PICTURE_SIDE) / PICTURE_SIDE
         whole = Window(0, 0, raster.width, raster.height)
-        self._whole = read_progressively(self.raster, whole, self._shape(whole, self.scale))
-        self._whole_pixels: tuple[np.ndarray, np.ndarray] | None = None
-        self._view: Iterator[tuple[np.ndarray, np.ndarray]] | None = None
-        self._view_window = whole
+        self._whole = _Picture(self.raster, whole, _shape(whole, self._scale))
+        self._view: _Picture | None = None
         self._bounds: np.ndarray | None = None
 
-    @staticmethod
-    def _shape(window: Window, scale: float) -> tuple[int, int]:
-        return tuple(
-            min(side, max(1, round(side / scale))) for side in (window.height, window.width)
-        )
-
     def look(
-        self, view_xyxy: tuple[float, float, float, float], screen_wh: tuple[int, int]
-    ) -> bool:
+        self, view_xyxy: tuple[float, float, float, float], screen_wh: tuple[float, float]
+    ) -> None:
         """Turn to a view, and drop what was being read of another.
 
         Args:
             view_xyxy: The ground in view, px of the raster; it may reach beyond.
             screen_wh: Its width and height on the screen, px.
-
-        Returns:
-            Whether it is to be read; False where the picture of the whole raster is as good.
         """
         x0, y0, x1, y1 = view_xyxy
-        width, height = self.raster.width, self.raster.height
         low = max(int(np.floor(x0)), 0), max(int(np.floor(y0)), 0)
-        high = min(int(np.ceil(x1)), width), min(int(np.ceil(y1)), height)
+        high = (
+            min(int(np.ceil(x1)), self.raster.width), min(int(np.ceil(y1)), self.raster.height),
+        )  # fmt: skip
         scale = max((x1 - x0) / screen_wh[0], (y1 - y0) / screen_wh[1])
         self._view = None
-        if scale >= 0.8 * self.scale or high[0] <= low[0] or high[1] <= low[1]:
-            return False
-        window = self._view_window = Window(*low, high[0] - low[0], high[1] - low[1])
-        shape = self._shape(window, max(scale, 1.0))
-        self._view = read_progressively(self.raster, window, shape, self._enlarged(window, shape))
-        return True
-
-    def _enlarged(
-        self, window: Window, shape_hw: tuple[int, int]
-    ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Cut a window out of the picture of the whole raster."""
-        if self._whole_pixels is None:
-            return None
-        image, valid = self._whole_pixels
-        rows, cols = (
-            ((low + (np.arange(n) + 0.5) * side / n) * of / whole).astype(int).clip(0, of - 1)
-            for low, side, n, of, whole in (
-                (window.y, window.height, shape_hw[0], valid.shape[0], self.raster.height),
-                (window.x, window.width, shape_hw[1], valid.shape[1], self.raster.width),
-            )
-        )
-        return image[:, rows[:, None], cols], valid[rows[:, None], cols]
+        if scale < 0.8 * self._scale and high[0] > low[0] and high[1] > low[1]:
+            window = Window(*low, high[0] - low[0], high[1] - low[1])
+            shape = _shape(window, max(scale, 1.0))
+            self._view = _Picture(self.raster, window, shape, self._whole.cut(window, shape))
 
     @property
     def busy(self) -> bool:
         """Whether there is more to read."""
-        return self._view is not None or self._whole is not None
+        return (self._view is not None and self._view.busy) or self._whole.busy
 
-    def advance(self) -> tuple[bool, np.ndarray, tuple[float, float, float, float]] | None:
+    def advance(self) -> bool:
         """Read one piece more, of the view before the whole raster.
 
         Returns:
-            Whether it is of the whole raster; the picture as uint8 (H, W) or (H, W, 3); and its
-            left, right, bottom and top in px of the raster. None: nothing new.
+            Whether `shown` may have changed.
         """
-        of_whole = self._view is None
-        reading = self._whole if of_whole else self._view
-        try:
-            pixels = None if reading is None else next(reading, None)
-        except InputError as error:
-            log.warning("%s", error)
-            pixels = None
-        if pixels is None:
-            if of_whole:
-                self._whole = None
-            else:
-                self._view = None
+        if self._view is not None and self._view.busy:
+            self._view.advance()
+            return True
+        self._whole.advance()
+        return self._view is None or self._view.pixels is None
+
+    def shown(self) -> tuple[np.ndarray, tuple[float, float, float, float]] | None:
+        """Return the picture of the view as far as it is read.
+
+        Returns:
+            The picture as uint8 (H, W, 3); its left, right, bottom and top in px of the raster.
+            None: nothing is read yet.
+        """
+        view = self._view
+        picture = self._whole if view is None or view.pixels is None else view
+        if picture.pixels is None:
             return None
-        image, valid = pixels
+        image, valid = picture.pixels
         if self._bounds is None and valid.any():
             # once, so that the same ground looks the same wherever the view is
             self._bounds = imutils.preview_bounds(image, valid)
-        if of_whole:
-            self._whole_pixels = pixels
-        x, y, width, height = self._view_window
-        if of_whole:
-            x, y, width, height = 0, 0, self.raster.width, self.raster.height
-        stretched = imutils.preview_stretch(image, valid, self._bounds)
-        return of_whole, stretched, (x, x + width, y + height, y)
+        shown = imutils.preview_stretch(image, valid, self._bounds)
+        if shown.ndim == 2:  # colours are drawn in half the time of values
+            shown = np.repeat(shown[:, :, None], 3, axis=2)
+        x, y, width, height = picture.window
+        return shown, (x, x + width, y + height, y)
 
     def format_place(self, x: float, y: float) -> str:
         """Tell where a point (px) is: in the raster, and on the map where there is one."""
@@ -373,9 +389,14 @@ def corners(boxes_xyxy: np.ndarray) -> np.ndarray:
 
 
 class MapAxes(Axes):
-    """Axes on which a px is as wide as it is high: the larger of two scales asked for wins."""
+    """Axes on which a px is as wide as it is high: the larger of two scales asked for wins.
+
+    Attributes:
+        before_draw: Called before everything in it is drawn, with the limits as they will be.
+    """
 
     name = "map"
+    before_draw: Callable[[], None] | None = None
 
     def apply_aspect(self, position: Bbox | None = None) -> None:
         """Enlarge the limits of one axis, around its middle, so that both have one scale."""
@@ -388,7 +409,14 @@ class MapAxes(Axes):
         ):  # fmt: skip
             half = np.sign(high - low) * scale * side / 2
             if not np.isclose(high - low, 2 * half, rtol=1e-9, atol=0):
-                set_limits((low + high) / 2 - half, (low + high) / 2 + half)
+                set_limits((low + high) / 2 - half, (low + high) / 2 + half, emit=False)
+
+    def draw(self, renderer: RendererBase) -> None:
+        """Let the content follow the limits, and draw it."""
+        self.apply_aspect()
+        if self.before_draw is not None:
+            self.before_draw()
+        super().draw(renderer)
 
 
 class Explorer:
@@ -427,10 +455,9 @@ class Explorer:
         self.ax = self.figure.add_axes((0.075, 0.075, 0.655, 0.865), axes_class=MapAxes)
         self.ax.set(xlabel="x (px)", ylabel="y (px)", facecolor="0.15")
         self.ax.autoscale(enable=False)
-        blank = np.zeros((1, 1), np.uint8)
-        style = {"cmap": "gray", "vmin": 0, "vmax": 255, "interpolation": "nearest",
-                 "aspect": "auto"}  # fmt: skip
-        self._pictures = [self.ax.imshow(blank, zorder=z, visible=False, **style) for z in (0, 1)]
+        self.ax.locator_params(nbins=5)  # texts take long to draw
+        blank, style = np.zeros((1, 1, 3), np.uint8), {"interpolation": "nearest", "aspect": "auto"}
+        self._picture = self.ax.imshow(blank, zorder=0, extent=(0, 0, 0, 0), **style)
         self._lines = [LineCollection([], zorder=z) for z in (3, 4)]
         self._points = [
             self.ax.scatter([], [], s=5, linewidths=0, zorder=3),
@@ -446,23 +473,27 @@ class Explorer:
         self._title = self.figure.text(0.075, 0.955, "", fontsize=10)
         self._values = self.figure.text(0.745, 0.075, "", fontsize=8, family="monospace",
                                         va="bottom")  # fmt: skip
-        self._timer = canvas.new_timer(interval=int(1000 * REST))
+        # it asks for the next drawing, and each drawing reads a piece
+        self._timer = canvas.new_timer(interval=1)
         self._timer.single_shot = True
-        self._timer.add_callback(self.advance)
+        self._timer.add_callback(canvas.draw_idle)
         for name, answer in (
             ("button_press_event", self._press), ("button_release_event", self._release),
             ("scroll_event", self._scroll), ("key_press_event", self._key),
-            ("resize_event", self._move), ("close_event", self._close),
+            ("close_event", self._close),
         ):  # fmt: skip
             canvas.mpl_connect(name, answer)
         if manager is not None and manager.key_press_handler_id is not None:
             # p, o, l and others would do what they do in plots
             canvas.mpl_disconnect(manager.key_press_handler_id)
             canvas.mpl_disconnect(manager.scroll_handler_id)
-        self._moved, self._pressed = True, None
+        self._pressed, self._drawn, self._version = None, None, 0
         self.open(raster, annotations, detections, errors)
-        self.ax.callbacks.connect("xlim_changed", self._move)
-        self.ax.callbacks.connect("ylim_changed", self._move)
+        # whatever is set while drawing must not ask for a drawing
+        self.figure.stale_callback = None
+        self.ax.before_draw = self.advance
+        for limits in ("xlim_changed", "ylim_changed"):
+            self.ax.callbacks.connect(limits, self._redraw)
 
     def open(
         self,
@@ -475,8 +506,6 @@ class Explorer:
         self.ground = Ground(raster)
         self.ax.format_coord = self.ground.format_place
         self._title.set_text(f"{raster.path.name}, {raster.width} x {raster.height} px")
-        for picture in self._pictures:
-            picture.set_visible(False)
         self.show_boxes(annotations, detections)
         self.stops = Layer(errors, raster.identifier).df
         if errors is None:
@@ -492,7 +521,7 @@ class Explorer:
         self.colors = imutils.label_colors([*self.truth.names, *self.detections.names])
         self.select(None)
         self._draw_legend()
-        self._schedule()
+        self._change()
 
     # -- the view -------------------------------------------------------------------------------
 
@@ -552,12 +581,12 @@ class Explorer:
     def set_score(self, score: float) -> None:
         """Show detections from this score on."""
         self.score = score
-        self._schedule(0)
+        self._change()
 
     def show_label(self, label: str, *, shown: bool) -> None:
         """Show or hide the boxes of a label."""
         (self.hidden.discard if shown else self.hidden.add)(label)
-        self._schedule(0)
+        self._change()
 
     def select(self, row: pd.Series | None, heading: str = "") -> None:
         """Mark the box of a row and list its values; None: of no row."""
@@ -572,17 +601,25 @@ class Explorer:
                 lines = [*lines[: ROW_LINES - 1], f"... {len(lines) - ROW_LINES + 1} more"]
         self._halo.set_segments(marks)
         self._values.set_text("\n".join(lines))
-        self.figure.canvas.draw_idle()
+        self._redraw()
+
+    def say(self, text: str) -> None:
+        """Write a line above the picture."""
+        self._title.set_text(text)
+        self._redraw()
 
     def _draw_legend(self) -> None:
         counts = pd.Series([*self.truth.labels, *self.detections.labels]).value_counts()
         names = [name for name in self.colors if name in counts.index[:LEGEND_ENTRIES]]
         style = {"linestyle": "", "markersize": 9, "color": "0.3", "fillstyle": "none"}
         handles = [Line2D([], [], marker=marker, label=" ", **style) for marker in ("s", CORNERS)]
-        handles += [
-            Line2D([], [], color=self.colors[name], linewidth=3, label=_shorten(name))
-            for name in names
-        ]
+        if self.controls is not None:  # the buttons tell, and texts take long to draw
+            names = list(self.colors)
+        else:
+            handles += [
+                Line2D([], [], color=self.colors[name], linewidth=3, label=_shorten(name))
+                for name in names
+            ]
         if hidden := len(self.colors) - len(names):
             handles.append(Line2D([], [], linestyle="", label=f"... {hidden} more labels"))
         if self.ax.get_legend() is not None:
@@ -636,40 +673,39 @@ class Explorer:
 
     # -- readings -------------------------------------------------------------------------------
 
-    def _move(self, _event: object = None) -> None:
-        self._schedule()
+    def _redraw(self, _axes: object = None) -> None:
+        self.figure.canvas.draw_idle()
 
-    def _schedule(self, rest: float = REST) -> None:
-        self._moved = True
-        self._timer.stop()
-        self._timer.interval = max(int(1000 * rest), 1)
-        self._timer.start()
+    def _change(self) -> None:
+        """Let the next drawing choose anew what is shown."""
+        self._version += 1
+        self._redraw()
+
+    def _state(self) -> tuple[object, ...]:
+        return self.view, self.ax.bbox.bounds, self._version
 
     def advance(self) -> None:
-        """Do the next piece of work: take up a new view, or read more of the one there is."""
-        if self._moved:
-            self._moved = False
+        """Take up the view as it is now, and read one piece of what it shows; before a drawing."""
+        changed = False
+        if (state := self._state()) != self._drawn:
+            self._drawn = state
             _, _, width, height = self.ax.bbox.bounds
-            wanted = self.ground.look(self.view, (round(width), round(height)))
-            if not wanted:
-                self._pictures[1].set_visible(False)
+            self.ground.look(self.view, (width, height))
+            changed = True
             self._draw_boxes()
             self._draw_scale()
-        if self.ground.busy and (found := self.ground.advance()) is not None:
-            of_whole, image, extent = found
-            picture = self._pictures[0 if of_whole else 1]
-            picture.set_data(image)
-            picture.set_extent(extent)
-            picture.set_visible(True)
-        self.figure.canvas.draw_idle()
         if self.ground.busy:
-            self._timer.interval = 1
+            changed |= self.ground.advance()
+        if changed and (shown := self.ground.shown()) is not None:
+            self._picture.set_data(shown[0])
+            self._picture.set_extent(shown[1])
+        if self.ground.busy:
             self._timer.start()
 
     @property
     def busy(self) -> bool:
         """Whether something is still to be drawn or read."""
-        return self._moved or self.ground.busy
+        return self._state() != self._drawn or self.ground.busy
 
     def settle(self, patience: float = np.inf) -> None:
         """Do all work at once, for at most some seconds."""
@@ -677,6 +713,7 @@ class Explorer:
         while self.busy and perf_counter() < end:
             self.advance()
         self._timer.stop()
+        self._redraw()
 
     # -- controls -------------------------------------------------------------------------------
 
@@ -687,6 +724,7 @@ class Explorer:
 
         canvas = self.figure.canvas
         canvas.header_visible, canvas.capture_scroll = False, True
+        canvas.observe(self._close, "comm")  # ipympl has no event for a figure that is closed
         canvas.toolbar.pan()  # a drag moves the ground, as on any map
         buttons = []
         for text, tip, answer in (
@@ -716,6 +754,8 @@ class Explorer:
         wrap = widgets.Layout(flex_flow="row wrap")
         rows = [widgets.Box(row, layout=wrap) for row in (buttons, toggles) if row]
         self.controls = widgets.VBox([*rows, *more, canvas])
+        self._draw_legend()
+        self._change()
         display(self.controls)
 
     # -- events ---------------------------------------------------------------------------------
@@ -750,18 +790,15 @@ class Explorer:
     def _scroll(self, event: MouseEvent) -> None:
         if event.inaxes is self.ax:
             self.zoom(ZOOM**event.step, event.xdata, event.ydata)
-            self.figure.canvas.draw_idle()
 
     def _key(self, event: KeyEvent) -> None:
         key = event.key or ""
         if not self.on_key(key) and key in KEYS:
             KEYS[key](self)
-            self.figure.canvas.draw_idle()
 
-    def _close(self, _event: Event) -> None:
+    def _close(self, _event: object) -> None:
         self._timer.stop()
         self._timer.callbacks.clear()
-        self._moved, self.ground._view, self.ground._whole = False, None, None
         if self.controls is not None:
             controls, self.controls = self.controls, None
             _close_widgets(controls)
