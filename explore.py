@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.backend_bases import KeyEvent, MouseEvent, RendererBase
+from matplotlib.backend_bases import FigureCanvasBase, KeyEvent, MouseEvent, RendererBase
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgba_array
 from matplotlib.lines import Line2D
@@ -476,7 +476,7 @@ class Explorer:
         # it asks for the next drawing, and each drawing reads a piece
         self._timer = canvas.new_timer(interval=1)
         self._timer.single_shot = True
-        self._timer.add_callback(canvas.draw_idle)
+        self._timer.add_callback(self._redraw)
         for name, answer in (
             ("button_press_event", self._press), ("button_release_event", self._release),
             ("scroll_event", self._scroll), ("key_press_event", self._key),
@@ -674,7 +674,10 @@ class Explorer:
     # -- readings -------------------------------------------------------------------------------
 
     def _redraw(self, _axes: object = None) -> None:
-        self.figure.canvas.draw_idle()
+        canvas = self.figure.canvas
+        # one that cannot wait is drawn when it is saved, and not between two limits
+        if type(canvas).draw_idle is not FigureCanvasBase.draw_idle:
+            canvas.draw_idle()
 
     def _change(self) -> None:
         """Let the next drawing choose anew what is shown."""

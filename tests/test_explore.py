@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backend_bases import CloseEvent, KeyEvent, MouseEvent
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import explore
 import fileio
@@ -24,9 +25,11 @@ def close_figures():
 
 
 def make_raster(path, width=1200, height=900, block=(64, 64), bands=1, **profile):
-    """Write a raster whose value tells the place: 50 + x / 16 + y / 16."""
-    x, y = np.meshgrid(np.arange(width), np.arange(height))
-    pixels = np.stack([50 + x / 16 + y / 16] * bands).astype(profile.get("dtype", "uint8"))
+    """Write a raster whose value, 0 to 200, tells the place."""
+    x, y = np.arange(width), np.arange(height)[:, None]
+    pixels = np.stack([200 * (x / width + y / height) / 2] * bands).astype(
+        profile.get("dtype", "uint8")
+    )
     layout = {"width": width, "height": height, "count": bands, "dtype": "uint8"}
     layout |= {"blockysize": block[0], "blockxsize": block[1]} | profile
     if layout["blockxsize"] == width:
@@ -76,7 +79,9 @@ def test_a_file_without_overviews_gets_better_until_it_is_exact(
         for image, valid, last in explore.read_progressively(raster, window, shape)
     ]
     expected = raster.read_decimated(window, shape)[0].astype(float)
-    errors = [np.abs(image[valid[None]] - expected[valid[None]]).mean() for image, valid, _ in pieces]
+    errors = [
+        np.abs(image[valid[None]] - expected[valid[None]]).mean() for image, valid, _ in pieces
+    ]
     assert errors[-1] < 1.5  # of 256 values; blocks do not end where pixels of the screen do
     assert pieces[-1][1].all()
     assert [last for *_, last in pieces] == [False] * (len(pieces) - 1) + [True]
@@ -111,9 +116,7 @@ def test_overviews_make_a_view_one_reading(tmp_path):
     whole = Window(0, 0, 4096, 4096)
     ((image, _, last),) = explore.read_progressively(raster, whole, (512, 512))
     assert last
-    np.testing.assert_allclose(
-        image.astype(float), raster.read(whole)[:, 3::8, 3::8], atol=2
-    )  # fmt: skip
+    np.testing.assert_array_equal(image, raster.read_decimated(whole, (512, 512))[0])
 
 
 def test_what_cannot_be_read_stays_as_it_is(tmp_path, monkeypatch):
@@ -142,6 +145,7 @@ def test_the_stretch_does_not_change_with_the_view(tmp_path):
     raster = make_raster(tmp_path / "r.tif", 2400, 1800)
     explorer = implot.explore(raster).explorer
     before = explorer._picture.get_array().astype(int)
+    assert before.std() > 30
     explorer.look_at(600, 450, 300, 225)
     explorer.settle()
     image, extent = explorer._picture.get_array().astype(int), explorer._picture.get_extent()
@@ -320,11 +324,12 @@ def test_a_newer_view_is_never_painted_over_by_an_older_one(tmp_path, monkeypatc
     assert min(extent[0] for extent in extents) > 800
 
 
-def test_drawing_asks_for_no_further_drawing_once_all_is_read(tmp_path):
+def test_drawing_asks_for_no_further_drawing_once_all_is_read(tmp_path, monkeypatch):
     raster = make_raster(tmp_path / "r.tif")
-    explorer = implot.explore(raster, frame([[10, 10, 40, 40]])).explorer
     asked = []
-    explorer.figure.canvas.draw_idle = lambda: asked.append(1)
+    monkeypatch.setattr(FigureCanvasAgg, "draw_idle", lambda _: asked.append(1))
+    explorer = implot.explore(raster, frame([[10, 10, 40, 40]])).explorer
+    asked.clear()
     explorer.look_at(200, 200, 100, 100)
     assert asked
     explorer.figure.canvas.draw()
