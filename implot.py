@@ -25,6 +25,7 @@ import tiling
 from explore import explore as explore  # with the other pictures
 from ImageData import BOX_COLUMNS, ImageData, Window
 from imutils import COLORS, label_colors
+from review import review as review
 
 log = logging.getLogger(__name__)
 

@@ -137,6 +137,7 @@ class Review:
         self._carry_out()
         decided = set(map(_key, self.journal.to_dict("records")))
         rows = self.items.to_dict("records")
+        self._passed: list[int] = []
         self.pending = [i for i, row in enumerate(rows) if _key(row) not in decided]
         for name in self.rasters:
             self._write(name)
@@ -233,6 +234,8 @@ class Review:
         keys = [_key(row) for row in self.items.to_dict("records")]
         if last["kind"] != BY_HAND and _key(last) in keys:
             self.pending.insert(0, keys.index(_key(last)))
+        self.pending[1:1], self._passed = self._passed, []  # their objects may be back
+        self._skip_stale()
 
     def _item(self) -> pd.Series:
         if self.current is None:
@@ -256,7 +259,7 @@ class Review:
             if _find(self.tables[item["raster"]], item[TRUE_BOX_COLUMNS]) is not None:
                 return
             log.info("%s: the object of an item is not there any more", item["raster"])
-            self.pending.pop(0)
+            self._passed.append(self.pending.pop(0))
 
     # -- what is decided ------------------------------------------------------------------------
 

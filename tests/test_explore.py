@@ -27,9 +27,7 @@ def close_figures():
 def make_raster(path, width=1200, height=900, block=(64, 64), bands=1, **profile):
     """Write a raster whose value, 0 to 200, tells the place."""
     x, y = np.arange(width), np.arange(height)[:, None]
-    pixels = np.stack([200 * (x / width + y / height) / 2] * bands).astype(
-        profile.get("dtype", "uint8")
-    )
+    pixels = np.stack([100 * (x / width + y / height)] * bands).astype(np.uint8)
     layout = {"width": width, "height": height, "count": bands, "dtype": "uint8"}
     layout |= {"blockysize": block[0], "blockxsize": block[1]} | profile
     if layout["blockxsize"] == width:
@@ -79,10 +77,8 @@ def test_a_file_without_overviews_gets_better_until_it_is_exact(
         for image, valid, last in explore.read_progressively(raster, window, shape)
     ]
     expected = raster.read_decimated(window, shape)[0].astype(float)
-    errors = [
-        np.abs(image[valid[None]] - expected[valid[None]]).mean() for image, valid, _ in pieces
-    ]
-    assert errors[-1] < 1.5  # of 256 values; blocks do not end where pixels of the screen do
+    image = pieces[-1][0].astype(float)
+    assert np.abs(image - expected).mean() < 1  # blocks do not end where px of the screen do
     assert pieces[-1][1].all()
     assert [last for *_, last in pieces] == [False] * (len(pieces) - 1) + [True]
     shares = [valid.mean() for _, valid, _ in pieces]
@@ -90,7 +86,7 @@ def test_a_file_without_overviews_gets_better_until_it_is_exact(
 
 
 def test_the_first_sample_of_a_file_without_overviews_reads_few_blocks(tmp_path, monkeypatch):
-    raster = make_raster(tmp_path / "r.tif", 4096, 2048)
+    raster = make_raster(tmp_path / "r.tif", 2048, 1024)
     reads = []
     read = fileio.Raster.read_decimated
     monkeypatch.setattr(
@@ -98,25 +94,25 @@ def test_the_first_sample_of_a_file_without_overviews_reads_few_blocks(tmp_path,
         lambda self, window, shape: reads.append(window) or read(self, window, shape),
     )  # fmt: skip
     monkeypatch.setattr(explore, "STEP", 1e9)
-    monkeypatch.setattr(explore, "BUDGET", 2**20)
+    monkeypatch.setattr(explore, "BUDGET", 2**18)
     first = explore.FIRST_BLOCKS
-    reading = explore.read_progressively(raster, Window(0, 0, 4096, 2048), (512, 1024))
+    reading = explore.read_progressively(raster, Window(0, 0, 2048, 1024), (256, 512))
     ((_, valid, last),) = list(reading)
     assert last
     assert valid.all()
-    assert len(reads) == len(set(reads)) == 64 * 32  # each block once
-    start = {(w.x // 512, w.y // 512) for w in reads[: first * first // 2]}
+    assert len(reads) == len(set(reads)) == 32 * 16  # each block once
+    start = {(w.x // 256, w.y // 256) for w in reads[: first * first // 2]}
     assert len(start) == first * first // 2  # and at first far apart
 
 
 def test_overviews_make_a_view_one_reading(tmp_path):
-    plain = make_raster(tmp_path / "r.tif", 4096, 4096)
+    plain = make_raster(tmp_path / "r.tif", 2048, 2048)
     raster = fileio.read_raster(fileio.rewrite(plain, tmp_path / "o.tif"))
-    assert raster.overviews[:3] == (2, 4, 8)
-    whole = Window(0, 0, 4096, 4096)
-    ((image, _, last),) = explore.read_progressively(raster, whole, (512, 512))
+    assert raster.overviews == (2, 4)
+    whole = Window(0, 0, 2048, 2048)
+    ((image, _, last),) = explore.read_progressively(raster, whole, (256, 256))
     assert last
-    np.testing.assert_array_equal(image, raster.read_decimated(whole, (512, 512))[0])
+    np.testing.assert_array_equal(image, raster.read_decimated(whole, (256, 256))[0])
 
 
 def test_what_cannot_be_read_stays_as_it_is(tmp_path, monkeypatch):
@@ -157,20 +153,20 @@ def test_the_stretch_does_not_change_with_the_view(tmp_path):
 
 
 def test_a_view_is_read_at_the_resolution_of_the_screen(tmp_path):
-    raster = make_raster(tmp_path / "r.tif", 3000, 3000, bands=4)
+    raster = make_raster(tmp_path / "r.tif", 2000, 2000, bands=4)
     explorer = implot.explore(raster).explorer
     assert max(explorer._picture.get_array().shape) == explore.PICTURE_SIDE
     width, height = explorer.ax.bbox.width, explorer.ax.bbox.height
-    explorer.look_at(1500, 1500, 1000, 900)
+    explorer.look_at(1000, 1000, 900, 800)
     explorer.settle()
     x0, y0, x1, y1 = explorer.view
     assert (x1 - x0) / width == pytest.approx((y1 - y0) / height)  # a px is square
-    assert x1 - x0 >= 1000
-    assert y1 - y0 >= 900
+    assert x1 - x0 >= 900
+    assert y1 - y0 >= 800
     shape = explorer._picture.get_array().shape
     assert shape[2] == 3
     assert abs(shape[1] - width) <= 2
-    explorer.look_at(1500, 1500, 30, 30)
+    explorer.look_at(1000, 1000, 30, 30)
     explorer.settle()
     x0, x1, y1, y0 = explorer._picture.get_extent()
     assert explorer._picture.get_array().shape[:2] == (y1 - y0, x1 - x0)  # no px is made up
@@ -247,9 +243,9 @@ def test_the_wheel_zooms_around_the_place_under_it(tmp_path):
     explorer = implot.explore(raster).explorer
     x0, _, x1, _ = explorer.view
     before = explorer.ax.transData.transform((300, 200))
-    send(explorer, "scroll_event", (300, 200), step=2)
+    send(explorer, "scroll_event", (300, 200), step=4)
     a0, _, a1, _ = explorer.view
-    assert (x1 - x0) / (a1 - a0) == pytest.approx(explore.ZOOM**2)
+    assert (x1 - x0) / (a1 - a0) == pytest.approx(explore.ZOOM**4)
     np.testing.assert_allclose(explorer.ax.transData.transform((300, 200)), before, atol=0.5)
     assert explorer.busy
     explorer.figure.canvas.draw()  # a drawing reads what it shows
@@ -309,7 +305,7 @@ def test_without_errors_the_surest_detection_comes_first(tmp_path):
 
 
 def test_a_newer_view_is_never_painted_over_by_an_older_one(tmp_path, monkeypatch):
-    raster = make_raster(tmp_path / "r.tif")
+    raster = make_raster(tmp_path / "r.tif", 1200, 900, block=(128, 128))
     monkeypatch.setattr(explore, "BUDGET", 100)
     monkeypatch.setattr(explore, "STEP", 0.0)
     explorer = implot.explore(raster).explorer
