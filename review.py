@@ -415,11 +415,13 @@ class Desk:
 
         Args:
             review: The review.
-            detections: All detections to show; None shows those of the items.
+            detections: Those to show beside the unsure ones; None shows those of the items.
         """
         self.review, self.label, self.message = review, next(iter(review.labels), ""), ""
         found = review.items[review.items["kind"] != "missed"]
-        self._detections = found if detections is None else detections
+        if detections is not None:  # they may end where the unsure ones begin
+            found = pd.concat([detections, found[found["kind"] == UNSURE]], ignore_index=True)
+        self._detections = found
         self._center: tuple[float, float] | None = None
         self._adding, self._controls = False, None
         self._raster = next(iter(review.rasters))
@@ -559,7 +561,7 @@ def review(
         items: See `Review`.
         folder: Where journal and annotation files go.
         clean_dir: See `Review`.
-        detections: All detections to show; None shows those of the items.
+        detections: Those to show beside the unsure ones; None shows those of the items.
         user: Who decides; None asks the system.
 
     Returns:
