@@ -37,7 +37,8 @@ FIGURE_SIZE = (9.0, 6.2)  # inches, a notebook's cell
 PICTURE_SIDE = 1024  # px, longest side of the picture of the whole raster
 BUDGET = 2**23  # px that a reading decodes at once at most; larger ones come block by block
 FIRST_BLOCKS = 8  # blocks along a side of the first, coarse sample of such a reading
-STEP = 0.1  # s of reading before what there is is drawn
+STEP = 0.1  # s of reading between two answers
+REPAINT = 0.6  # s of reading before what there is of it is drawn
 STATIC_PATIENCE = 10.0  # s of reading for a figure that cannot be refined later
 OVERVIEW_SLACK = 1.2  # GDAL takes an overview up to this much coarser than what is asked for
 MAX_BOXES = 2500  # in view; beyond, objects are drawn as points
@@ -448,7 +449,7 @@ class Explorer:
         self.on_click: Callable[[float, float], bool] = lambda _x, _y: False
         self.on_key: Callable[[str], bool] = lambda _key: False
         self.score, self.hidden, self.selected = 0.0, set(), None
-        self.controls = None
+        self.controls, self.colors = None, {}
         self.figure = plt.figure(figsize=FIGURE_SIZE)
         canvas, manager = self.figure.canvas, self.figure.canvas.manager
         # no layout engine: measuring texts anew would take longer than all else
@@ -458,6 +459,7 @@ class Explorer:
         self.ax.locator_params(nbins=5)  # texts take long to draw
         blank, style = np.zeros((1, 1, 3), np.uint8), {"interpolation": "nearest", "aspect": "auto"}
         self._picture = self.ax.imshow(blank, zorder=0, extent=(0, 0, 0, 0), **style)
+        self._picture.mouseover = False  # its values are stretched
         self._lines = [LineCollection([], zorder=z) for z in (3, 4)]
         self._points = [
             self.ax.scatter([], [], s=5, linewidths=0, zorder=3),
@@ -473,10 +475,9 @@ class Explorer:
         self._title = self.figure.text(0.075, 0.955, "", fontsize=10)
         self._values = self.figure.text(0.745, 0.075, "", fontsize=8, family="monospace",
                                         va="bottom")  # fmt: skip
-        # it asks for the next drawing, and each drawing reads a piece
         self._timer = canvas.new_timer(interval=1)
         self._timer.single_shot = True
-        self._timer.add_callback(self._redraw)
+        self._timer.add_callback(self._read_on)
         for name, answer in (
             ("button_press_event", self._press), ("button_release_event", self._release),
             ("scroll_event", self._scroll), ("key_press_event", self._key),
@@ -488,6 +489,7 @@ class Explorer:
             canvas.mpl_disconnect(manager.key_press_handler_id)
             canvas.mpl_disconnect(manager.scroll_handler_id)
         self._pressed, self._drawn, self._version = None, None, 0
+        self._unseen, self._painted = False, 0.0
         self.open(raster, annotations, detections, errors)
         # whatever is set while drawing must not ask for a drawing
         self.figure.stale_callback = None
@@ -503,7 +505,7 @@ class Explorer:
         errors: pd.DataFrame | None = None,
     ) -> None:
         """Show a raster, all of it, and boxes on it; see `explore`."""
-        self.ground = Ground(raster)
+        self.ground, self._drawn = Ground(raster), None
         self.ax.format_coord = self.ground.format_place
         self._title.set_text(f"{raster.path.name}, {raster.width} x {raster.height} px")
         self.show_boxes(annotations, detections)
@@ -518,7 +520,9 @@ class Explorer:
         """Show these boxes instead of those before."""
         name = self.ground.raster.identifier
         self.truth, self.detections = Layer(annotations, name), Layer(detections, name)
-        self.colors = imutils.label_colors([*self.truth.names, *self.detections.names])
+        names = sorted({*self.truth.names, *self.detections.names} - set(self.colors))
+        for name in names:  # a label keeps its colour when others come
+            self.colors[name] = imutils.COLORS[len(self.colors) % len(imutils.COLORS)]
         self.select(None)
         self._draw_legend()
         self._change()
@@ -614,6 +618,7 @@ class Explorer:
         style = {"linestyle": "", "markersize": 9, "color": "0.3", "fillstyle": "none"}
         handles = [Line2D([], [], marker=marker, label=" ", **style) for marker in ("s", CORNERS)]
         if self.controls is not None:  # the buttons tell, and texts take long to draw
+            self._add_toggles()
             names = list(self.colors)
         else:
             handles += [
@@ -685,24 +690,34 @@ class Explorer:
         self._redraw()
 
     def _state(self) -> tuple[object, ...]:
-        return self.view, self.ax.bbox.bounds, self._version
+        return self.view, tuple(self.ax.bbox.size), self._version
 
     def advance(self) -> None:
         """Take up the view as it is now, and read one piece of what it shows; before a drawing."""
-        changed = False
         if (state := self._state()) != self._drawn:
+            if self._drawn is None or state[:2] != self._drawn[:2]:
+                self._unseen = True
+                self.ground.look(*state[:2])
+                if self.ground.busy:
+                    self.ground.advance()
             self._drawn = state
-            _, _, width, height = self.ax.bbox.bounds
-            self.ground.look(self.view, (width, height))
-            changed = True
             self._draw_boxes()
             self._draw_scale()
-        if self.ground.busy:
-            changed |= self.ground.advance()
-        if changed and (shown := self.ground.shown()) is not None:
+        if self._unseen and (shown := self.ground.shown()) is not None:
             self._picture.set_data(shown[0])
             self._picture.set_extent(shown[1])
+        self._unseen, self._painted = False, perf_counter()
         if self.ground.busy:
+            self._timer.start()
+
+    def _read_on(self) -> None:
+        """Read one piece more, and ask for a drawing when there is enough that is new."""
+        if self.ground.busy:
+            self._unseen |= self.ground.advance()
+        enough = perf_counter() > self._painted + REPAINT or not self.ground.busy
+        if self._unseen and enough:
+            self._redraw()
+        elif self.ground.busy:
             self._timer.start()
 
     @property
@@ -715,6 +730,9 @@ class Explorer:
         end = perf_counter() + patience
         while self.busy and perf_counter() < end:
             self.advance()
+            if self.ground.busy:
+                self._unseen |= self.ground.advance()
+        self.advance()
         self._timer.stop()
         self._redraw()
 
@@ -727,6 +745,7 @@ class Explorer:
 
         canvas = self.figure.canvas
         canvas.header_visible, canvas.capture_scroll = False, True
+        canvas.toolbar_position = "right"
         canvas.observe(self._close, "comm")  # ipympl has no event for a figure that is closed
         canvas.toolbar.pan()  # a drag moves the ground, as on any map
         buttons = []
@@ -744,22 +763,30 @@ class Explorer:
             )  # fmt: skip
             slider.observe(lambda change: self.set_score(change["new"]), "value")
             buttons.append(slider)
-        toggles = []
-        for name, color in self.colors.items():
+        wrap = widgets.Layout(flex_flow="row wrap")
+        self._toggles = widgets.Box(layout=wrap)
+        self.controls = widgets.VBox(
+            [widgets.Box(buttons, layout=wrap), self._toggles, *more, canvas]
+        )
+        self._draw_legend()
+        self._change()
+        display(self.controls)
+
+    def _add_toggles(self) -> None:
+        """Let there be a button for each label, also for those that came later."""
+        import ipywidgets as widgets
+
+        made = list(self._toggles.children)
+        for name in list(self.colors)[len(made) :]:
             toggle = widgets.ToggleButton(
                 value=name not in self.hidden, description=name, tooltip="show or hide",
-                layout={"width": "auto", "border_left": f"8px solid {color}"},
+                layout={"width": "auto", "border_left": f"8px solid {self.colors[name]}"},
             )  # fmt: skip
             toggle.observe(
                 lambda change, name=name: self.show_label(name, shown=change["new"]), "value"
             )
-            toggles.append(toggle)
-        wrap = widgets.Layout(flex_flow="row wrap")
-        rows = [widgets.Box(row, layout=wrap) for row in (buttons, toggles) if row]
-        self.controls = widgets.VBox([*rows, *more, canvas])
-        self._draw_legend()
-        self._change()
-        display(self.controls)
+            made.append(toggle)
+        self._toggles.children = made
 
     # -- events ---------------------------------------------------------------------------------
 

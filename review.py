@@ -14,7 +14,6 @@ import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from datetime import UTC, datetime
-from html import escape
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -417,7 +416,9 @@ class Desk:
             review: The review.
             detections: Those to show beside the unsure ones; None shows those of the items.
         """
-        self.review, self.label, self.message = review, next(iter(review.labels), ""), ""
+        item = review.current
+        self.label = next(iter(review.labels), "") if item is None else str(item["label"])
+        self.review, self.message = review, ""
         found = review.items[review.items["kind"] != "missed"]
         if detections is not None:  # they may end where the unsure ones begin
             found = pd.concat([detections, found[found["kind"] == UNSURE]], ignore_index=True)
@@ -514,7 +515,6 @@ class Desk:
             placeholder="label, also a new one", layout={"width": "160px"},
         )  # fmt: skip
         label.observe(lambda change: setattr(self, "label", change["new"]), "value")
-        text = widgets.HTML()
         row = [
             accept, reject, button("Skip", "key s", lambda: self.act("skip")),
             button("Undo", "key u", lambda: self.act("undo")), label,
@@ -523,16 +523,15 @@ class Desk:
             button("Add a missing one", "key a: with this label, click its centre and its rim",
                    self.toggle_adding),
         ]  # fmt: skip
-        self._controls = accept, reject, label, text
+        self._controls = accept, reject, label
         row = widgets.Box(row, layout=widgets.Layout(flex_flow="row wrap"))
-        self.explorer.add_controls(text, row)
+        self.explorer.add_controls(row)
         self.refresh()
 
     def _tell(self, names: tuple[str, str] | None) -> None:
         self.explorer.say(self.message)
         if self._controls is not None:
-            *buttons, label, text = self._controls
-            text.value = f"<b>{escape(self.message)}</b>"
+            *buttons, label = self._controls
             label.options = self.review.labels
             for button, name in zip(buttons, names or (), strict=False):
                 button.description = name

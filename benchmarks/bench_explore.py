@@ -185,8 +185,6 @@ async def measure(path: Path, boxes: pd.DataFrame, *, first: bool) -> pd.DataFra
     seconds: dict[str, list[tuple[float, float]]] = {}
     for name, act in interactions(browser):
         seconds.setdefault(name, []).append(await browser.measure(act, first=first))
-        while explorer.busy:
-            await asyncio.sleep(0.001)
     table = {name: np.transpose(found) for name, found in seconds.items()}
     plt.close(explorer.figure)
     return pd.DataFrame({

@@ -316,6 +316,7 @@ def test_a_newer_view_is_never_painted_over_by_an_older_one(tmp_path, monkeypatc
     extents = []
     while explorer.busy:
         explorer.advance()
+        explorer._read_on()
         extents.append(explorer._picture.get_extent())
     assert min(extent[0] for extent in extents) > 800
 

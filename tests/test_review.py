@@ -306,15 +306,16 @@ def test_the_desk_has_buttons(ground, monkeypatch):
     plt.switch_backend("module://ipympl.backend_nbagg")
     try:
         opened, desk = open_desk(ground)
-        text, row = shown[0].children[-3:-1]
+        row = shown[0].children[-2]
         accept, reject, skip, undo, label, relabel, add = row.children
         assert (accept.description, reject.description) == ("Remove it", "Keep it")
-        assert "found nothing" in text.value
         reject.click()
         assert (accept.description, reject.description) == ("Add it", "Leave it out")
         label.value = "brand new"
         relabel.click()
         assert "brand new" in label.options
+        toggles = shown[0].children[1].children
+        assert [toggle.description for toggle in toggles] == ["a", "b", "brand new"]
         skip.click()
         undo.click()
         undo.click()
