@@ -139,9 +139,9 @@ def read_progressively(
                         place(0, y0, (row + stride * every[0]) * sides[0]),
                         place(1, x0, (col + stride * every[1]) * sides[1]),
                     )
-                    value = np.median(pixels[:, has_value], axis=1) if has_value.any() else 0
-                    image[:, *around] = np.reshape(value, (-1, 1, 1)) if has_value.any() else 0
                     valid[around] = has_value.any()
+                    if has_value.any():
+                        image[:, *around] = np.median(pixels[:, has_value], axis=1)[:, None, None]
                 image[:, *own], valid[own] = pixels, has_value
                 if perf_counter() > due:
                     yield image, valid, False
