@@ -481,7 +481,7 @@ class Explorer:
         for name, answer in (
             ("button_press_event", self._press), ("button_release_event", self._release),
             ("scroll_event", self._scroll), ("key_press_event", self._key),
-            ("close_event", self._close),
+            ("draw_event", self._paint), ("close_event", self._close),
         ):  # fmt: skip
             canvas.mpl_connect(name, answer)
         if manager is not None and manager.key_press_handler_id is not None:
@@ -706,9 +706,12 @@ class Explorer:
         if self._unseen and (shown := self.ground.shown()) is not None:
             self._picture.set_data(shown[0])
             self._picture.set_extent(shown[1])
-        self._unseen, self._painted = False, perf_counter()
+        self._unseen = False
         if self.ground.busy:
             self._timer.start()
+
+    def _paint(self, _event: object) -> None:
+        self._painted = perf_counter()  # the pause counts from the end of a drawing
 
     def _read_on(self) -> None:
         """Read one piece more, and ask for a drawing when there is enough that is new."""

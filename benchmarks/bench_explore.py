@@ -111,7 +111,7 @@ class Browser:
         """
         start, busy, before = time.perf_counter(), time.process_time(), self.pictures
         act()
-        while (self.explorer.busy and not first) or self._asked or self.pictures == before:
+        while self.pictures == before or (not first and (self.explorer.busy or self._asked)):
             await asyncio.sleep(0.001)
         return time.perf_counter() - start, time.process_time() - busy
 
@@ -213,7 +213,8 @@ def main() -> None:
             for p, f in ((overviews, False), (plain, True))
         ]
     table = pd.concat(tables)
-    log.info("%d x %d px, %d boxes and detections\n%s", args.side, args.side, args.boxes, table)
+    title = f"{args.side} x {args.side} px, {args.boxes} boxes and detections"
+    log.info("%s\n%s", title, table.to_string(float_format="%.3f"))
     if args.json:
         rows = table.reset_index(names="interaction").to_dict("records")
         fileio.write_json(args.json, {"machine": common.machine(), "rows": rows})
