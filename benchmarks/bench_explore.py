@@ -214,7 +214,7 @@ def main() -> None:
         ]
     table = pd.concat(tables)
     title = f"{args.side} x {args.side} px, {args.boxes} boxes and detections"
-    log.info("%s\n%s", title, table.to_string(float_format="%.3f"))
+    log.info("%s\n%s", title, table.to_string(float_format=lambda value: f"{value:.3f}"))
     if args.json:
         rows = table.reset_index(names="interaction").to_dict("records")
         fileio.write_json(args.json, {"machine": common.machine(), "rows": rows})
