@@ -31,10 +31,12 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 import fileio
 import imutils
 import tiling
+from explore import explore as explore  # with the other pictures
 from ImageData import BOX_COLUMNS, ImageData, Window
 from imutils import COLORS
 from mapview import map_view as map_view
 from ModelConfig import HYPERPARAMETERS
+from review import review as review
 
 if TYPE_CHECKING:
     from IPython.display import DisplayHandle
