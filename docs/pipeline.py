@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from PIL import Image
 
 HOME = Path(__file__).parent
 PICTURE = HOME / "pipeline.png"
@@ -23,7 +25,8 @@ BOXES = {
     "handles": (2.1, 0.7, "1 Rasters", "handles, windows"),
     "ground": (4.2, 1.5, "3 Ground", "blocks, before tiles"),
     "preflight": (4.2, 2.85, "4 Preflight", "checks and plan"),
-    "tile": (6.3, 1.5, "5 Rotate, 6 Tile", "a table of windows"),
+    "rotate": (6.3, 2.85, "5 Rotate", "quarter turns"),
+    "tile": (6.3, 1.5, "6 Tile", "a table of windows"),
     "search": (8.4, 1.5, "7 Search", "trainings, one test"),
     "results": (10.5, 2.3, "8 Results", "scores, errors"),
     "catalogue": (10.5, 0.7, "9 Catalogue", "every object, map"),
@@ -32,8 +35,8 @@ BOXES = {
 THINGS = {"annotations", "rasters", "others"}
 ARROWS = [
     ("annotations", "clean"), ("rasters", "handles"), ("clean", "ground"), ("handles", "ground"),
-    ("ground", "preflight"), ("ground", "tile"), ("tile", "search"), ("search", "results"),
-    ("search", "catalogue"), ("others", "catalogue"),
+    ("ground", "preflight"), ("ground", "tile"), ("rotate", "tile"), ("tile", "search"),
+    ("search", "results"), ("search", "catalogue"), ("others", "catalogue"),
 ]  # fmt: skip
 
 
@@ -57,12 +60,17 @@ def draw() -> None:
     for start, end in ARROWS:
         (x0, y0), (x1, y1) = BOXES[start][:2], BOXES[end][:2]
         if x0 == x1:
-            places = (x0, y0 + HEIGHT / 2), (x1, y1 - HEIGHT / 2)
+            side = HEIGHT / 2 if y0 < y1 else -HEIGHT / 2
+            places = (x0, y0 + side), (x1, y1 - side)
         else:
             places = (x0 + WIDTH / 2, y0), (x1 - WIDTH / 2, y1)
         ax.add_patch(FancyArrowPatch(*places, arrowstyle="-|>", mutation_scale=9, color=INK,
                                      linewidth=0.9, shrinkA=1, shrinkB=1))  # fmt: skip
-    figure.savefig(PICTURE, dpi=110, pil_kwargs={"optimize": True})
+    with BytesIO() as file:
+        figure.savefig(file, dpi=110)
+        Image.open(file).convert("RGB").quantize(64, Image.Quantize.FASTOCTREE).save(
+            PICTURE, optimize=True
+        )
 
 
 def embed() -> None:
