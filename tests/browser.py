@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -21,10 +22,8 @@ import websocket
 from conftest import PROJECT
 from PIL import Image
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))),
-    None,
-)  # fmt: skip
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -32,8 +31,8 @@ FLAGS = (
     "--no-proxy-server", "--hide-scrollbars", "--remote-debugging-port=0",
 )  # fmt: skip
 SIZE = (1440, 900)  # px, a laptop's screen
-SECONDS = 300  # patience with one condition
-TOKEN = "only-this-machine"  # noqa: S105
+SECONDS = 1200  # patience with one condition; on a quiet machine the longest takes a minute
+TOKEN = secrets.token_hex()
 SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "docmanager-extension/plugin": {"autosave": False},  # tests save when they want to
@@ -44,12 +43,12 @@ class BrowserError(AssertionError):
     """The page did not do what it was asked to."""
 
 
-def wait_for(condition: Callable[[], object], what: str, seconds: float = SECONDS) -> object:
+def wait_for(condition: Callable[[], object], what: str) -> object:
     """Return the first true answer of a condition that is asked again and again."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + SECONDS
     while not (answer := condition()):
         if time.monotonic() > end:
-            raise BrowserError(f"{what}: not within {seconds:g} s")
+            raise BrowserError(f"{what}: not within {SECONDS} s")
         time.sleep(0.2)
     return answer
 
@@ -72,7 +71,9 @@ def _process(command: list[str], log: Path, **options: object) -> Iterator[subpr
 def _started(process: subprocess.Popen, find: Callable[[], object], log: Path) -> object:
     def answer() -> object:
         if process.poll() is not None:
-            raise BrowserError(f"{process.args[0]} ended with {process.returncode}:\n{log.read_text()}")
+            raise BrowserError(
+                f"{process.args[0]} ended with {process.returncode}:\n{log.read_text()}"
+            )
         return find()
 
     return wait_for(answer, f"start of {process.args[0]}")
@@ -80,16 +81,16 @@ def _started(process: subprocess.Popen, find: Callable[[], object], log: Path) -
 
 @contextmanager
 def jupyter_server(folder: Path) -> Iterator[str]:
-    """Serve a folder, on a port that the system chooses; nothing of the user's is read or written."""
+    """Serve a folder, on a port that the system chooses, without the user's own settings."""
     home = folder / ".jupyter"
     for name, values in SETTINGS.items():
         file = home / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(values))
     places = {
-        "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime",
-        "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
-        "IPYTHONDIR": "ipython",
+        "JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "IPYTHONDIR": "ipython",
+        "JUPYTER_RUNTIME_DIR": "runtime", "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
     }  # fmt: skip
     env = os.environ | {name: str(home / place) for name, place in places.items()}
     env |= {"PYTHONPATH": str(PROJECT), "MPLCONFIGDIR": str(home / "matplotlib")}
@@ -103,10 +104,8 @@ def jupyter_server(folder: Path) -> Iterator[str]:
     with _process(command, log, cwd=folder, env=env) as process:
         runtime = home / "runtime"
         file = _started(process, lambda: next(runtime.glob("jpserver-*.json"), None), log)
-        # the file appears before all of it is written
-        url = wait_for(lambda: file.read_text().endswith("}") and json.loads(file.read_text())["url"],
-                       "address of the server")  # fmt: skip
-        yield url
+        wait_for(lambda: file.read_text().endswith("}"), "all of the server's address")
+        yield json.loads(file.read_text())["url"]
 
 
 class Page:
@@ -136,9 +135,9 @@ class Page:
             raise BrowserError(f"{expression}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
 
-    def wait(self, expression: str, seconds: float = SECONDS) -> object:
+    def wait(self, expression: str) -> object:
         """Return the first true value of an expression."""
-        return wait_for(lambda: self.js(expression), expression, seconds)
+        return wait_for(lambda: self.js(expression), expression)
 
     def mouse(self, kind: str, x: float, y: float) -> None:
         """Send `Pressed`, `Moved` or `Released` of the left button at a place of the screen."""
@@ -172,7 +171,9 @@ def chromium(folder: Path, pictures: Path) -> Iterator[Page]:
     """Open an empty page in a Chromium that knows nothing of the user."""
     profile, log = folder / "profile", folder / "chromium.log"
     command = [CHROMIUM, *FLAGS, f"--window-size={SIZE[0]},{SIZE[1]}", f"--user-data-dir={profile}"]
-    with _process([*command, "about:blank"], log, env=os.environ | {"HOME": str(folder)}) as process:
+    with _process(
+        [*command, "about:blank"], log, env=os.environ | {"HOME": str(folder)}
+    ) as process:
         port_file = profile / "DevToolsActivePort"
         _started(process, lambda: port_file.exists() and port_file.read_text().count("\n"), log)
         port = port_file.read_text().splitlines()[0]
@@ -208,13 +209,14 @@ class Lab:
         page.js(f"jupyterapp.shell.activateById({PANEL}.id)")  # commands act on what is active
         page.wait(f"{PANEL}.sessionContext.session?.kernel?.status === 'idle'")
 
-    def run_all(self, seconds: float = SECONDS) -> None:
+    def run_all(self) -> None:
         """Run all cells by JupyterLab's own command, wait for the last one, and save."""
         self.page.js(
             "window.ran = null; jupyterapp.commands.execute('notebook:run-all-cells')"
             ".then(() => { window.ran = 'done' }, error => { window.ran = `failed: ${error}` }); 0"
         )
-        self.page.wait("window.ran", seconds)
+        if self.page.wait("window.ran") != "done":
+            raise BrowserError(self.page.js("window.ran"))
         self.page.wait(f"{PANEL}.sessionContext.session.kernel.status === 'idle'")
         self.page.js(f"{PANEL}.context.save()")
 
@@ -227,19 +229,24 @@ class Lab:
         (index,) = [i for i, cell in enumerate(self.saved().cells) if text in cell.source]
         return index
 
-    def show(self, index: int, selector: str = "") -> None:
-        """Scroll to the output of a cell, or to what a selector finds in it."""
-        node = f"{CELLS}[{index}].node"
-        self.page.js(f"{PANEL}.content.scrollToItem({index}, 'start')")
-        target = f"{node}.querySelector({selector or '.jp-Cell-outputWrapper'!r})"
-        self.page.wait(f"{target} !== null")
-        self.page.js(f"{target}.scrollIntoView({{block: 'start'}}); 0")
+    def cell(self, index: int) -> str:
+        """Return the JavaScript name of a cell's element."""
+        return f"{CELLS}[{index}].node"
 
-    def place(self, index: int, selector: str, x: float = 0.5, y: float = 0.5) -> tuple[float, float]:
-        """Return the place on the screen of a point of an element of a cell, in shares of its sides."""
+    def show(self, index: int, selector: str = ".jp-Cell-outputWrapper") -> None:
+        """Scroll to what a selector finds in a cell, which JupyterLab draws only then."""
+        found = f"{self.cell(index)}.querySelector({selector!r})"
+        self.page.js(f"{PANEL}.content.scrollToItem({index}, 'start')")
+        self.page.wait(f"{found} !== null")
+        self.page.js(f"{found}.scrollIntoView({{block: 'start'}})")
+
+    def place(
+        self, index: int, selector: str, x: float = 0.5, y: float = 0.5
+    ) -> tuple[float, float]:
+        """Return where on the screen a point of an element of a cell is, in shares of its sides."""
         box = self.page.wait(
-            f"(box => box && box.width ? [box.x, box.y, box.width, box.height] : null)"
-            f"({CELLS}[{index}].node.querySelector({selector!r})?.getBoundingClientRect())"
+            "(box => box?.width && [box.x, box.y, box.width, box.height])"
+            f"({self.cell(index)}.querySelector({selector!r})?.getBoundingClientRect())"
         )
         return box[0] + x * box[2], box[1] + y * box[3]
 
@@ -249,10 +256,23 @@ class Lab:
         self.page.drag(place, place)
 
     def pixels(self, index: int) -> np.ndarray:
-        """Return the figure in a cell, uint8 (height, width, 4)."""
-        url = self.page.js(f"{CELLS}[{index}].node.querySelector({CANVAS!r}).toDataURL()")
+        """Return the first figure in a cell, uint8 (height, width, 4); without one, (0, 0, 4)."""
+        url = self.page.js(f"{self.cell(index)}.querySelector({CANVAS!r})?.toDataURL()")
+        if url is None:
+            return np.empty((0, 0, 4), np.uint8)
         data = base64.b64decode(url.partition(",")[2])
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"))
 
+    def settled(self, index: int) -> np.ndarray:
+        """Return the first figure in a cell as soon as it is drawn and changes no more."""
+        seen = [self.pixels(index)]
 
-CANVAS = ".jupyter-matplotlib-canvas-div canvas"
+        def still() -> bool:
+            seen.append(self.pixels(index))
+            return np.array_equal(seen[-1], seen[-2]) and (not seen[-1].size or seen[-1].any())
+
+        wait_for(still, f"a figure at rest in cell {index}")
+        return seen[-1]
+
+
+CANVAS = ".jupyter-matplotlib-canvas-div canvas"  # the lower of two; the upper takes the mouse
