@@ -48,6 +48,7 @@ __version__ = "0.1.0"
 
 BEST_BY = "val_AP50"  # the epoch and the trial that are kept; never by the test's
 SWA_SHARE = 0.25  # of the training, at its end
+LINE_SECONDS = 60  # s, least time between two lines of progress within an epoch or a measurement
 DIVERGED = 1e4  # a loss that no network in its senses has
 VIEWS = {  # of tiles -> quarter turns, mirrored
     "none": ((0, False),),
@@ -465,6 +466,7 @@ class LargeRasterORModel(pl.LightningModule):
         precision = resolve_precision(self.conf.precision, self.conf.accelerator)
         train = self.conf.train
         own = [RunningAverage(train)] if train.averaging != "none" else []
+        own += [] if progress else [ProgressLines()]
         if train.patience is not None:
             # Lightning counts epochs, in which the last measurement still stands
             epochs = train.patience * self.conf.validation.pr_compute_interval
@@ -549,6 +551,46 @@ class RunningAverage(WeightAveraging):
             torch._foreach_lerp_(average, current, self.weight)
         else:  # counters
             torch._foreach_copy_(average, current)
+
+
+class ProgressLines(pl.Callback):
+    """Log how far a long training or measurement is, at about every tenth of it."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Start the clock."""
+        self.started = self.told = time.monotonic()
+        self.first = trainer.global_step if stage == "fit" else 0  # of a training that goes on
+        self.tenth = 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        """Count steps."""
+        self._tell("training", trainer.global_step, int(trainer.estimated_stepping_batches))
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, model: pl.LightningModule, outputs: object, batch: Batch,
+        batch_idx: int, *_: object,
+    ) -> None:  # fmt: skip
+        """Count batches, but not those within a training."""
+        if trainer.state.fn == "validate":
+            self._tell("validation", batch_idx + 1, int(sum(trainer.num_val_batches)))
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, model: pl.LightningModule, outputs: object, batch: Batch,
+        batch_idx: int, *_: object,
+    ) -> None:  # fmt: skip
+        """Count batches."""
+        self._tell("test", batch_idx + 1, int(sum(trainer.num_test_batches)))
+
+    def _tell(self, stage: str, done: int, total: int) -> None:
+        now, tenth = time.monotonic(), 10 * done // total
+        if tenth == self.tenth or now - self.told < LINE_SECONDS:
+            return
+        self.told, self.tenth = now, tenth
+        rate = (done - self.first) / (now - self.started)
+        log.info(
+            "%s: %d of %d batches, %.3g per second, about %.0f s to go", stage, done, total, rate,
+            (total - done) / rate,
+        )  # fmt: skip
 
 
 def _plain(value: object) -> object:

@@ -261,6 +261,21 @@ def test_the_clock_ends_a_training_and_its_rate_falls_until_then(prepared, tmp_p
     assert "val_AP50" in trainer.callback_metrics  # what it ends with is measured
 
 
+def test_long_work_tells_at_every_tenth_how_far_it_is(prepared, tmp_path, monkeypatch, caplog):
+    conf = small_conf(batch_size=4)
+    conf.train.epochs = 2
+    monkeypatch.setattr("LargeRasterOR.LINE_SECONDS", 0)
+    with caplog.at_level("INFO"):
+        model, module, trainer = fit(prepared, tmp_path, conf, sample_size=0.5)
+        trainer.validate(model, module.full_validation_dataloader(), verbose=False)
+    lines = [line for line in caplog.messages if " batches, " in line]
+    steps = [line for line in lines if line.startswith("training: ")]
+    assert len(steps) == 10
+    assert steps[-1].startswith(f"training: {trainer.global_step} of {trainer.global_step} batches")
+    assert steps[-1].endswith(", about 0 s to go")
+    assert lines[-1].startswith("validation: ")  # only the one after the training
+
+
 @pytest.mark.parametrize(("interval", "epochs"), [(1, 3), (2, 5)])
 def test_patience_counts_measurements_that_are_no_better(prepared, tmp_path, interval, epochs):
     conf = small_conf(batch_size=32)
