@@ -55,7 +55,6 @@ def use_backend(*, interactive: bool) -> bool:
             import ipympl  # noqa: F401
 
             shell.run_line_magic("matplotlib", "widget")
-            plt.rcParams["figure.max_open_warning"] = 0  # a notebook's figures all stay alive
         except Exception as error:
             log.warning("no interactive figures (%s): pip install ipympl; showing pictures", error)
         else:
