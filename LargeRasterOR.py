@@ -124,6 +124,7 @@ def detect_views(
     tiles: Tensor,
     views: Sequence[tuple[int, bool]],
     scales: Sequence[float] = (1.0,),
+    least_score: float = 0.0,
 ) -> tuple[list[Detections], list[int]]:
     """Detect on views of square tiles (B, bands, side, side), and fuse what they show.
 
@@ -132,9 +133,10 @@ def detect_views(
         tiles: Stretched.
         views: Quarter turns and whether mirrored before, of each.
         scales: Factors by which tiles are enlarged, in every view.
+        least_score: From which on detections are counted.
 
     Returns:
-        Per tile the detections, in px of the tile, and the most that a view shows.
+        Per tile the detections, in px of the tile, and the most of that score that a view shows.
     """
     side = tiles.shape[-1]
     by_view = []
@@ -154,10 +156,10 @@ def detect_views(
             scores, ids = (found[name].cpu().numpy() for name in ("scores", "labels"))
             by_tile.append(Detections(boxes, scores.astype(np.float32), ids))
         by_view.append(by_tile)
-    if len(by_view) == 1:
-        return by_view[0], [len(found) for found in by_view[0]]
     of_tiles = list(zip(*by_view, strict=True))
-    most = [max(map(len, found)) for found in of_tiles]
+    most = [max(int((f.scores >= least_score).sum()) for f in found) for found in of_tiles]
+    if len(by_view) == 1:
+        return by_view[0], most
     return [fuse_views(found, FUSE_IOU) for found in of_tiles], most
 
 
@@ -194,7 +196,7 @@ class LargeRasterORModel(pl.LightningModule):
         # Score from which a detection counts, found on validation ground; NaN until then.
         self.register_buffer("operating_threshold", torch.tensor(float("nan")))
         self.collector = metrics.GroundCollector()
-        self.full_tiles = 0  # of those collected
+        self.full_tiles = 0  # of those collected: the limit cuts what counts
         self.evaluation: metrics.Evaluation | None = None  # the last one
         self.grounds: dict[int, metrics.Ground] = {}  # what it was computed on
 
@@ -274,9 +276,11 @@ class LargeRasterORModel(pl.LightningModule):
             on_step=stage == "train", on_epoch=True, batch_size=len(images), prog_bar=False,
         )  # fmt: skip
         if measures:
-            most = [len(found["boxes"]) for found in detections]
+            counted = float(self.operating_threshold) if stage == "test" else 0.0
+            most = [int((found["scores"] >= counted).sum()) for found in detections]
             if fused:
-                seen, most = detect_views(self, images, VIEWS[self.conf.views])
+                views = VIEWS[self.conf.views]
+                seen, most = detect_views(self, images, views, least_score=counted)
                 detections = [
                     {"boxes": torch.from_numpy(found.boxes).float(),
                      "scores": torch.from_numpy(found.scores),
@@ -398,9 +402,8 @@ class LargeRasterORModel(pl.LightningModule):
     def _evaluate(self, stage: str, iou_threshold: float, score_threshold: float | None) -> None:
         if self.full_tiles and stage == "test":
             log.warning(
-                "%d tiles of the test ground reached the limit of %d detections, those of low "
-                "scores among them; if a trained model shows so many objects in a tile, set "
-                "detections_per_tile in MODEL_OPTIONS",
+                "%d tiles of the test ground show %d detections of the chosen threshold or above, "
+                "and no more are kept; set detections_per_tile in MODEL_OPTIONS",
                 self.full_tiles, self.network.detections_per_img,
             )  # fmt: skip
         self.full_tiles = 0

@@ -31,7 +31,7 @@ FLAGS = (
     "--no-proxy-server", "--hide-scrollbars", "--remote-debugging-port=0",
 )  # fmt: skip
 SIZE = (1440, 900)  # px, a laptop's screen
-SECONDS = 1200  # patience with one condition; on a quiet machine the longest takes a minute
+SECONDS = 1800  # patience with one condition; on a quiet machine the longest takes a minute
 TOKEN = secrets.token_hex()
 SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
@@ -251,7 +251,16 @@ class Lab:
         return box[0] + x * box[2], box[1] + y * box[3]
 
     def click(self, index: int, selector: str) -> None:
-        """Click on an element of a cell."""
+        """Click on an element of a cell as soon as it can be: toolbars appear under the mouse."""
+        found = f"{self.cell(index)}.querySelector({selector!r})"
+        self.page.js(f"{found}.scrollIntoView({{block: 'center'}})")
+
+        def reached() -> bool:
+            x, y = self.place(index, selector)
+            self.page.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+            return self.page.js(f"{found}.contains(document.elementFromPoint({x}, {y}))")
+
+        wait_for(reached, f"{selector} under the mouse")
         place = self.place(index, selector)
         self.page.drag(place, place)
 

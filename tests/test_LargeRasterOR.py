@@ -122,6 +122,21 @@ def test_a_trained_model_is_measured_with_its_views(overfitted, monkeypatch):
     assert fused["val_AP50"] != plain["val_AP50"]
 
 
+@pytest.mark.parametrize("views", ["none", "flips"])
+def test_the_limit_of_a_tile_is_warned_of_where_it_cuts_what_counts(
+    overfitted, monkeypatch, caplog, views
+):
+    model, module, trainer = overfitted
+    monkeypatch.setattr(model.conf, "views", views)
+    monkeypatch.setattr(model.network, "detections_per_img", 1)
+    monkeypatch.setitem(model._buffers, "operating_threshold", torch.tensor(1.0))
+    trainer.test(model, module.test_dataloader(), verbose=False)
+    assert "no more are kept" not in caplog.text
+    model.operating_threshold.fill_(0.0)
+    trainer.test(model, module.test_dataloader(), verbose=False)
+    assert "show 1 detections of the chosen threshold or above" in caplog.text
+
+
 def test_testing_before_validating_is_refused(prepared, tmp_path):
     data, conf = prepared.data, small_conf(batch_size=8)
     module = TileDataModule(
