@@ -68,9 +68,7 @@ def draw() -> None:
                                      linewidth=0.9, shrinkA=1, shrinkB=1))  # fmt: skip
     with BytesIO() as file:
         figure.savefig(file, dpi=110)
-        Image.open(file).convert("RGB").quantize(64, Image.Quantize.FASTOCTREE).save(
-            PICTURE, optimize=True
-        )
+        Image.open(file).convert("RGB").quantize(255).save(PICTURE, optimize=True)
 
 
 def embed() -> None:
