@@ -229,30 +229,34 @@ class Lab:
         (index,) = [i for i, cell in enumerate(self.saved().cells) if text in cell.source]
         return index
 
-    def cell(self, index: int) -> str:
-        """Return the JavaScript name of a cell's element."""
-        return f"{CELLS}[{index}].node"
+    def find(self, index: int, selector: str) -> str:
+        """Return the JavaScript of the first element of a cell that a selector finds."""
+        return f"{CELLS}[{index}].node.querySelector({selector!r})"
 
     def show(self, index: int, selector: str = ".jp-Cell-outputWrapper") -> None:
         """Scroll to what a selector finds in a cell, which JupyterLab draws only then."""
-        found = f"{self.cell(index)}.querySelector({selector!r})"
         self.page.js(f"{PANEL}.content.scrollToItem({index}, 'start')")
-        self.page.wait(f"{found} !== null")
-        self.page.js(f"{found}.scrollIntoView({{block: 'start'}})")
+        self.page.wait(f"{self.find(index, selector)} !== null")
+        self.page.js(f"{self.find(index, selector)}.scrollIntoView({{block: 'start'}})")
 
     def place(
         self, index: int, selector: str, x: float = 0.5, y: float = 0.5
     ) -> tuple[float, float]:
         """Return where on the screen a point of an element of a cell is, in shares of its sides."""
-        box = self.page.wait(
-            "(box => box?.width && [box.x, box.y, box.width, box.height])"
-            f"({self.cell(index)}.querySelector({selector!r})?.getBoundingClientRect())"
-        )
-        return box[0] + x * box[2], box[1] + y * box[3]
+        seen = [None]
+
+        def at_rest() -> bool:  # scrolling takes a while
+            box = f"{self.find(index, selector)}?.getBoundingClientRect()"
+            seen.append(self.page.js(f"(b => b?.width && [b.x, b.y, b.width, b.height])({box})"))
+            return seen[-1] and seen[-1] == seen[-2]
+
+        wait_for(at_rest, f"{selector} at rest")
+        left, top, width, height = seen[-1]
+        return left + x * width, top + y * height
 
     def click(self, index: int, selector: str) -> None:
         """Click on an element of a cell as soon as it can be: toolbars appear under the mouse."""
-        found = f"{self.cell(index)}.querySelector({selector!r})"
+        found = self.find(index, selector)
         self.page.js(f"{found}.scrollIntoView({{block: 'center'}})")
 
         def reached() -> bool:
@@ -266,7 +270,7 @@ class Lab:
 
     def pixels(self, index: int) -> np.ndarray:
         """Return the first figure in a cell, uint8 (height, width, 4); without one, (0, 0, 4)."""
-        url = self.page.js(f"{self.cell(index)}.querySelector({CANVAS!r})?.toDataURL()")
+        url = self.page.js(f"{self.find(index, CANVAS)}?.toDataURL()")
         if url is None:
             return np.empty((0, 0, 4), np.uint8)
         data = base64.b64decode(url.partition(",")[2])
