@@ -360,8 +360,7 @@ def _shorten(value: object) -> str:
     """Write a value so that it fits beside the picture."""
     if isinstance(value, float):
         return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3g}"
-    text = str(value)
-    return text if len(text) <= VALUE_LETTERS else f"{text[: VALUE_LETTERS - 1]}…"
+    return imutils.shorten(value, VALUE_LETTERS)
 
 
 def _round_length(longest: float) -> float:
@@ -472,7 +471,7 @@ class Explorer:
                                     solid_capstyle="butt", path_effects=HALO)  # fmt: skip
         self._bar_text = self.ax.text(0, 0, "", color="white", fontsize=9, ha="left", va="bottom",
                                       zorder=6, path_effects=HALO)  # fmt: skip
-        self._title = self.figure.text(0.075, 0.955, "", fontsize=10)
+        self._title = self.figure.text(0.075, 0.955, "", fontsize=10, parse_math=False)
         self._values = self.figure.text(0.745, 0.075, "", fontsize=8, family="monospace",
                                         va="bottom")  # fmt: skip
         self._timer = canvas.new_timer(interval=1)

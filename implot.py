@@ -61,9 +61,6 @@ MOST_TICKS = 6  # values of a hyperparameter, above which they are taken for a r
 PLACE = 24  # letters of a raster's name below a picture
 
 
-plt.rcParams["text.parse_math"] = False  # a label may hold dollars
-
-
 def use_backend(*, interactive: bool) -> bool:
     """Choose how a notebook shows figures: widgets that zoom (ipympl), or pictures.
 
@@ -107,6 +104,10 @@ def _grid(count: int, columns: int, side: float, caption: float = 0.0) -> tuple[
     return figure, list(axes.flat[:count])
 
 
+def _cut(text: object, most: int = CAPTION) -> str:
+    return imutils.shorten(text, most)
+
+
 def _say(ax: Axes, message: str) -> Axes:
     """Write into an empty picture why it is empty."""
     ax.text(0.5, 0.5, message, transform=ax.transAxes, ha="center", va="center", color="0.4")
@@ -134,7 +135,7 @@ def _handles(colors: Mapping[str, str], counts: Mapping[str, int] | None = None)
     handles = []
     for name, labels in _named(colors).items():
         count = "" if counts is None else f" ({sum(counts[label] for label in labels):,})"
-        handles.append(Line2D([], [], color=colors[labels[0]], label=_cut(str(name)) + count))
+        handles.append(Line2D([], [], color=colors[labels[0]], label=_cut(name) + count))
     return handles
 
 
@@ -222,7 +223,8 @@ def plot_image_with_annotations(
     _draw_labelled(ax, annotations, colors)
     _legend_above(
         ax, _handles(colors, annotations["label"].value_counts()),
-        f"{raster.path.name}: {len(annotations):,} objects, {raster.width} x {raster.height} px",
+        f"{_cut(raster.path.name)}: {len(annotations):,} objects, "
+        f"{raster.width} x {raster.height} px",
     )  # fmt: skip
     return ax
 
@@ -293,7 +295,7 @@ def plot_common_labels(labels: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     shown, rest = labels.head(MAX_LABELS), labels[MAX_LABELS:]
     bars = [
-        (_cut(str(row.label)), row.objects, COLORS[5] if row.common else OTHER)
+        (_cut(row.label), row.objects, COLORS[5] if row.common else OTHER)
         for row in shown.itertuples()
     ]
     if len(rest):
@@ -342,7 +344,7 @@ def plot_label_counts(counts: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.set_title("Objects per label and split")
         return _say(ax, "no objects")
     counts = counts.loc[counts.sum(axis=1).sort_values(ascending=False, kind="stable").index]
-    names = [_cut(str(label)) for label in counts.index]
+    names = [_cut(label) for label in counts.index]
     _write_bars(ax, names, [counts[split] for split in SPLIT_COLORS], SPLIT_COLORS.values())
     handles = [
         Rectangle((0, 0), 1, 1, color=color, label=f"{split} ({counts[split].sum():,})")
@@ -482,7 +484,7 @@ def plot_tile_mosaic(
     first = mine.iloc[0]
     figure.suptitle(
         f"{len(mine)} tiles of {first['width']} px, {mine['kept'].sum()} kept, of block {block} "
-        f"({first['split']}) of {first['raster']}",
+        f"({first['split']}) of {_cut(first['raster'])}",
         fontsize="medium",
     )
     return figure
@@ -812,11 +814,11 @@ def plot_confusion(confusion: pd.DataFrame, ax: Axes | None = None) -> Axes:
         quiet = nothing or (columns > 12 and not count)
         ax.annotate("" if quiet else f"{count:.0f}", (j, i), ha="center", va="center",
                     fontsize="small", color="black" if shares[i, j] > 0.6 else "white")  # fmt: skip
-    names = [_cut(str(name), 18) for name in counts.columns]
+    names = [_cut(name, 18) for name in counts.columns]
     steep = 90 if columns > 12 else 35  # degrees
     ax.set_xticks(range(columns), names, rotation=steep, ha="right", va="center",
                   rotation_mode="anchor")  # fmt: skip
-    ax.set_yticks(range(rows), [_cut(str(name), 18) for name in counts.index])
+    ax.set_yticks(range(rows), [_cut(name, 18) for name in counts.index])
     ax.set(xlabel="detected as", ylabel="truth", title="Confusion on the test ground")
     ax.figure.colorbar(drawn, ax=ax, label="% of the row")
     return ax
@@ -1029,7 +1031,9 @@ def plot_detections(
     handles = _handles(colors)
     handles.append(Line2D([], [], color="0.5", linestyle="--", label="missed or spurious"))
     _legend_below(figure, handles)
-    figure.suptitle(f"{image.image_identifier}, test block {block['block']}", fontsize="medium")
+    figure.suptitle(
+        f"{_cut(image.image_identifier)}, test block {block['block']}", fontsize="medium"
+    )
     return figure
 
 
@@ -1100,12 +1104,8 @@ def _draw_error(
     ax.set_title("\n".join(map(_cut, [f"{error.kind} {seen}", label])), fontsize="small")
     ax.axis("on")
     ax.set(xticks=[], yticks=[], ylabel="")
-    name = _cut(str(error.raster), PLACE)
+    name = _cut(error.raster, PLACE)
     ax.set_xlabel(f"{error.pixel_x:.0f}, {error.pixel_y:.0f}\n{name}", fontsize="small")
-
-
-def _cut(line: str, most: int = CAPTION) -> str:
-    return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
 def plot_catalogue(raster: fileio.Raster, catalogue: pd.DataFrame, max_side: int = 512) -> Figure:
@@ -1149,5 +1149,5 @@ def plot_catalogue(raster: fileio.Raster, catalogue: pd.DataFrame, max_side: int
     overview.set(xlim=(0, width), ylim=(height, 0), xlabel="x (px)", ylabel="y (px)")
     overview.set_title("all of it (white: that window)", fontsize="medium")
     _legend_below(figure, _handles(colors, catalogue["label"].value_counts()))
-    figure.suptitle(f"{raster.path.name}: {len(catalogue):,} objects", fontsize="medium")
+    figure.suptitle(f"{_cut(raster.path.name)}: {len(catalogue):,} objects", fontsize="medium")
     return figure

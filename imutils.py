@@ -211,3 +211,10 @@ def _shown_bands(image: np.ndarray) -> np.ndarray:
 def label_colors(labels: Iterable[str]) -> dict[str, str]:
     """Give each label its colour (#RRGGBB), in their order; beyond `COLORS` they come again."""
     return {label: COLORS[i % len(COLORS)] for i, label in enumerate(sorted(set(labels)))}
+
+
+def shorten(text: object, most: int) -> str:
+    """Write a text into a picture: at most so many letters, and dollars that are no formula."""
+    text = str(text)
+    text = text if len(text) <= most else f"{text[: most - 1]}…"
+    return text.replace("$", r"\$")

@@ -127,12 +127,16 @@ class Review:
             if name not in self.items:
                 self.items[name] = np.nan
         self.items["kind"] = self.items["kind"].astype(str)
+        for name in ("label", "true_label"):  # 1, read from a file, is the label "1"
+            known = self.items[name].notna()
+            self.items[name] = self.items[name].astype(object).where(known, None)
+            self.items.loc[known, name] = self.items.loc[known, name].map(str)
         self._clean = {name: _read_clean(name, clean_dir) for name in rasters}
         path = self.folder / "journal.csv"
         texts = ["time", "user", "raster", "kind", "decision", "label", "true_label", "new_label"]
         self.journal = pd.DataFrame(columns=JOURNAL)
-        if path.exists() and path.read_text(encoding="utf-8").count("\n") > 1:
-            self.journal = fileio.read_table(path, texts)
+        if path.exists():
+            self.journal = fileio.read_table(path, texts, rows=False)
         self._carry_out()
         decided = set(map(_key, self.journal.to_dict("records")))
         rows = self.items.to_dict("records")
@@ -372,7 +376,8 @@ def _read_clean(name: str, clean_dir: Path | None) -> pd.DataFrame:
     if path is None or not path.exists():
         return empty
     table = fileio.read_table(path, ["label"]).assign(source=ORIGINAL)
-    quarantine = pd.read_csv(path.with_name(f"{name}_quarantine.csv"), low_memory=False)
+    quarantine = path.with_name(f"{name}_quarantine.csv")
+    quarantine = fileio.read_table(quarantine, ["label"], rows=False)
     real = quarantine[quarantine["reason"].isin(annotations.REAL)]
     boxes = real[annotations.QUARANTINE_BOX_COLUMNS].set_axis(BOX_COLUMNS, axis=1)
     boxes = boxes[(boxes.to_numpy()[:, 2:] > boxes.to_numpy()[:, :2]).all(axis=1)]

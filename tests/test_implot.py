@@ -126,6 +126,18 @@ def test_the_stretch_is_drawn_per_band_with_its_bounds():
     assert "the first 8 of 15 bands" in many.get_suptitle()
 
 
+def test_ticks_are_written_as_powers_and_labels_with_their_dollars(prepared):
+    pixels = np.random.default_rng(0).normal(0.5, 0.1, (1, 1000)).astype(np.float32)
+    figure = implot.plot_stretch(pixels, imutils.measure_radiometry(pixels, "minmax"))
+    image = replace(prepared.images[0], df=prepared.images[0].df.assign(label="$x$ of $y"))
+    (legend,) = (ax.get_legend() for ax in [implot.plot_diameters([image])])
+    figure.canvas.draw()
+    ticks = [t for ax in figure.axes for t in ax.get_yticklabels() if t.get_text()]
+    assert all(t._preprocess_math(t.get_text())[1] for t in ticks)  # drawn as a formula
+    text = legend.get_texts()[0]
+    assert text._preprocess_math(text.get_text()) == (f"$x$ of $y ({len(image.df)})", False)
+
+
 def test_a_mosaic_lays_the_tiles_of_a_block_side_by_side_as_they_lie(prepared):
     rasters = {image.image_identifier: image.raster for image in prepared.images}
     tiles = prepared.tiles.copy()

@@ -153,6 +153,23 @@ def test_the_next_run_reads_what_was_decided(ground, number, decision):
     assert not len(opened.journal)
 
 
+def test_labels_that_look_like_numbers_stay_what_they_are(ground):
+    folder, _ = ground
+    table = folder / "clean" / "r.csv"
+    table.write_text(table.read_text().replace(",a,", ",01,").replace(",b,", ",NA,"))
+    quarantine = folder / "clean" / "r_quarantine.csv"
+    quarantine.write_text(quarantine.read_text().replace("\na,", "\n01,").replace("\nb,", "\nNA,"))
+    items = [item("mislabelled", CLEAN[0][:4], 2, CLEAN[0][:4], "01"),
+             item("missed", None, "NA", CLEAN[1][:4], "NA", np.nan)]  # fmt: skip
+    opened = open_review(ground, items)
+    opened.accept()
+    opened.reject()
+    again = open_review(ground, items)
+    assert again.current is None
+    assert again.labels == ["01", "2", "NA"]
+    assert sorted(again.tables["r"]["label"]) == ["01", "01", "2", "NA", "NA", "NA"]
+
+
 def test_a_review_goes_on_where_it_was(ground):
     opened = open_review(ground)
     opened.skip()
