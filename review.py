@@ -4,15 +4,16 @@ Each item proposes a change of the annotations: to add what the model found, to 
 not find, to move a box, to take another label. Every decision is on disk before the next question:
 `journal.csv` holds them all, with who took them and when, and what stood there before; beside it
 one annotation file per raster, which is the cleaned annotations with the journal carried out, and
-says of each object in `source` where it comes from. A run reads these files as they are.
+says of each object in `source` where it comes from. A run reads these files as they are. Several
+people may decide at the same time: each decision is added to what stands in the journal by then.
 """
 
 from __future__ import annotations
 
 import getpass
 import logging
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -132,16 +133,11 @@ class Review:
             self.items[name] = self.items[name].astype(object).where(known, None)
             self.items.loc[known, name] = self.items.loc[known, name].map(str)
         self._clean = {name: _read_clean(name, clean_dir) for name in rasters}
-        path = self.folder / "journal.csv"
-        texts = ["time", "user", "raster", "kind", "decision", "label", "true_label", "new_label"]
-        self.journal = pd.DataFrame(columns=JOURNAL)
-        if path.exists():
-            self.journal = fileio.read_table(path, texts, rows=False)
-        self._carry_out()
-        decided = set(map(_key, self.journal.to_dict("records")))
-        rows = self.items.to_dict("records")
+        self._keys = [_key(row) for row in self.items.to_dict("records")]
         self._passed: list[int] = []
-        self.pending = [i for i, row in enumerate(rows) if _key(row) not in decided]
+        self.pending = list(range(len(self.items)))
+        self._journal_path = self.folder / "journal.csv"
+        self._read_journal()
         for name in self.rasters:
             self._write(name)
         self._skip_stale()
@@ -229,14 +225,13 @@ class Review:
         """Take back the last decision, whoever took it, and ask its item again."""
         if not len(self.journal):
             return
-        last = self.journal.iloc[-1].to_dict()
-        self.journal = self.journal.iloc[:-1]
-        self._save_journal()
+        with self._current_journal():
+            last = self.journal.iloc[-1].to_dict()
+            self._save_journal(self.journal.iloc[:-1])
         self._carry_out()
         self._write(last["raster"])
-        keys = [_key(row) for row in self.items.to_dict("records")]
-        if last["kind"] != BY_HAND and _key(last) in keys:
-            self.pending.insert(0, keys.index(_key(last)))
+        if last["kind"] != BY_HAND and _key(last) in self._keys:
+            self.pending.insert(0, self._keys.index(_key(last)))
         self.pending[1:1], self._passed = self._passed, []  # their objects may be back
         self._skip_stale()
 
@@ -270,15 +265,61 @@ class Review:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         entry = {"time": now, "user": self.user} | entry
         row = pd.DataFrame([entry]).reindex(columns=JOURNAL)
-        self.journal = (
-            pd.concat([self.journal, row], ignore_index=True) if len(self.journal) else row
-        )
-        self._save_journal()  # first: what stands in it can be carried out again
+        with self._current_journal():
+            # first: what stands in it can be carried out again
+            known = [self.journal] if len(self.journal) else []
+            self._save_journal(pd.concat([*known, row], ignore_index=True))
         self._carry_out_one(entry)
         self._write(entry["raster"])
 
-    def _save_journal(self) -> None:
-        fileio.write_table(self.folder / "journal.csv", self.journal)
+    @contextmanager
+    def _current_journal(self) -> Iterator[None]:
+        """Hold the journal, as it is on disk.
+
+        Raises:
+            InputError: Somebody else has written to it; it has been read again.
+        """
+        with fileio.exclusive(self.folder, wait=True):
+            if self._stamp() == self._read:
+                yield
+                return
+            before = len(self.journal)
+            self._read_journal()
+        others = sorted(set(self.journal["user"][before:])) or [self.user]
+        self._skip_stale()
+        raise InputError(
+            f"{', '.join(others)} decided here meanwhile, {len(self.journal)} decisions are known "
+            "now; look again, then decide"
+        )
+
+    def _stamp(self) -> tuple[int, int] | None:
+        if not self._journal_path.exists():
+            return None
+        stat = self._journal_path.stat()  # each writing is another file
+        return stat.st_ino, stat.st_mtime_ns
+
+    def _read_journal(self) -> None:
+        """Read the decisions, carry them out, and ask no more of what is decided."""
+        texts = ["time", "user", "raster", "kind", "decision", "label", "true_label", "new_label"]
+        self._read, self.journal = self._stamp(), pd.DataFrame(columns=JOURNAL)
+        if self._read is not None:
+            self.journal = fileio.read_table(self._journal_path, texts, rows=False)
+        self._carry_out()
+        decided = set(map(_key, self.journal.to_dict("records")))
+        known = {*self.pending, *self._passed}
+        taken_back = [i for i in range(len(self.items)) if i not in known]
+        self._passed, self.pending = (
+            [],
+            [
+                i
+                for i in (*self.pending, *self._passed, *taken_back)
+                if self._keys[i] not in decided
+            ],
+        )
+
+    def _save_journal(self, journal: pd.DataFrame) -> None:
+        fileio.write_table(self._journal_path, journal)
+        self.journal, self._read = journal, self._stamp()
 
     def _write(self, name: str) -> None:
         path = self.folder / f"{name}.csv"
@@ -448,6 +489,7 @@ class Desk:
         else:
             self.explorer.show_boxes(*self._boxes())
         done, names = len(review.journal), ("Follow the model", "Keep")
+        self._shown = None if item is None else review.pending[0]
         if item is None:
             self.message = f"All is decided: {done} decisions are in {review.folder}"
             self.explorer.select(None)
@@ -469,6 +511,8 @@ class Desk:
         try:
             getattr(self.review, name)(*values)
         except InputError as error:
+            if self.review.current is not None and self.review.pending[0] != self._shown:
+                self.refresh()  # others have decided
             self.message = str(error)
             self._tell(None)
         else:

@@ -194,6 +194,25 @@ def test_a_review_goes_on_where_it_was(ground):
     assert read(ground) == ACCEPTED[1]
 
 
+def test_nothing_that_others_decide_meanwhile_is_lost(ground):
+    one, other = open_review(ground, user="anna"), open_review(ground, user="bert")
+    one.accept()  # missed
+    one.accept()  # spurious
+    with pytest.raises(InputError, match="anna decided here meanwhile, 2 decisions"):
+        other.reject()
+    assert other.current["kind"] == "mislocalised"
+    other.reject()
+    with pytest.raises(InputError, match="bert decided here meanwhile"):
+        one.undo()
+    assert one.journal["user"].tolist() == ["anna", "anna", "bert"]
+    one.undo()
+    with pytest.raises(InputError, match="2 decisions are known"):
+        other.add("r", (250, 250), (253, 254), "new")
+    assert other.current["kind"] == "mislabelled"  # first what was to come, then what is open again
+    assert [other.items["kind"][i] for i in other.pending][-1] == "mislocalised"
+    assert read(ground) == ACCEPTED[0] | {(400, 10, 420, 30, "a")}
+
+
 def test_a_decision_that_was_only_journalled_is_carried_out_at_the_next_opening(ground):
     folder, _ = ground
     before = (folder / "clean" / "r.csv").read_bytes()
