@@ -751,10 +751,11 @@ class Explorer:
         canvas.observe(self._close, "comm")  # ipympl has no event for a figure that is closed
         canvas.toolbar.pan()  # a drag moves the ground, as on any map
         buttons = []
-        for text, tip, answer in (
+        steps = [
             ("Previous", "key p", lambda _: self.go(-1)), ("Next", "key n", lambda _: self.go(1)),
-            ("All", "key h: the whole raster", lambda _: self.home()),
-        ):  # fmt: skip
+        ]  # fmt: skip
+        whole = ("All", "key h: the whole raster", lambda _: self.home())
+        for text, tip, answer in (*(steps if len(self.stops) else []), whole):
             button = widgets.Button(description=text, tooltip=tip, layout={"width": "80px"})
             button.on_click(answer)
             buttons.append(button)

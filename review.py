@@ -468,11 +468,11 @@ class Desk:
         found = review.items[review.items["kind"] != "missed"]
         if detections is not None:  # they may end where the unsure ones begin
             found = pd.concat([detections, found[found["kind"] == UNSURE]], ignore_index=True)
-        self._detections = found
+        self._detections, self._stops = found, found[:0]  # what comes next is the queue's affair
         self._center: tuple[float, float] | None = None
         self._adding, self._controls = False, None
         self._raster = next(iter(review.rasters))
-        self.explorer = explore.Explorer(review.rasters[self._raster], *self._boxes())
+        self.explorer = explore.Explorer(review.rasters[self._raster], *self._boxes(), self._stops)
         self.explorer.on_click, self.explorer.on_key = self._click, self._key
         (self._mark,) = self.explorer.ax.plot([], [], "+", color="white", markersize=14, zorder=9)
         self.refresh()
@@ -485,7 +485,7 @@ class Desk:
         item, review = self.review.current, self.review
         if item is not None and item["raster"] != self._raster:
             self._raster = item["raster"]
-            self.explorer.open(review.rasters[self._raster], *self._boxes())
+            self.explorer.open(review.rasters[self._raster], *self._boxes(), self._stops)
         else:
             self.explorer.show_boxes(*self._boxes())
         done, names = len(review.journal), ("Follow the model", "Keep")

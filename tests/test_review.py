@@ -306,6 +306,9 @@ def test_keys_and_clicks_decide(ground):
     assert desk.message.endswith("0 decided, 5 to go")
     x0, y0, x1, y1 = desk.explorer.view
     assert ((x0 + x1) / 2, (y0 + y1) / 2) == (20, 20)
+    for key in "np":  # the queue alone goes on
+        send(desk.explorer, "key_press_event", key=key)
+        assert desk.explorer.view == (x0, y0, x1, y1)
     for key in "yxs2u":
         send(desk.explorer, "key_press_event", key=key)
     assert opened.journal[["kind", "decision"]].to_numpy().tolist() == [
@@ -342,7 +345,8 @@ def test_the_desk_has_buttons(ground, monkeypatch):
     plt.switch_backend("module://ipympl.backend_nbagg")
     try:
         opened, desk = open_desk(ground)
-        row = shown[0].children[-2]
+        (whole, *_), row = shown[0].children[0].children, shown[0].children[-2]
+        assert whole.description == "All"
         accept, reject, skip, undo, label, relabel, add = row.children
         assert (accept.description, reject.description) == ("Remove it", "Keep it")
         reject.click()
