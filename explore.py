@@ -435,6 +435,7 @@ class Explorer:
         selected: The row whose values are shown, if any.
         on_click: Called with x and y (px) of a click before a row is chosen; True: that is all.
         on_key: Called with a key before `KEYS`; True: that is all.
+        on_close: Called when the figure is closed.
     """
 
     def __init__(
@@ -447,6 +448,7 @@ class Explorer:
         """Open a figure; see `explore`."""
         self.on_click: Callable[[float, float], bool] = lambda _x, _y: False
         self.on_key: Callable[[str], bool] = lambda _key: False
+        self.on_close: Callable[[], None] = lambda: None
         self.score, self.hidden, self.selected = 0.0, set(), None
         self.controls, self.colors = None, {}
         self.figure = plt.figure(figsize=FIGURE_SIZE)
@@ -830,6 +832,7 @@ class Explorer:
             KEYS[key](self)
 
     def _close(self, _event: object) -> None:
+        self.on_close()
         self._timer.stop()
         self._timer.callbacks.clear()
         if self.controls is not None:

@@ -2,10 +2,11 @@
 
 Each item proposes a change of the annotations: to add what the model found, to remove what it did
 not find, to move a box, to take another label. Every decision is on disk before the next question:
-`journal.csv` holds them all, with who took them and when, and what stood there before; beside it
-one annotation file per raster, which is the cleaned annotations with the journal carried out, and
-says of each object in `source` where it comes from. A run reads these files as they are. Several
-people may decide at the same time: each decision is added to what stands in the journal by then.
+`journal.csv` holds them all, with who took them and when, and what stood there before; beside it,
+written in pauses, one annotation file per raster, which is the cleaned annotations with the journal
+carried out, and says of each object in `source` where it comes from. A run reads these files as
+they are. Several people may decide at the same time: each decision is added to what stands in the
+journal by then.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ QUESTIONS = {  # what is asked, what is done if the model is right, and if the a
     "duplicate": ("The model found a second object here: {label}", "Add it", "Leave it out"),
     UNSURE: ("The model is not sure of this {label}", "Add it", "Leave it out"),
 }
-DONE = {"add": "added", "remove": "removed", "move": "moved", "relabel": "relabelled"}
+PAUSE = 2.0  # s without a decision, after which the annotation files are written
 
 
 def find_unsure(
@@ -91,6 +92,7 @@ class Review:
         folder: Where journal and annotation files are.
         journal: The decisions, in order; columns `JOURNAL`.
         tables: Identifier -> the annotations as decided, with `source`.
+        deferred: Whether annotation files wait for `save`; the journal never waits.
         pending: Places in `items` of those to decide, the current one first.
     """
 
@@ -136,11 +138,25 @@ class Review:
         self._keys = [_key(row) for row in self.items.to_dict("records")]
         self._passed: list[int] = []
         self.pending = list(range(len(self.items)))
+        self.deferred, self._unsaved = False, set()
         self._journal_path = self.folder / "journal.csv"
         self._read_journal()
-        for name in self.rasters:
-            self._write(name)
+        if len(self.journal):  # a kill may have come between it and the files
+            self.save()
         self._skip_stale()
+
+    def save(self) -> None:
+        """Write the annotation files that differ from what is decided, and those that lack."""
+        if not self._unsaved:
+            return
+        with fileio.exclusive(self.folder, wait=True):
+            if self._stamp() != self._read:
+                return  # who has decided since then writes what both decided
+            for name, raster in self.rasters.items():
+                path = self.folder / f"{name}.csv"
+                if name in self._unsaved or not path.exists():
+                    fileio.write_annotations(path, self.tables[name], raster)
+        self._unsaved.clear()
 
     # -- the queue ------------------------------------------------------------------------------
 
@@ -151,10 +167,8 @@ class Review:
 
     @property
     def labels(self) -> list[str]:
-        """All labels that are in use."""
-        tables = [table["label"] for table in self.tables.values()]
-        used = pd.concat([*tables, self.items["label"], self.items["true_label"]]).dropna()
-        return sorted(set(used.astype(str)))
+        """All labels that are in use, or were."""
+        return sorted(self._labels)
 
     def accept(self) -> None:
         """Follow the model: add what it found, remove what it did not, take its box or label."""
@@ -229,7 +243,7 @@ class Review:
             last = self.journal.iloc[-1].to_dict()
             self._save_journal(self.journal.iloc[:-1])
         self._carry_out()
-        self._write(last["raster"])
+        self._changed(last["raster"])
         if last["kind"] != BY_HAND and _key(last) in self._keys:
             self.pending.insert(0, self._keys.index(_key(last)))
         self.pending[1:1], self._passed = self._passed, []  # their objects may be back
@@ -270,7 +284,7 @@ class Review:
             known = [self.journal] if len(self.journal) else []
             self._save_journal(pd.concat([*known, row], ignore_index=True))
         self._carry_out_one(entry)
-        self._write(entry["raster"])
+        self._changed(entry["raster"])
 
     @contextmanager
     def _current_journal(self) -> Iterator[None]:
@@ -305,6 +319,7 @@ class Review:
         if self._read is not None:
             self.journal = fileio.read_table(self._journal_path, texts, rows=False)
         self._carry_out()
+        self._unsaved |= set(self.journal["raster"])
         decided = set(map(_key, self.journal.to_dict("records")))
         known = {*self.pending, *self._passed}
         taken_back = [i for i in range(len(self.items)) if i not in known]
@@ -321,12 +336,16 @@ class Review:
         fileio.write_table(self._journal_path, journal)
         self.journal, self._read = journal, self._stamp()
 
-    def _write(self, name: str) -> None:
-        path = self.folder / f"{name}.csv"
-        fileio.write_annotations(path, self.tables[name], self.rasters[name])
+    def _changed(self, name: str) -> None:
+        self._unsaved.add(name)
+        if not self.deferred:
+            self.save()
 
     def _carry_out(self) -> None:
         self.tables = {name: table.copy() for name, table in self._clean.items()}
+        tables = [table["label"] for table in self.tables.values()]
+        used = pd.concat([*tables, self.items["label"], self.items["true_label"]]).dropna()
+        self._labels = set(used.astype(str))
         for entry in self.journal.to_dict("records"):
             self._carry_out_one(entry)
 
@@ -336,6 +355,7 @@ class Review:
             return
         table = self.tables[entry["raster"]]
         row, new = pd.Series(entry), entry.get("new_label")
+        self._labels |= set() if pd.isna(new) else {new}
         by = f"{entry['user']} {entry['time']}"
         box = [entry.get(name, np.nan) for name in NEW_BOX_COLUMNS]
         if entry["kind"] in (*ADDING, BY_HAND):
@@ -474,6 +494,10 @@ class Desk:
         self._raster = next(iter(review.rasters))
         self.explorer = explore.Explorer(review.rasters[self._raster], *self._boxes(), self._stops)
         self.explorer.on_click, self.explorer.on_key = self._click, self._key
+        self.explorer.on_close = review.save
+        self._timer = self.explorer.figure.canvas.new_timer(interval=int(1000 * PAUSE))
+        self._timer.single_shot = True
+        self._timer.add_callback(review.save)
         (self._mark,) = self.explorer.ax.plot([], [], "+", color="white", markersize=14, zorder=9)
         self.refresh()
 
@@ -491,6 +515,7 @@ class Desk:
         done, names = len(review.journal), ("Follow the model", "Keep")
         self._shown = None if item is None else review.pending[0]
         if item is None:
+            review.save()
             self.message = f"All is decided: {done} decisions are in {review.folder}"
             self.explorer.select(None)
         else:
@@ -517,6 +542,8 @@ class Desk:
             self._tell(None)
         else:
             self.refresh()
+            self._timer.stop()  # the pause begins anew
+            self._timer.start()
 
     def toggle_adding(self) -> None:
         """Begin, or leave off, to add an object."""
@@ -573,6 +600,7 @@ class Desk:
                    self.toggle_adding),
         ]  # fmt: skip
         self._controls = accept, reject, label
+        self.review.deferred = True  # to a pause, of which only such a figure knows
         row = widgets.Box(row, layout=widgets.Layout(flex_flow="row wrap"))
         self.explorer.add_controls(row)
         self.refresh()
@@ -600,9 +628,9 @@ def review(
 ) -> Review:
     """Go through the items of a review, in the notebook with ipympl, or by its methods.
 
-    Every decision is written at once, see `Review`; the annotation files in `folder` are read by a
-    run with `DF_DIR` = that folder and `BOX_SOURCE = "columns"`. Without ipympl the first item is
-    drawn.
+    Every decision is in the journal at once, see `Review`; the annotation files in `folder` follow
+    in pauses, and are read by a run with `DF_DIR` = that folder and `BOX_SOURCE = "columns"`.
+    Without ipympl the first item is drawn.
 
     Args:
         rasters: Identifier -> raster.

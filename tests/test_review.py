@@ -88,15 +88,16 @@ def sources(opened):
 UNTOUCHED = {(*map(float, row[:4]), row[4]) for row in CLEAN}
 
 
-def test_before_any_decision_the_file_holds_the_cleaned_annotations(ground):
+def test_before_any_decision_nothing_is_written(ground):
     opened = open_review(ground)
-    assert read(ground) == UNTOUCHED
+    opened.save()
+    assert not (ground[0] / "review").exists()
     assert set(opened.tables["r"]["source"].head(4)) == {"original"}
 
 
 def test_ground_under_real_objects_that_were_dropped_does_not_count_in_the_next_run(ground):
     folder, raster = ground
-    open_review(ground)
+    open_review(ground).reject()
     (image,), _ = annotations.clean_annotations(
         [folder / "review" / "r.csv"], [raster], label_percentile=100, output_dir=folder / "next",
         workers=1, box_source="columns",
@@ -217,6 +218,7 @@ def test_a_decision_that_was_only_journalled_is_carried_out_at_the_next_opening(
     folder, _ = ground
     before = (folder / "clean" / "r.csv").read_bytes()
     opened = open_review(ground)
+    opened.save()
     whole = (folder / "review" / "r.csv").read_bytes()
     opened.accept()
     (folder / "review" / "r.csv").write_bytes(whole)  # killed between the two files
@@ -360,9 +362,12 @@ def test_the_desk_has_buttons(ground, monkeypatch):
         undo.click()
         undo.click()
         assert not len(opened.journal)
+        assert not (ground[0] / "review" / "r.csv").exists()  # until a pause
+        accept.click()
         add.click()
         assert desk.message.startswith("Click the centre of the brand new")
         plt.close(desk.explorer.figure)
+        assert read(ground) == ACCEPTED[0]
         assert accept.comm is None
     finally:
         plt.switch_backend(before)
