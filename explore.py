@@ -37,6 +37,7 @@ FIGURE_SIZE = (9.0, 6.2)  # inches, a notebook's cell
 PICTURE_SIDE = 1024  # px, longest side of the picture of the whole raster
 BUDGET = 2**23  # px that a reading decodes at once at most; larger ones come block by block
 FIRST_BLOCKS = 8  # blocks along a side of the first, coarse sample of such a reading
+PREVIEW_BLOCKS = 1024  # of a large raster without overviews that a preview reads
 STEP = 0.1  # s of reading between two answers
 REPAINT = 0.6  # s of reading before what there is of it is drawn
 STATIC_PATIENCE = 10.0  # s of reading for a figure that cannot be refined later
@@ -70,6 +71,7 @@ def read_progressively(
     window: Window,
     shape_hw: tuple[int, int],
     base: tuple[np.ndarray, np.ndarray] | None = None,
+    most_blocks: float = np.inf,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, bool]]:
     """Read a window at the size of the screen: at once, or better and better.
 
@@ -83,6 +85,7 @@ def read_progressively(
         window: A window inside it.
         shape_hw: Height and width of the result in px, at most the window's.
         base: A coarser picture of the window in the same shape to start from, if there is one.
+        most_blocks: How many blocks to read at most; the first, coarse sample is read in any case.
 
     Yields:
         Pixels (bands, height, width), their validity (height, width), and whether that was all;
@@ -105,13 +108,15 @@ def read_progressively(
     most = max((high - low) / n for low, high, n in zip(first, last, every, strict=True))
     stride = 2 ** max(0, int(np.ceil(np.log2(max(most / FIRST_BLOCKS, 1)))))
     coarsest, due = stride, perf_counter() + 3 * STEP
+    counts = [-(-(high - low) // n) for low, high, n in zip(first, last, every, strict=True)]
 
     def place(axis: int, low: int, high: int) -> slice:
         """Return where pixels from `low` to `high` of the raster lie in the result."""
         low, high = (max(int((v - start[axis]) / step_yx[axis] + 1e-6), 0) for v in (low, high))
         return slice(low, max(high, low + 1))  # so that those of neighbours do not overlap
 
-    while stride:
+    # each sample has four times the blocks of the one before
+    while stride == coarsest or (stride and np.prod(counts) / stride**2 <= most_blocks):
         rows, cols = (
             range(low // (stride * n) * stride * n, high, stride * n)
             for low, high, n in zip(first, last, every, strict=True)
@@ -148,6 +153,23 @@ def read_progressively(
                     due = perf_counter() + STEP
         stride //= 2
     yield image, valid, True
+
+
+def preview(
+    raster: fileio.Raster, longest_side: int = PICTURE_SIDE
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read the whole raster decimated, in a second or two whatever its size.
+
+    Of a large one without overviews only some blocks are read, which stand for the ground around
+    them.
+
+    Returns:
+        Pixels (bands, height, width) and their validity (height, width).
+    """
+    window = Window(0, 0, raster.width, raster.height)
+    shape_hw = _shape(window, max(1.0, max(window) / longest_side))
+    *_, (image, valid, _) = read_progressively(raster, window, shape_hw, most_blocks=PREVIEW_BLOCKS)
+    return image, valid
 
 
 def _shape(window: Window, scale: float) -> tuple[int, int]:

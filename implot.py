@@ -32,6 +32,7 @@ import fileio
 import imutils
 import tiling
 from explore import explore as explore  # with the other pictures
+from explore import preview
 from ImageData import BOX_COLUMNS, ImageData, Window
 from imutils import COLORS
 from mapview import map_view as map_view
@@ -186,7 +187,7 @@ def show_window(
     whole = Window(0, 0, raster.width, raster.height)
     window = window or whole
     if window == whole:
-        image, valid = raster.preview(MAX_SIDE)
+        image, valid = preview(raster, MAX_SIDE)
     else:
         image = raster.read(window)
         valid = raster.read_valid(window, image)

@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw
 
 import fileio
 import imutils
+from explore import preview
 from ImageData import BOX_COLUMNS, InputError, Window
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class MapPicture:
         self._paint = np.array([painted[k] for k in self.catalogue["label"]], np.uint8)
         self._paint = self._paint.reshape(-1, 3)
 
-        self._whole = raster.preview(OVERVIEW_SIDE)
+        self._whole = preview(raster, OVERVIEW_SIDE)
         self._limits = imutils.preview_bounds(*self._whole)
 
     def to_plane(self, xy: np.ndarray) -> np.ndarray:

@@ -105,6 +105,24 @@ def test_the_first_sample_of_a_file_without_overviews_reads_few_blocks(tmp_path,
     assert len(start) == first * first // 2  # and at first far apart
 
 
+@pytest.mark.parametrize(("most", "read"), [(1, 8 * 4), (127, 8 * 4), (200, 16 * 8), (2000, 512)])
+def test_a_preview_reads_a_bounded_number_of_blocks(tmp_path, monkeypatch, most, read):
+    raster = make_raster(tmp_path / "r.tif", 2048, 1024)
+    monkeypatch.setattr(explore, "BUDGET", 2**18)
+    monkeypatch.setattr(explore, "PREVIEW_BLOCKS", most)
+    reads, whole = [], fileio.Raster.read_decimated
+    monkeypatch.setattr(
+        fileio.Raster, "read_decimated",
+        lambda self, window, shape: reads.append(window) or whole(self, window, shape),
+    )  # fmt: skip
+    image, valid = explore.preview(raster, 512)
+    assert len(reads) == read
+    assert image.shape == (1, 256, 512)
+    assert valid.all()
+    exact = whole(raster, Window(0, 0, 2048, 1024), (256, 512))[0].astype(float)
+    assert np.abs(image - exact).max() < 200 / 4  # at most as far off as blocks lie apart
+
+
 def test_overviews_make_a_view_one_reading(tmp_path):
     plain = make_raster(tmp_path / "r.tif", 2048, 2048)
     raster = fileio.read_raster(fileio.rewrite(plain, tmp_path / "o.tif"))
