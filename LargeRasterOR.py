@@ -632,13 +632,22 @@ class ProgressLines(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start the clock."""
-        self.started = self.told = time.monotonic()
-        self.first = trainer.global_step if stage == "fit" else 0  # of a training that goes on
-        self.tenth = 0
+        self._start(0, 0.0)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
-        """Count steps."""
-        self._tell("training", trainer.global_step, int(trainer.estimated_stepping_batches))
+    def on_train_start(self, trainer: pl.Trainer, pl_module: LargeRasterORModel) -> None:
+        """Start the clock of a training, which may go on from where it was stopped."""
+        self._start(trainer.global_step, pl_module.share_done())
+
+    def _start(self, done: int, share: float) -> None:
+        self.started = self.told = time.monotonic()
+        self.first, self.first_share, self.tenth = done, share, int(10 * share)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: LargeRasterORModel, *_: object
+    ) -> None:
+        """Count steps, of which the clock may allow less than all."""
+        total = int(trainer.estimated_stepping_batches)
+        self._tell("training", trainer.global_step, total, min(1.0, pl_module.share_done()))
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, model: pl.LightningModule, outputs: object, batch: Batch,
@@ -655,15 +664,16 @@ class ProgressLines(pl.Callback):
         """Count batches."""
         self._tell("test", batch_idx + 1, int(sum(trainer.num_test_batches)))
 
-    def _tell(self, stage: str, done: int, total: int) -> None:
-        now, tenth = time.monotonic(), 10 * done // total
-        if tenth == self.tenth or now - self.told < LINE_SECONDS:
+    def _tell(self, stage: str, done: int, total: int, share: float | None = None) -> None:
+        share = done / total if share is None else share
+        now, tenth = time.monotonic(), int(10 * share)
+        if tenth == self.tenth or now - self.told < LINE_SECONDS or share <= self.first_share:
             return
         self.told, self.tenth = now, tenth
-        rate = (done - self.first) / (now - self.started)
+        elapsed = now - self.started
         log.info(
-            "%s: %d of %d batches, %.3g per second, about %.0f s to go", stage, done, total, rate,
-            (total - done) / rate,
+            "%s: %d of %d batches, %.3g per second, about %.0f s to go", stage, done, total,
+            (done - self.first) / elapsed, elapsed * (1 - share) / (share - self.first_share),
         )  # fmt: skip
 
 

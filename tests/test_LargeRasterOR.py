@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import trials
 from datasets import BboxDataset, HardTiles, TileDataModule, collate
 from ImageData import InputError
 from imutils import Radiometry
-from LargeRasterOR import DivergedError, LargeRasterORModel, resolve_precision
+from LargeRasterOR import DivergedError, LargeRasterORModel, ProgressLines, resolve_precision
 from ModelConfig import ModelConfig
 from networks import (
     Anchors,
@@ -296,6 +297,22 @@ def test_long_work_tells_at_every_tenth_how_far_it_is(prepared, tmp_path, monkey
     assert steps[-1].startswith(f"training: {trainer.global_step} of {trainer.global_step} batches")
     assert steps[-1].endswith(", about 0 s to go")
     assert lines[-1].startswith("validation: ")  # only the one after the training
+
+
+def test_progress_counts_from_where_a_training_goes_on_and_by_its_clock(monkeypatch, caplog):
+    now = [100.0]
+    monkeypatch.setattr("LargeRasterOR.time.monotonic", lambda: now[0])
+    share = {"done": 0.5}
+    model = SimpleNamespace(share_done=lambda: share["done"])
+    trainer = SimpleNamespace(global_step=50, estimated_stepping_batches=1000)
+    lines = ProgressLines()
+    lines.setup(SimpleNamespace(global_step=0), model, "fit")  # before the state is restored
+    now[0] += 1000
+    lines.on_train_start(trainer, model)
+    now[0], trainer.global_step, share["done"] = now[0] + 100, 60, 0.6
+    with caplog.at_level("INFO"):
+        lines.on_train_batch_end(trainer, model)
+    assert caplog.messages == ["training: 60 of 1000 batches, 0.1 per second, about 400 s to go"]
 
 
 @pytest.mark.parametrize(("interval", "epochs"), [(1, 3), (2, 5)])
