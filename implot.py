@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -52,7 +52,7 @@ MAX_LABELS = 25  # bars of labels; the rarer ones share one
 MAX_BANDS = 8  # of a picture of bands
 MAX_BINS = 256  # of a histogram of values
 LOOK = 1.0  # s between two looks at a training's record
-REST = 20  # times as long as a picture of it took, at least, before the next one
+REST = 20  # times as long as a look took, at least, before the next one
 WIDTH = 9.0  # inches, a notebook's cell
 TRUTH_COLOR, DETECTION_COLOR = COLORS[1], COLORS[4]  # of the boxes of an error
 CONTEXT = 3.0  # side of an error's cut-out, in sides of what it shows
@@ -567,7 +567,7 @@ def live_curves(trials_dir: Path, *, active: bool = True) -> Iterator[None]:
     """Show the learning curves of the training that runs, drawn anew after each epoch.
 
     The training is not touched: its record is read, by a thread that rests `REST` times as long as
-    it draws, whichever process writes it.
+    it reads and draws, whichever process writes it. Those of earlier trainings are not shown.
 
     Args:
         trials_dir: Folder of the trials' folders.
@@ -578,7 +578,8 @@ def live_curves(trials_dir: Path, *, active: bool = True) -> Iterator[None]:
         yield
         return
     done = threading.Event()
-    watch = threading.Thread(target=_watch, args=(Path(trials_dir), handle.update, done))
+    old = _record_times(Path(trials_dir))  # what earlier trainings wrote is not live
+    watch = threading.Thread(target=_watch, args=(Path(trials_dir), handle.update, done, old))
     watch.start()
     try:
         yield
@@ -600,28 +601,45 @@ def _display_handle() -> DisplayHandle | None:
     return handle
 
 
-def _watch(trials_dir: Path, show: Callable[[object], None], done: threading.Event) -> None:
+def _record_times(trials_dir: Path) -> dict[Path, int]:
+    times = {}
+    for path in trials_dir.glob("*/metrics.csv"):
+        with suppress(OSError):  # a folder takes another name when its training ends
+            times[path] = path.stat().st_mtime_ns
+    return times
+
+
+def _watch(
+    trials_dir: Path,
+    show: Callable[[object], None],
+    done: threading.Event,
+    old: Mapping[Path, int],
+) -> None:
     from IPython.display import Image
 
     shown, pause, last = None, 0.0, False
     while not last:
         last = done.wait(pause)
         start = time.monotonic()
-        try:
-            path = max(trials_dir.glob("*/metrics.csv"), key=lambda p: p.stat().st_mtime_ns)
+        with suppress(OSError, ValueError, KeyError):  # none yet, or half a line
+            times = _record_times(trials_dir)
+            path = max((p for p in times if times[p] != old.get(p)), key=times.get)
             records = pd.read_csv(path)
             epochs = path, int(records["train_loss_epoch"].notna().sum())
-        except (OSError, ValueError, KeyError):  # none yet, or half a line
-            continue
-        finally:
-            pause = LOOK
-        if epochs != shown and epochs[1]:
-            figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")  # pyplot has but one thread
-            plot_learning_curves(records, figure.subplots(), title=path.parent.name)
-            file = io.BytesIO()
-            FigureCanvasAgg(figure).print_png(file)
-            show(Image(file.getvalue()))
-            shown, pause = epochs, max(LOOK, REST * (time.monotonic() - start))
+            if epochs != shown and epochs[1]:
+                show(Image(_print_curves(records, path.parent.name)))
+                shown = epochs
+        pause = max(LOOK, REST * (time.monotonic() - start))
+
+
+def _print_curves(records: pd.DataFrame, folder: str) -> bytes:
+    """Draw the learning curves of a trial as a PNG, in any thread."""
+    figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")  # pyplot has but one thread
+    name = folder.removeprefix(".").partition("~")[0]  # while it runs, it is .name~worker
+    plot_learning_curves(records, figure.subplots(), title=_cut(name, 80))
+    file = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(file)
+    return file.getvalue()
 
 
 def plot_learning_curves(

@@ -222,13 +222,22 @@ def test_tables_without_rows_make_pictures_that_say_so(prepared):
 def test_curves_grow_while_a_training_writes_its_record(tmp_path, monkeypatch):
     monkeypatch.setattr(implot, "LOOK", 0.05)
     monkeypatch.setattr(implot, "REST", 0)
-    record = tmp_path / "batch_size-4" / "metrics.csv"
-    record.parent.mkdir()
-    record.write_text("step,epoch,train_loss_step,train_loss_epoch,val_loss\n0,0,1.0,,\n")
-    pictures, done = queue.Queue(), threading.Event()
-    watch = threading.Thread(target=implot._watch, args=(tmp_path, pictures.put, done))
+    header = "step,epoch,train_loss_step,train_loss_epoch,val_loss\n"
+    record, earlier = (tmp_path / name / "metrics.csv" for name in (".size-4~ab", "size-2"))
+    earlier.parent.mkdir()
+    earlier.write_text(f"{header}0,0,,0.5,0.4\n")
+    pictures, done, titles = queue.Queue(), threading.Event(), []
+    draw = implot.plot_learning_curves
+    monkeypatch.setattr(
+        implot, "plot_learning_curves",
+        lambda records, ax, title: titles.append(title) or draw(records, ax, title),
+    )  # fmt: skip
+    old = implot._record_times(tmp_path)
+    watch = threading.Thread(target=implot._watch, args=(tmp_path, pictures.put, done, old))
     watch.start()
     try:
+        record.parent.mkdir()
+        record.write_text(f"{header}0,0,1.0,,\n")
         for epoch in range(2):
             with record.open("a") as file:
                 file.write(f"{epoch},{epoch},,0.5,0.4\n")
@@ -240,6 +249,7 @@ def test_curves_grow_while_a_training_writes_its_record(tmp_path, monkeypatch):
         watch.join(60)
     assert not watch.is_alive()
     assert pictures.empty()
+    assert titles == ["size-4"] * 2  # and nothing of the training before
 
 
 def test_curves_show_nothing_without_a_notebook(tmp_path):
