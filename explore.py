@@ -883,6 +883,7 @@ def explore(
     annotations: pd.DataFrame | None = None,
     detections: pd.DataFrame | None = None,
     errors: pd.DataFrame | None = None,
+    score: float = 0.0,
 ) -> Axes:
     """Explore a raster of any size: pan, zoom, its objects and detections, the values of each.
 
@@ -903,6 +904,7 @@ def explore(
         detections: The detections, with a `score`.
         errors: The rows that `n` and `p` go through, see `atlas.classify_errors`; None: all
             detections by falling score.
+        score: From which on detections are shown at first.
 
     Returns:
         The Axes, in px of the raster: whatever moves its limits moves the view. Its attribute
@@ -914,6 +916,7 @@ def explore(
     with_widgets = has_widgets()
     with plt.ioff() if with_widgets else nullcontext():
         explorer = Explorer(raster, annotations, detections, errors)
+    explorer.set_score(score)
     explorer.ax.explorer = explorer  # lives as long as its figure; events hold it weakly
     if with_widgets:
         explorer.add_controls()

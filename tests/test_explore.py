@@ -232,6 +232,16 @@ def test_scores_and_labels_choose_what_is_drawn(tmp_path):
     np.testing.assert_allclose(explorer._lines[1].get_segments()[0][1], [110, 110])
 
 
+def test_a_score_to_begin_with_hides_nothing_for_good(tmp_path):
+    raster = make_raster(tmp_path / "r.tif")
+    found = frame([[10, 10, 30, 30], [50, 50, 70, 70]], score=[0.9, 0.3])
+    explorer = explore.explore(raster, None, found, score=0.5).explorer
+    assert len(explorer._lines[1].get_segments()) == 4  # corners
+    explorer.set_score(0.2)
+    explorer.settle()
+    assert len(explorer._lines[1].get_segments()) == 8
+
+
 def test_rows_of_other_rasters_are_left_out(tmp_path):
     raster = make_raster(tmp_path / "r.tif")
     boxes = frame([[10, 10, 40, 40]] * 2, raster=["r", "s"])
