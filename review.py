@@ -373,8 +373,8 @@ class Review:
         if index is None:
             raise InputError(
                 f"{self.folder / 'journal.csv'}: an object at {list(row[TRUE_BOX_COLUMNS])} of "
-                f"{entry['raster']} was decided on, but is not in the annotations; review changed "
-                "annotations in a new folder"
+                f"{entry['raster']} was decided on, but is not in the annotations, which have "
+                f"changed since; move {self.folder} away, then a new review begins"
             )
         if pd.isna(new):
             self.tables[entry["raster"]] = table.drop(index=index).reset_index(drop=True)

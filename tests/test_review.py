@@ -225,6 +225,16 @@ def test_a_decision_that_was_only_journalled_is_carried_out_at_the_next_opening(
     assert (folder / "clean" / "r.csv").read_bytes() == before
 
 
+def test_a_review_of_annotations_that_changed_since_says_what_to_do(ground):
+    folder, _ = ground
+    open_review(ground).accept()
+    table = folder / "clean" / "r.csv"
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join([lines[0], *lines[2:]]))
+    with pytest.raises(InputError, match=r"changed since; move .*review away"):
+        open_review(ground)
+
+
 def test_missing_objects_are_added_by_centre_and_rim(ground):
     opened = open_review(ground)
     opened.add("r", (250, 250), (253, 254), "new")
