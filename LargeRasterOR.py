@@ -54,6 +54,7 @@ __version__ = "0.1.0"
 
 BEST_BY = "val_AP50"  # the epoch and the trial that are kept; never by the test's
 SWA_SHARE = 0.25  # of the training, at its end
+LINE_SECONDS = 60  # s, least time between two lines of progress within an epoch or a measurement
 DIVERGED = 1e4  # a loss that no network in its senses has
 VIEWS = {  # of tiles -> quarter turns, mirrored
     "none": ((0, False),),
@@ -130,6 +131,7 @@ def detect_views(
     tiles: Tensor,
     views: Sequence[tuple[int, bool]],
     scales: Sequence[float] = (1.0,),
+    least_score: float = 0.0,
 ) -> tuple[list[Detections], list[int]]:
     """Detect on views of square tiles (B, bands, side, side), and fuse what they show.
 
@@ -138,9 +140,10 @@ def detect_views(
         tiles: Stretched.
         views: Quarter turns and whether mirrored before, of each.
         scales: Factors by which tiles are enlarged, in every view.
+        least_score: From which on detections are counted.
 
     Returns:
-        Per tile the detections, in px of the tile, and the most that a view shows.
+        Per tile the detections, in px of the tile, and the most of that score that a view shows.
     """
     side = tiles.shape[-1]
     by_view = []
@@ -160,10 +163,10 @@ def detect_views(
             scores, ids = (found[name].cpu().numpy() for name in ("scores", "labels"))
             by_tile.append(Detections(boxes, scores.astype(np.float32), ids))
         by_view.append(by_tile)
-    if len(by_view) == 1:
-        return by_view[0], [len(found) for found in by_view[0]]
     of_tiles = list(zip(*by_view, strict=True))
-    most = [max(map(len, found)) for found in of_tiles]
+    most = [max(int((f.scores >= least_score).sum()) for f in found) for found in of_tiles]
+    if len(by_view) == 1:
+        return by_view[0], most
     return [fuse_views(found, FUSE_IOU) for found in of_tiles], most
 
 
@@ -281,9 +284,11 @@ class LargeRasterORModel(pl.LightningModule):
         values = torch.stack([loss, *losses.values()]).detach().cpu().double()
         full = 0
         if measures:
-            most = [len(found["boxes"]) for found in detections]
+            counted = float(self.operating_threshold) if stage == "test" else 0.0
+            most = [int((found["scores"] >= counted).sum()) for found in detections]
             if fused:
-                seen, most = detect_views(self, images, VIEWS[self.conf.views])
+                views = VIEWS[self.conf.views]
+                seen, most = detect_views(self, images, views, least_score=counted)
                 detections = [
                     {"boxes": torch.from_numpy(found.boxes).float(),
                      "scores": torch.from_numpy(found.scores),
@@ -440,9 +445,8 @@ class LargeRasterORModel(pl.LightningModule):
             )
         if full := self._mean_losses("test"):
             log.warning(
-                "%d tiles of the test ground reached the limit of %d detections, those of low "
-                "scores among them; if a trained model shows so many objects in a tile, set "
-                "detections_per_tile in MODEL_OPTIONS",
+                "%d tiles of the test ground show %d detections of the chosen threshold or above, "
+                "and no more are kept; set detections_per_tile in MODEL_OPTIONS",
                 full, self.network.detections_per_img,
             )  # fmt: skip
         self._evaluate("test", self.conf.test.iou_threshold, threshold)
@@ -516,6 +520,7 @@ class LargeRasterORModel(pl.LightningModule):
         precision = ranks.told(resolve_precision(self.conf.precision, self.conf.accelerator))
         train = self.conf.train
         own = [RunningAverage(train)] if train.averaging != "none" else []
+        own += [] if progress else [ProgressLines()]
         if train.patience is not None:
             # Lightning counts epochs, in which the last measurement still stands
             epochs = train.patience * self.conf.validation.pr_compute_interval
@@ -620,6 +625,56 @@ class RunningAverage(WeightAveraging):
             torch._foreach_lerp_(average, current, self.weight)
         else:  # counters
             torch._foreach_copy_(average, current)
+
+
+class ProgressLines(pl.Callback):
+    """Log how far a long training or measurement is, at about every tenth of it."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Start the clock."""
+        self._start(0, 0.0)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: LargeRasterORModel) -> None:
+        """Start the clock of a training, which may go on from where it was stopped."""
+        self._start(trainer.global_step, pl_module.share_done())
+
+    def _start(self, done: int, share: float) -> None:
+        self.started = self.told = time.monotonic()
+        self.first, self.first_share, self.tenth = done, share, int(10 * share)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: LargeRasterORModel, *_: object
+    ) -> None:
+        """Count steps, of which the clock may allow less than all."""
+        total = int(trainer.estimated_stepping_batches)
+        self._tell("training", trainer.global_step, total, min(1.0, pl_module.share_done()))
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, model: pl.LightningModule, outputs: object, batch: Batch,
+        batch_idx: int, *_: object,
+    ) -> None:  # fmt: skip
+        """Count batches, but not those within a training."""
+        if trainer.state.fn == "validate":
+            self._tell("validation", batch_idx + 1, int(sum(trainer.num_val_batches)))
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, model: pl.LightningModule, outputs: object, batch: Batch,
+        batch_idx: int, *_: object,
+    ) -> None:  # fmt: skip
+        """Count batches."""
+        self._tell("test", batch_idx + 1, int(sum(trainer.num_test_batches)))
+
+    def _tell(self, stage: str, done: int, total: int, share: float | None = None) -> None:
+        share = done / total if share is None else share
+        now, tenth = time.monotonic(), int(10 * share)
+        if tenth == self.tenth or now - self.told < LINE_SECONDS or share <= self.first_share:
+            return
+        self.told, self.tenth = now, tenth
+        elapsed = now - self.started
+        log.info(
+            "%s: %d of %d batches, %.3g per second, about %.0f s to go", stage, done, total,
+            (done - self.first) / elapsed, elapsed * (1 - share) / (share - self.first_share),
+        )  # fmt: skip
 
 
 def _plain(value: object) -> object:

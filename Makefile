@@ -1,6 +1,8 @@
 # make run    set up, make the sample data if there is none, run the quickstart
 # make test   set up, run the tests
 # make test-long   the tests that take minutes: processes that are killed at random moments
+# make test-browser   install Chromium, run the notebook in JupyterLab in it; screenshots in runs/browser
+# make sample-run   run the quickstart, and write it with its pictures to docs/sample_run.html
 # make bench  set up the peers, too, measure every stage beside them in short, write docs/benchmarks.md
 # make lab    set up, open the notebook in JupyterLab
 # make clean  remove the environment and caches (data and runs stay)
@@ -14,11 +16,14 @@ BENCH_READY := $(BENCH_VENV)/.ready
 STAGES := clean tiling dask read train predict metrics memory
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 
-.PHONY: run test test-long lab bench sample clean
+.PHONY: run sample-run test test-long test-browser chromium lab bench sample clean
 
 run: sample
 	mkdir -p runs/quickstart
 	$(BIN)/papermill main.ipynb runs/quickstart/main.ipynb -f params/quickstart.yaml
+
+sample-run: run
+	$(BIN)/python docs/sample_run.py runs/quickstart/main.ipynb
 
 test: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -26,6 +31,13 @@ test: $(READY)
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long
+
+test-browser: $(READY) chromium
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
+
+chromium:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+	  { $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q --no-install-recommends chromium; }
 
 lab: sample
 	$(BIN)/jupyter lab main.ipynb $(if $(SUDO),,--allow-root)

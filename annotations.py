@@ -890,9 +890,11 @@ def clean_annotations(
     An object that reaches over the edge of the raster or of its area of interest is dropped, and
     so is a crowd, but they are real: the ground under such a box does not count.
 
-    Writes, per raster, `<identifier>.csv` and `<identifier>_quarantine.csv` to `output_dir`, and
-    `report.csv` over all. What a raster's cleaning left in `output_dir/parts` is used again as long
-    as it was made from the same input, so that one that was killed goes on.
+    Writes, per raster, `<identifier>.csv` and `<identifier>_quarantine.csv` to `output_dir`;
+    `report.csv` over all; and `labels.csv`: all labels, the most frequent first, with the number of
+    `objects` and whether they are `common`, or become "Unknown". What a raster's cleaning left in
+    `output_dir/parts` is used again as long as it was made from the same input, so that one that
+    was killed goes on.
 
     Args:
         df_paths: The annotation files, in the order of the rasters.
@@ -976,6 +978,9 @@ def _merge_labels(
 ) -> tuple[list[ImageData], pd.DataFrame]:
     """Merge uncommon labels over all rasters, and write the clean tables; see the caller."""
     common = gather_common_labels([part.df for part in parts], label_percentile)
+    counts = pd.concat([part.df["label"] for part in parts]).value_counts()
+    labels = pd.DataFrame({"objects": counts.reindex(common.index), "common": common})
+    fileio.write_table(output_dir / "labels.csv", labels.rename_axis("label").reset_index())
     merged = sorted(common.index[~common])
     log.info("common labels %s; merged into %s: %s", sorted(common.index[common]), UNKNOWN, merged)
 

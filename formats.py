@@ -153,13 +153,14 @@ def _parsing(path: Path, what: str, remedy: str) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------
 
 
-def read_table(path: Path, text_columns: Sequence[str] = ()) -> pd.DataFrame:
+def read_table(path: Path, text_columns: Sequence[str] = (), *, rows: bool = True) -> pd.DataFrame:
     """Read a CSV whose columns may mix numbers and text.
 
     Args:
         path: The file.
         text_columns: Columns to keep as they are written, so that the label 01 is not 1, and NA
             no missing one; only an empty cell is missing.
+        rows: Whether a table without rows is an error.
 
     Raises:
         InputError: The file is missing, empty, or not a table.
@@ -183,7 +184,7 @@ def read_table(path: Path, text_columns: Sequence[str] = ()) -> pd.DataFrame:
             f"{path} is not a CSV table in UTF-8: {error}; save it with commas, a header, and as "
             "many cells in each row"
         ) from error
-    if df.empty:
+    if rows and df.empty:
         raise InputError(f"{path} has the columns {list(df.columns)} but no row")
     return df
 

@@ -488,6 +488,20 @@ def test_values(trial_dir: Path) -> dict[str, float]:
     return {name: v for name, v in values.items() if not name.startswith(("val_", "test_"))}
 
 
+def read_evaluation(run_dir: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Read what the best model found on the test ground, at any score, and what was to be found.
+
+    Returns:
+        `detections.csv` and `objects.csv`, see `trials.write_evaluation`; labels and rasters as
+        they are written, so that the label 01 is not 1.
+    """
+    found, objects = (
+        fileio.read_table(Path(run_dir) / name, ["raster", "label"], rows=False)
+        for name in ("detections.csv", "objects.csv")
+    )
+    return found, objects
+
+
 def fullest_test_block(
     images: Sequence[ImageData], blocks: pd.DataFrame
 ) -> tuple[ImageData, pd.Series]:

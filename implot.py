@@ -1,46 +1,65 @@
 """Every picture. Functions draw into Axes and return them; none calls `plt.show()`.
 
-Boxes are matplotlib line collections, so that a thousand of them draw at once; colours are those of
-Okabe and Ito, which colour-blind people tell apart.
+Colours are those of Okabe and Ito, which colour-blind people tell apart; labels beyond them share a
+gray. Boxes are line collections, which draw a thousand at once; more than `MANY` are dots. A table
+without rows makes a picture that says so.
 """
 
 from __future__ import annotations
 
+import io
 import logging
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import fileio
 import imutils
 import tiling
+from explore import explore as explore  # with the other pictures
+from explore import preview
 from ImageData import BOX_COLUMNS, ImageData, Window
-from imutils import COLORS, label_colors
+from imutils import COLORS
+from mapview import map_view as map_view
 from ModelConfig import HYPERPARAMETERS
+from review import review as review
+
+if TYPE_CHECKING:
+    from IPython.display import DisplayHandle
 
 log = logging.getLogger(__name__)
 
 SPLIT_COLORS = {"train": "#0072B2", "validation": "#E69F00", "test": "#009E73"}
+OTHER = "#808080"  # of labels beyond the colours
 MAX_SIDE = 1024  # px; larger views are read decimated
+MANY = 3000  # boxes of a picture, from which on they are dots
+MAX_LABELS = 25  # bars of labels; the rarer ones share one
+MAX_BANDS = 8  # of a picture of bands
+MAX_BINS = 256  # of a histogram of values
+LOOK = 1.0  # s between two looks at a training's record
+REST = 20  # times as long as a look took, at least, before the next one
 WIDTH = 9.0  # inches, a notebook's cell
 TRUTH_COLOR, DETECTION_COLOR = COLORS[1], COLORS[4]  # of the boxes of an error
 CONTEXT = 3.0  # side of an error's cut-out, in sides of what it shows
 LEAST_CUTOUT = 32  # px
 CAPTION = 28  # letters of a caption's line
 MOST_TICKS = 6  # values of a hyperparameter, above which they are taken for a range
-
-
-plt.rcParams["text.parse_math"] = False  # a label may hold dollars
+PLACE = 24  # letters of a raster's name below a picture
 
 
 def use_backend(*, interactive: bool) -> bool:
@@ -62,6 +81,7 @@ def use_backend(*, interactive: bool) -> bool:
             import ipympl  # noqa: F401
 
             shell.run_line_magic("matplotlib", "widget")
+            plt.rcParams["figure.max_open_warning"] = 0  # figures that zoom stay open on purpose
         except Exception as error:
             log.warning("no interactive figures (%s): pip install ipympl; showing pictures", error)
         else:
@@ -75,7 +95,7 @@ def _axes(ax: Axes | None, size: tuple[float, float] = (WIDTH, 4.0)) -> Axes:
 
 
 def _grid(count: int, columns: int, side: float, caption: float = 0.0) -> tuple[Figure, list[Axes]]:
-    rows = -(-count // columns)
+    rows = -(-max(count, 1) // columns)
     figure, axes = plt.subplots(
         rows, columns, figsize=(side * columns, (side + caption) * rows + 0.3), squeeze=False,
         layout="constrained",
@@ -83,6 +103,41 @@ def _grid(count: int, columns: int, side: float, caption: float = 0.0) -> tuple[
     for ax in axes.flat[count:]:
         ax.axis("off")
     return figure, list(axes.flat[:count])
+
+
+def _cut(text: object, most: int = CAPTION) -> str:
+    return imutils.shorten(text, most)
+
+
+def _say(ax: Axes, message: str) -> Axes:
+    """Write into an empty picture why it is empty."""
+    ax.text(0.5, 0.5, message, transform=ax.transAxes, ha="center", va="center", color="0.4")
+    return ax
+
+
+def _colors(labels: Iterable[str]) -> dict[str, str]:
+    """Give labels their colours, by name; where there are too many, the rarest share `OTHER`."""
+    counts = pd.Series(list(labels), dtype=object).value_counts()
+    common = sorted(counts.index)
+    if len(counts) > len(COLORS):
+        common = sorted(counts.index[: len(COLORS) - 1])
+    colors = imutils.label_colors(common)
+    return colors | {label: OTHER for label in counts.index if label not in colors}
+
+
+def _named(colors: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the entries of a legend: what it says, and the labels that are meant."""
+    other = [label for label, color in colors.items() if color == OTHER]
+    entries = {label: [label] for label in colors if label not in other}
+    return entries | ({f"{len(other)} other labels": other} if other else {})
+
+
+def _handles(colors: Mapping[str, str], counts: Mapping[str, int] | None = None) -> list[Line2D]:
+    handles = []
+    for name, labels in _named(colors).items():
+        count = "" if counts is None else f" ({sum(counts[label] for label in labels):,})"
+        handles.append(Line2D([], [], color=colors[labels[0]], label=_cut(name) + count))
+    return handles
 
 
 def _draw_boxes(
@@ -97,33 +152,42 @@ def _draw_boxes(
 
 
 def _draw_labelled(ax: Axes, df: pd.DataFrame, colors: Mapping[str, str], **style: object) -> None:
-    _draw_boxes(ax, df[BOX_COLUMNS].to_numpy(), [colors[label] for label in df["label"]], **style)
+    boxes, painted = df[BOX_COLUMNS].to_numpy(), [colors[label] for label in df["label"]]
+    if len(df) > MANY:
+        x, y = ((boxes[:, i] + boxes[:, i + 2]) / 2 for i in (0, 1))
+        ax.scatter(x, y, s=2, c=painted, linewidths=0, rasterized=True)
+    else:
+        _draw_boxes(ax, boxes, painted, **{"linewidths": 1.0 if len(df) < 300 else 0.7} | style)
 
 
-def _legend(ax: Axes, colors: Mapping[str, str], counts: Mapping[str, int] | None = None) -> None:
-    handles = [
-        Line2D(
-            [], [], color=color, label=f"{name} ({counts[name]})" if counts is not None else name
-        )
-        for name, color in colors.items()
-    ]
-    if handles:
-        ax.legend(handles=handles, loc="upper left", fontsize="small", framealpha=0.8)
+def _columns(figure: Figure, handles: Sequence) -> int:
+    """Return how many entries of a legend fit side by side into a figure."""
+    longest = max((len(h.get_label()) for h in handles), default=0)
+    wide = 0.6 + 0.075 * longest  # inches: a line, its gap, and small letters
+    return max(1, min(len(handles), int(figure.get_figwidth() / wide)))
 
 
-def _legend_above(ax: Axes, handles: Sequence) -> None:
+def _legend_above(ax: Axes, handles: Sequence, title: str) -> None:
+    """Put a legend between an Axes and its title."""
+    columns = _columns(ax.figure, handles)
     ax.legend(handles=handles, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0),
-              ncols=max(len(handles), 1), frameon=False)  # fmt: skip
+              ncols=columns, frameon=False)  # fmt: skip
+    ax.set_title(title, pad=10 + 16 * -(-len(handles) // columns))
+
+
+def _legend_below(figure: Figure, handles: Sequence) -> None:
+    figure.legend(handles=handles, fontsize="small", loc="outside lower center",
+                  ncols=_columns(figure, handles), frameon=False)  # fmt: skip
 
 
 def show_window(
     ax: Axes, raster: fileio.Raster, window: Window | None = None, *, gray: bool = False
 ) -> None:
-    """Draw a window of a raster, or all of it decimated, in px of the raster, perhaps in gray."""
+    """Draw a window of a raster, or all of it decimated, in px; perhaps in pale gray."""
     whole = Window(0, 0, raster.width, raster.height)
     window = window or whole
     if window == whole:
-        image, valid = raster.preview(MAX_SIDE)
+        image, valid = preview(raster, MAX_SIDE)
     else:
         image = raster.read(window)
         valid = raster.read_valid(window, image)
@@ -131,7 +195,7 @@ def show_window(
     extent = (window.x, window.x + window.width, window.y + window.height, window.y)
     ax.imshow(
         imutils.preview_stretch(image, valid), cmap="gray", extent=extent, interpolation="nearest",
-        vmin=0, vmax=255,
+        vmin=-150 if gray else 0, vmax=255,  # a gray one is a background, on which colours show
     )  # fmt: skip
     ax.set(xlim=extent[:2], ylim=extent[2:], xlabel="x (px)", ylabel="y (px)")
 
@@ -152,77 +216,198 @@ def plot_image_with_annotations(
     """
     ax = _axes(ax, (WIDTH, WIDTH * 0.8))
     show_window(ax, raster, window)
-    colors = label_colors(annotations["label"])
+    if window is not None:
+        low, high = (annotations[k].to_numpy() for k in (BOX_COLUMNS[:2], BOX_COLUMNS[2:]))
+        end = [window.x + window.width, window.y + window.height]
+        annotations = annotations[(low < end).all(axis=1) & (high > window[:2]).all(axis=1)]
+    colors = _colors(annotations["label"])
     _draw_labelled(ax, annotations, colors)
-    _legend(ax, colors, annotations["label"].value_counts())
-    ax.set_title(
-        f"{raster.path.name}: {len(annotations)} objects, {raster.width} x {raster.height}"
-    )
+    _legend_above(
+        ax, _handles(colors, annotations["label"].value_counts()),
+        f"{_cut(raster.path.name)}: {len(annotations):,} objects, "
+        f"{raster.width} x {raster.height} px",
+    )  # fmt: skip
     return ax
 
 
 def plot_diameters(
-    images: Sequence[ImageData], patch_sizes: Sequence[int] = (), ax: Axes | None = None
+    images: Sequence[ImageData],
+    patch_sizes: Sequence[int] = (),
+    anchors: Sequence[float] = (),
+    ax: Axes | None = None,
 ) -> Axes:
-    """Draw how diameters are distributed per label, beside the tile sizes they have to fit into."""
+    """Draw how diameters are distributed per label, beside the tiles and anchors they have to fit.
+
+    Args:
+        images: The annotated rasters.
+        patch_sizes: Sides of tiles, px.
+        anchors: Sides of anchors, px.
+        ax: Where to draw; None makes a figure.
+    """
     ax = _axes(ax)
     df = pd.concat([image.df for image in images])
-    top = max([df["diameter"].max(), *patch_sizes]) * 1.1
-    bins = np.geomspace(max(df["diameter"].min(), 0.5), df["diameter"].max() * 1.1, 40)
-    for label, color in label_colors(df["label"]).items():
-        ax.hist(
-            df.loc[df["label"] == label, "diameter"], bins, histtype="step", color=color,
-            label=label, linewidth=1.6,
+    ax.set(xscale="log", xlabel="diameter (px)", ylabel="objects")
+    if df.empty:
+        ax.set_title("Object diameters")
+        return _say(ax, "no objects")
+    smallest, largest = max(df["diameter"].min(), 0.5), df["diameter"].max()
+    count = int(np.clip(1.5 * np.sqrt(len(df)), 10, 40))
+    bins = np.geomspace(smallest * 0.95, largest * 1.05, count + 1)
+    colors = _colors(df["label"])
+    for labels in _named(colors).values():
+        mine = df.loc[df["label"].isin(labels), "diameter"]
+        ax.hist(mine, bins, histtype="step", color=colors[labels[0]], linewidth=1.6)
+    handles = _handles(colors, df["label"].value_counts())
+    if len(patch_sizes):
+        for size in patch_sizes:
+            ax.axvline(size, color="black", linestyle=":", linewidth=1.2)
+        label = f"tiles of {', '.join(map(str, patch_sizes))} px"
+        handles.append(Line2D([], [], color="black", linestyle=":", label=label))
+    if len(anchors):
+        # on the axis itself: where the network has something to start from
+        label = f"anchors of {min(anchors):.3g} to {max(anchors):.3g} px"
+        handles += ax.plot(
+            anchors, np.zeros(len(anchors)), "^", color="black", markersize=7, clip_on=False,
+            transform=ax.get_xaxis_transform(), label=label, zorder=3,
         )  # fmt: skip
-    for size in patch_sizes:
-        ax.axvline(size, color="black", linestyle=":", linewidth=1)
-        ax.annotate(f"tile {size}", (size, 1), xycoords=("data", "axes fraction"), rotation=90,
-                    va="top", ha="right", fontsize="small")  # fmt: skip
-    ax.set(xscale="log", xlabel="diameter (px)", ylabel="objects", title="Object diameters")
-    ax.xaxis.set_major_formatter("{x:g}")  # the usual one writes formulas
-    ax.xaxis.set_minor_formatter("")
-    ticks = [t for t in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if bins[0] <= t <= top]
-    ax.set_xticks(ticks, [str(t) for t in ticks])
-    ax.minorticks_off()
-    ax.legend(fontsize="small")
+    low, high = min([bins[0], *anchors]), max([bins[-1], *patch_sizes, *anchors])
+    _plain_log_ticks(ax, low, high)
+    ax.set(xlim=(low / 1.1, high * 1.1))
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend_above(ax, handles, f"Diameters of {len(df):,} objects")
     return ax
+
+
+def _plain_log_ticks(ax: Axes, low: float, high: float) -> None:
+    steps = [m * 10.0**e for e in range(-6, 9) for m in (1, 2, 5)]
+    steps = steps if high / low < 300 else steps[::3]
+    ticks = [t for t in steps if low <= t <= high]
+    ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    ax.minorticks_off()
+
+
+def plot_common_labels(labels: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Draw how many objects each label has, and which labels become "Unknown".
+
+    Args:
+        labels: `label, objects, common` of all labels, the most frequent first, as `labels.csv` of
+            the cleaning has them.
+        ax: Where to draw; None makes a figure.
+    """
+    shown, rest = labels.head(MAX_LABELS), labels[MAX_LABELS:]
+    bars = [
+        (_cut(row.label), row.objects, COLORS[5] if row.common else OTHER)
+        for row in shown.itertuples()
+    ]
+    if len(rest):
+        bars.append((f"{len(rest)} rarer labels", rest["objects"].sum(), OTHER))
+    merged = labels[~labels["common"].astype(bool)]
+    if len(merged):
+        bars.append(("after: Unknown", merged["objects"].sum(), COLORS[4]))
+    ax = _axes(ax, (WIDTH, 1.2 + 0.3 * len(bars)))
+    ax.set(xlabel="objects")
+    if not bars:
+        ax.set_title("Labels")
+        return _say(ax, "no labels")
+    names, counts, colors = zip(*bars, strict=True)
+    _write_bars(ax, names, [counts], [colors])
+    handles = [Rectangle((0, 0), 1, 1, color=COLORS[5], label="kept")]
+    if len(merged):
+        handles += [
+            Rectangle((0, 0), 1, 1, color=OTHER, label='becomes "Unknown"'),
+            Rectangle((0, 0), 1, 1, color=COLORS[4], label='"Unknown" afterwards'),
+        ]
+    kept = labels["common"].sum()
+    _legend_above(ax, handles, f"Labels: {len(labels)} before, {kept + bool(len(merged))} after")
+    return ax
+
+
+def _write_bars(
+    ax: Axes, names: Sequence[str], parts: Sequence[Sequence[float]], colors: Sequence
+) -> None:
+    """Draw stacked horizontal bars, the first name on top, with their totals."""
+    left = np.zeros(len(names))
+    for values, color in zip(parts, colors, strict=True):
+        ax.barh(range(len(names)), values, left=left, color=color)
+        left += np.asarray(values)
+    for i, total in enumerate(left):
+        ax.annotate(f" {total:,.0f}", (total, i), va="center", fontsize="small")
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xlim=(0, max(left.max(), 1) * 1.12), ylim=(len(names) - 0.5, -0.5))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def plot_label_counts(counts: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Draw the objects per label and split, a frame as `splits.check_labels` returns it."""
-    ax = _axes(ax, (WIDTH, 0.9 + 0.5 * len(counts)))
-    left = np.zeros(len(counts))
-    for split, color in SPLIT_COLORS.items():
-        ax.barh(counts.index, counts[split], left=left, color=color, label=split)
-        left += counts[split].to_numpy()
-    for i, total in enumerate(left):
-        ax.annotate(f" {total:.0f}", (total, i), va="center", fontsize="small")
-    ax.set(xlabel="objects", xlim=(0, left.max() * 1.1))
-    ax.set_title("Objects per label and split", pad=26)
-    _legend_above(ax, ax.get_legend_handles_labels()[0])
+    ax = _axes(ax, (WIDTH, 1.2 + 0.35 * len(counts)))
+    ax.set(xlabel="objects")
+    if counts.empty:
+        ax.set_title("Objects per label and split")
+        return _say(ax, "no objects")
+    counts = counts.loc[counts.sum(axis=1).sort_values(ascending=False, kind="stable").index]
+    names = [_cut(label) for label in counts.index]
+    _write_bars(ax, names, [counts[split] for split in SPLIT_COLORS], SPLIT_COLORS.values())
+    handles = [
+        Rectangle((0, 0), 1, 1, color=color, label=f"{split} ({counts[split].sum():,})")
+        for split, color in SPLIT_COLORS.items()
+    ]
+    _legend_above(ax, handles, "Objects per label and split")
     return ax
 
 
 def plot_split_map(image: ImageData, blocks: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Draw which ground of a raster trains, validates and tests, and where its objects are."""
     ax = _axes(ax, (WIDTH, WIDTH * 0.75))
+    mine = _draw_split(ax, image, blocks)
+    title = f"Ground of {_cut(image.image_identifier)} (blocks per split)"
+    _legend_above(ax, _split_handles(mine, len(image.df)), title)
+    return ax
+
+
+def plot_split_maps(
+    images: Sequence[ImageData], blocks: pd.DataFrame, count: int = 12, columns: int = 3
+) -> Figure:
+    """Draw the first rasters of a run as `plot_split_map` does, side by side."""
+    shown = images[:count]
+    columns = min(columns, len(shown))
+    figure, axes = _grid(len(shown), columns, WIDTH / columns)
+    drawn = []
+    for ax, image in zip(axes, shown, strict=True):
+        drawn.append(_draw_split(ax, image, blocks))
+        ax.set(xlabel="", ylabel="")
+        ax.set_title(_cut(image.image_identifier), fontsize="small")
+        ax.tick_params(labelsize="small")
+    _legend_below(figure, _split_handles(pd.concat(drawn), sum(len(i.df) for i in shown)))
+    more = f", the first {len(shown)} of {len(images)} rasters" if len(images) > count else ""
+    figure.suptitle(f"Ground in px of each raster (blocks per split){more}", fontsize="medium")
+    return figure
+
+
+def _draw_split(ax: Axes, image: ImageData, blocks: pd.DataFrame) -> pd.DataFrame:
     show_window(ax, image.raster, gray=True)
     mine = blocks[blocks["raster"] == image.image_identifier]
     for b in mine.itertuples():
-        color = SPLIT_COLORS.get(b.split, "0.5")  # unused ground
+        color = SPLIT_COLORS.get(b.split, OTHER)  # unused ground
         ax.add_patch(Rectangle((b.x, b.y), b.width, b.height, facecolor=color, alpha=0.35))
-        ax.add_patch(Rectangle((b.x, b.y), b.width, b.height, edgecolor="black", fill=False))
-    ax.plot(image.df["pixel_x"], image.df["pixel_y"], "o", color="white", markersize=3,
-            markeredgecolor="black", markeredgewidth=0.4)  # fmt: skip
-    handles = [
-        Line2D(
-            [], [], color=color, linewidth=6, label=f"{split} ({(mine['split'] == split).sum()})"
+        ax.add_patch(
+            Rectangle((b.x, b.y), b.width, b.height, edgecolor="white", linewidth=1.2, fill=False)
         )
-        for split, color in SPLIT_COLORS.items()
+    side = 3 if len(image.df) < 500 else 1.5 if len(image.df) < MANY else 1
+    ax.plot(image.df["pixel_x"], image.df["pixel_y"], "o", color="white", markersize=side,
+            markeredgecolor="black", markeredgewidth=0.4, rasterized=True)  # fmt: skip
+    return mine
+
+
+def _split_handles(blocks: pd.DataFrame, objects: int) -> list:
+    counts = blocks["split"].value_counts()
+    handles = [
+        Rectangle((0, 0), 1, 1, color=color, label=f"{split} ({counts.get(split, 0)})")
+        for split, color in (SPLIT_COLORS | {"unused": OTHER}).items()
+        if split in SPLIT_COLORS or split in counts
     ]
-    _legend_above(ax, handles)
-    ax.set_title(f"Ground of {image.image_identifier} (blocks per split)", pad=26)
-    return ax
+    dot = Line2D([], [], marker="o", color="white", markeredgecolor="black", linestyle="",
+                 label=f"object ({objects:,})")  # fmt: skip
+    return [*handles, dot]
 
 
 def plot_tiles(
@@ -236,53 +421,264 @@ def plot_tiles(
     kept = tiles[tiles["kept"] & (tiles["split"] == "train")]
     fullest = kept.sort_values(["objects", "window", "angle"], ascending=[False, True, True])
     shown = fullest.head(count)
-    colors = label_colors(boxes["label"])
-    figure, axes = _grid(len(shown), min(columns, len(shown)), WIDTH / columns)
+    colors = _colors(boxes["label"])
+    figure, axes = _grid(len(shown), min(columns, max(len(shown), 1)), WIDTH / columns)
     for ax, tile in zip(axes, shown.itertuples(), strict=True):
-        window = Window(tile.x, tile.y, tile.width, tile.height)
-        image, valid, _ = tiling.read_tile(rasters[tile.raster], window, tile.angle)
-        ax.imshow(imutils.preview_stretch(image, valid), cmap="gray",
-                  extent=(0, tile.width, tile.height, 0))  # fmt: skip
-        mine = boxes[boxes["window"] == tile.window]
-        turned = tiling.boxes_of_tile(
-            mine[BOX_COLUMNS].to_numpy(), tile.angle, tile.width, tile.height
-        )
-        styles = np.where(mine["owned"], "-", ":")
-        _draw_boxes(ax, turned, [colors[label] for label in mine["label"]], linestyles=list(styles))
+        _draw_tile(ax, tile, boxes, rasters, colors)
         ax.set_title(f"window {tile.window}, {tile.angle}°", fontsize="small")
-        ax.set(xticks=[], yticks=[])
-    figure.suptitle("Training tiles (dotted: shown, but owned by a neighbour)", fontsize="medium")
+    if shown.empty:
+        _say(figure.axes[0], "no training tiles")
+    _legend_of_tiles(figure, colors)
+    figure.suptitle("Training tiles in their turns", fontsize="medium")
     return figure
 
 
-def plot_learning_curves(records: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw the losses of a training and, on the right, its validation scores, over the steps.
+def plot_tile_mosaic(
+    tiles: pd.DataFrame,
+    boxes: pd.DataFrame,
+    rasters: Mapping[str, fileio.Raster],
+    block: int | None = None,
+    most: int = 5,
+) -> Figure:
+    """Draw the tiles of a block of ground side by side, as they lie, with the objects they own.
+
+    Tiles that overlap show the same ground more than once. Those that are left out are pale, with
+    the reason.
+
+    Args:
+        tiles: Tile index of one size, see `tiling.read_tiles`.
+        boxes: The boxes of it.
+        rasters: Identifier -> raster.
+        block: Number of the block; None: the one with most objects in its tiles.
+        most: Rows and columns at most; of a larger block, those at its upper left.
+    """
+    upright = tiles[tiles["angle"] == 0]
+    if block is None and len(upright):
+        block = upright.groupby("block")["objects"].sum().idxmax()
+    mine = upright[upright["block"] == block]
+    mine = mine[(mine["row"] - mine["row"].min() < most) & (mine["col"] - mine["col"].min() < most)]
+    rows, cols = (mine[k].rank(method="dense").astype(int) - 1 for k in ("row", "col"))
+    shape = (int(rows.max()) + 1, int(cols.max()) + 1) if len(mine) else (1, 1)
+    side = min(WIDTH / shape[1], WIDTH / 4)
+    figure, axes = plt.subplots(
+        *shape, figsize=(side * shape[1], side * shape[0] + 0.9), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
+    colors = _colors(boxes["label"])
+    for ax in axes.flat:
+        ax.axis("off")
+    for row, col, tile in zip(rows, cols, mine.itertuples(), strict=True):
+        ax = axes[row, col]
+        ax.axis("on")
+        _draw_tile(ax, tile, boxes, rasters, colors)
+        if not tile.kept:
+            ax.images[0].set_alpha(0.35)
+            ax.text(0.5, 0.5, "\n".join(str(tile.reason).split(": ")), transform=ax.transAxes,
+                    ha="center", va="center", fontsize="small",
+                    bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none"})  # fmt: skip
+    if mine.empty:
+        _say(axes[0, 0], "no tiles")
+        figure.suptitle("Tiles", fontsize="medium")
+        return figure
+    _legend_of_tiles(figure, colors)
+    first = mine.iloc[0]
+    figure.suptitle(
+        f"{len(mine)} tiles of {first['width']} px, {mine['kept'].sum()} kept, of block {block} "
+        f"({first['split']}) of {_cut(first['raster'])}",
+        fontsize="medium",
+    )
+    return figure
+
+
+def _draw_tile(
+    ax: Axes,
+    tile: NamedTuple,
+    boxes: pd.DataFrame,
+    rasters: Mapping[str, fileio.Raster],
+    colors: Mapping[str, str],
+) -> None:
+    window = Window(tile.x, tile.y, tile.width, tile.height)
+    image, valid, _ = tiling.read_tile(rasters[tile.raster], window, tile.angle)
+    ax.imshow(imutils.preview_stretch(image, valid), cmap="gray", vmin=0, vmax=255,
+              extent=(0, tile.width, tile.height, 0))  # fmt: skip
+    mine = boxes[boxes["window"] == tile.window]
+    turned = tiling.boxes_of_tile(mine[BOX_COLUMNS].to_numpy(), tile.angle, tile.width, tile.height)
+    styles = np.where(mine["owned"], "-", ":")
+    _draw_boxes(ax, turned, [colors[label] for label in mine["label"]], linestyles=list(styles))
+    ax.set(xticks=[], yticks=[])
+
+
+def _legend_of_tiles(figure: Figure, colors: Mapping[str, str]) -> None:
+    neighbour = Line2D([], [], color="0.5", linestyle=":", label="owned by a neighbour")
+    _legend_below(figure, [*_handles(colors), neighbour])
+
+
+def plot_stretch(
+    pixels: np.ndarray, radiometry: imutils.Radiometry, bands: Sequence[int] | None = None
+) -> Figure:
+    """Draw for each band how raw values are distributed, and what the stretch makes of them.
+
+    Args:
+        pixels: Raw values (bands, N), N > 0, see `tiling.sample_pixels`.
+        radiometry: The stretch.
+        bands: Numbers of the bands, for the titles; None counts from 1.
+    """
+    count = min(len(pixels), MAX_BANDS)
+    figure, axes = plt.subplots(
+        count, 2, figsize=(WIDTH, 0.9 + 1.5 * count), squeeze=False, layout="constrained",
+        sharex="col" if count > 1 else False,
+    )  # fmt: skip
+    stretched = radiometry.stretch(pixels[:, None])[:, 0]
+    numbers = list(bands or range(1, len(pixels) + 1))
+    for i, (left, right) in enumerate(axes):
+        low, high = radiometry.low[i], radiometry.high[i]
+        for ax, values, marks in (
+            (left, pixels[i].astype(float), (low, high)),
+            (right, stretched[i].astype(float), (0, 1)),
+        ):
+            few = np.unique(values)
+            whole = pixels.dtype.kind in "ui" and ax is left and np.ptp(few) < MAX_BINS
+            edges = np.arange(few[0] - 0.5, few[-1] + 1) if whole else MAX_BINS // 4
+            ax.hist(values, edges, weights=np.full(len(values), 100 / len(values)),
+                    histtype="stepfilled", color=COLORS[5])  # fmt: skip
+            ax.set_yscale("log")  # the background outweighs what objects are made of
+            for mark in marks:
+                ax.axvline(mark, color=COLORS[4], linewidth=1.2)
+        left.set_ylabel(f"band {numbers[i]}\n% of pixels")
+        places = ",.0f" if abs(low) + abs(high) >= 100 else ".4g"
+        left.set_title(f"{low:{places}} becomes 0, {high:{places}} becomes 1", fontsize="small")
+        right.axvline(stretched[i].mean(), color="black", linestyle="--", linewidth=1)
+        right.set_title(
+            f"mean {stretched[i].mean():.3f}, deviation {stretched[i].std():.3f}", fontsize="small"
+        )
+    axes[-1, 0].set_xlabel(f"raw value ({pixels.dtype})")
+    axes[-1, 1].set_xlabel("model's input")
+    more = f", the first {count} of {len(pixels)} bands" if len(pixels) > count else ""
+    figure.suptitle(
+        f'Stretch "{radiometry.method}" of {pixels.shape[1]:,} pixels of training ground{more}',
+        fontsize="medium",
+    )
+    return figure
+
+
+@contextmanager
+def live_curves(trials_dir: Path, *, active: bool = True) -> Iterator[None]:
+    """Show the learning curves of the training that runs, drawn anew after each epoch.
+
+    The training is not touched: its record is read, by a thread that rests `REST` times as long as
+    it reads and draws, whichever process writes it. Those of earlier trainings are not shown.
+
+    Args:
+        trials_dir: Folder of the trials' folders.
+        active: False shows nothing; so does a session without a notebook.
+    """
+    handle = _display_handle() if active else None
+    if handle is None:
+        yield
+        return
+    done = threading.Event()
+    old = _record_times(Path(trials_dir))  # what earlier trainings wrote is not live
+    watch = threading.Thread(target=_watch, args=(Path(trials_dir), handle.update, done, old))
+    watch.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watch.join()
+
+
+def _display_handle() -> DisplayHandle | None:
+    try:
+        from IPython import get_ipython
+        from IPython.display import DisplayHandle, Markdown
+    except ImportError:
+        return None
+    if not hasattr(get_ipython(), "kernel"):
+        return None
+    handle = DisplayHandle()
+    handle.display(Markdown("*the first epoch*"))
+    return handle
+
+
+def _record_times(trials_dir: Path) -> dict[Path, int]:
+    times = {}
+    for path in trials_dir.glob("*/metrics.csv"):
+        with suppress(OSError):  # a folder takes another name when its training ends
+            times[path] = path.stat().st_mtime_ns
+    return times
+
+
+def _watch(
+    trials_dir: Path,
+    show: Callable[[object], None],
+    done: threading.Event,
+    old: Mapping[Path, int],
+) -> None:
+    from IPython.display import Image
+
+    shown, pause, last = None, 0.0, False
+    while not last:
+        last = done.wait(pause)
+        start = time.monotonic()
+        with suppress(OSError, ValueError, KeyError):  # none yet, or half a line
+            times = _record_times(trials_dir)
+            path = max((p for p in times if times[p] != old.get(p)), key=times.get)
+            records = pd.read_csv(path)
+            epochs = path, int(records["train_loss_epoch"].notna().sum())
+            if epochs != shown and epochs[1]:
+                show(Image(_print_curves(records, path.parent.name)))
+                shown = epochs
+        pause = max(LOOK, REST * (time.monotonic() - start))
+
+
+def _print_curves(records: pd.DataFrame, folder: str) -> bytes:
+    """Draw the learning curves of a trial as a PNG, in any thread."""
+    figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")  # pyplot has but one thread
+    name = folder.removeprefix(".").partition("~")[0]  # while it runs, it is .name~worker
+    plot_learning_curves(records, figure.subplots(), title=_cut(name, 80))
+    file = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(file)
+    return file.getvalue()
+
+
+def plot_learning_curves(
+    records: pd.DataFrame, ax: Axes | None = None, title: str = "Learning curves"
+) -> Axes:
+    """Draw the losses of a training and, on the right, its validation scores, over the epochs.
 
     Args:
         records: `metrics.csv` of a trial.
         ax: Where to draw the losses; None makes a figure.
+        title: Of the picture.
     """
     ax = _axes(ax)
+    ax.set(xlabel="epoch", ylabel="loss")
+    columns = {
+        "train_loss_epoch": ("training loss", COLORS[5], "o-"),
+        "val_loss": ("validation loss", COLORS[4], "s-"),
+        "val_AP50": ("validation AP50", COLORS[2], "^--"),
+        "val_box_f1": ("validation F1", COLORS[3], "v--"),
+    }
+    records = records.reindex(columns=["epoch", *columns])
     # the last validation, after the training, is of another model on other tiles
-    records = records[
-        records["epoch"] <= records["epoch"][records["train_loss_epoch"].notna()].max()
-    ]
-    series = [("train_loss_epoch", "training loss", COLORS[5], "-"),
-              ("val_loss", "validation loss", COLORS[4], "-")]  # fmt: skip
-    scores = [("val_AP50", "validation AP50", COLORS[2], "--"),
-              ("val_box_f1", "validation F1", COLORS[3], "--")]  # fmt: skip
+    last = records["epoch"][records["train_loss_epoch"].notna()].max()
+    records = records[records["epoch"] <= last]
+    if records.empty:
+        ax.set_title(title)
+        return _say(ax, "no epoch yet")
     right = ax.twinx()
-    for target, lines in ((ax, series), (right, scores)):
-        for column, label, color, style in lines:
-            if column in records:
-                known = records.dropna(subset=[column])
-                target.plot(known["step"], known[column], style, marker="o", markersize=3,
-                            color=color, label=label)  # fmt: skip
-    ax.set(xlabel="optimiser step", ylabel="loss", ylim=(0, None))
-    ax.set_title("Learning curves", pad=26)
-    right.set(ylabel="score", ylim=(0, 1.02))
-    handles = [*ax.get_lines(), *right.get_lines()]
-    _legend_above(ax, handles)
+    for column, (label, color, style) in columns.items():
+        known = records.dropna(subset=[column])
+        target = ax if column.endswith(("loss", "epoch")) else right
+        if len(known):
+            target.plot(
+                known["epoch"] + 1, known[column], style, color=color, markersize=4, label=label
+            )
+    ax.set(ylim=(0, None))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.set(ylabel="score (0 to 1)", ylim=(0, 1.02))
+    _legend_above(ax, [*ax.get_lines(), *right.get_lines()], title)
     return ax
 
 
@@ -293,28 +689,41 @@ def plot_search_heatmap(
     value: str = "AP50",
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw the best score reached for each pair of values of two hyperparameters.
+    """Draw the best score reached for each pair of values of two parameters.
 
     Args:
         leaderboard: See `gridsearch.read_leaderboard`.
-        x: Hyperparameter of the columns; None takes the one with the most values.
-        y: Hyperparameter of the rows; None takes the next one.
+        x: Column of the leaderboard that goes across; None takes the hyperparameter with the most
+            values.
+        y: The one that goes down; None takes the next one.
         value: The score.
         ax: Where to draw; None makes a figure.
     """
     varied = sorted(HYPERPARAMETERS, key=lambda name: -leaderboard[name].nunique())
     x = x or next(name for name in varied if name != y)
     y = y or next(name for name in varied if name != x)
-    table = leaderboard.pivot_table(value, y, x, aggfunc="max", dropna=False)
-    ax = _axes(ax, (WIDTH * 0.75, 1.6 + 0.6 * len(table)))
+    known = leaderboard.dropna(subset=[value])
+    table = known.pivot_table(value, y, x, aggfunc="max", dropna=False, observed=True)
+    ax = _axes(ax, (WIDTH * 0.75, 1.6 + 0.6 * max(len(table), 1)))
+    ax.set(xlabel=x, ylabel=y, title=f"Best {value} of {len(known)} trainings")
+    if table.empty:
+        return _say(ax, "no training is complete")
     values = table.to_numpy(dtype=float)
-    drawn = ax.imshow(values, cmap="cividis", aspect="auto", vmin=0, vmax=1)
-    ax.set_xticks(range(len(table.columns)), [f"{v:g}" for v in table.columns])
-    ax.set_yticks(range(len(table.index)), [f"{v:g}" for v in table.index])
-    _write_cells(ax, values, "{:.3f}", light_below=0.6)
+    # close scores are told apart, but not by noise alone
+    middle, half = (np.nanmax(values) + np.nanmin(values)) / 2, max(np.ptp(known[value]) / 2, 0.025)
+    drawn = ax.imshow(values, cmap="cividis", aspect="auto", vmin=middle - half, vmax=middle + half)
+    ax.set_facecolor("0.9")
+    ax.set_xticks(range(len(table.columns)), map(_short, table.columns))
+    ax.set_yticks(range(len(table.index)), map(_short, table.index))
+    if len(table.columns) > 8:
+        ax.tick_params("x", rotation=45)
+    _write_cells(ax, values, "{:.3f}", light_below=middle + 0.2 * half)
     ax.figure.colorbar(drawn, ax=ax, label=value)
-    ax.set(xlabel=x, ylabel=y, title=f"Search: best {value}")
     return ax
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float | int) else str(value)
 
 
 def plot_importance(importances: pd.Series, ax: Axes | None = None) -> Axes:
@@ -406,25 +815,31 @@ def plot_parallel_coordinates(leaderboard: pd.DataFrame, ax: Axes | None = None)
 
 def _write_cells(ax: Axes, values: np.ndarray, text: str, light_below: float) -> None:
     for (i, j), value in np.ndenumerate(values):
-        color = "white" if np.isnan(value) or value < light_below else "black"
-        shown = "-" if np.isnan(value) else text.format(value)
+        color = "white" if value < light_below else "black"  # nothing is known: black on gray
+        shown = "none" if np.isnan(value) else text.format(value)
         ax.annotate(shown, (j, i), ha="center", va="center", color=color, fontsize="small")
 
 
 def plot_confusion(confusion: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Draw the confusion matrix of `confusion.csv`: counts, coloured by share of the row."""
     counts = confusion.set_index("(truth)")
-    ax = _axes(ax, (WIDTH * 0.6, 1.6 + 0.55 * len(counts)))
     values = counts.to_numpy(dtype=float)
+    rows, columns = values.shape
+    ax = _axes(ax, (np.clip(1.8 + 0.7 * columns, 5.4, WIDTH), 2.0 + 0.4 * rows))
     shares = values / np.maximum(values.sum(axis=1, keepdims=True), 1)
-    ax.imshow(shares, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    drawn = ax.imshow(100 * shares, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     for (i, j), count in np.ndenumerate(values):
-        nothing = i == values.shape[0] - 1 and j == values.shape[1] - 1  # background, not detected
-        ax.annotate("" if nothing else f"{count:.0f}", (j, i), ha="center", va="center",
+        nothing = i == rows - 1 and j == columns - 1  # background, not detected
+        quiet = nothing or (columns > 12 and not count)
+        ax.annotate("" if quiet else f"{count:.0f}", (j, i), ha="center", va="center",
                     fontsize="small", color="black" if shares[i, j] > 0.6 else "white")  # fmt: skip
-    ax.set_xticks(range(values.shape[1]), counts.columns, rotation=30, ha="right")
-    ax.set_yticks(range(values.shape[0]), counts.index)
+    names = [_cut(name, 18) for name in counts.columns]
+    steep = 90 if columns > 12 else 35  # degrees
+    ax.set_xticks(range(columns), names, rotation=steep, ha="right", va="center",
+                  rotation_mode="anchor")  # fmt: skip
+    ax.set_yticks(range(rows), [_cut(name, 18) for name in counts.index])
     ax.set(xlabel="detected as", ylabel="truth", title="Confusion on the test ground")
+    ax.figure.colorbar(drawn, ax=ax, label="% of the row")
     return ax
 
 
@@ -439,16 +854,113 @@ def plot_precision_recall(
         ax: Where to draw; None makes a figure.
     """
     ax = _axes(ax, (WIDTH * 0.6, WIDTH * 0.5))
-    ax.plot(curve["recall"], curve["precision"], color=COLORS[5])
-    label = f"score >= {values['score_threshold']:.2f}: F1 {values['box_f1']:.3f}"
-    ax.plot(values["box_recall"], values["box_precision"], "o", color=COLORS[4], label=label)
-    for f1 in (0.5, 0.7, 0.8, 0.9):
+    ax.set(xlim=(0, 1.0), ylim=(0, 1.01), xlabel="recall (0 to 1)", ylabel="precision (0 to 1)")
+    title = f"Precision and recall on the test ground (AP50 {values['AP50']:.3f})"
+    ax.set_title(title)
+    for f1 in (0.2, 0.4, 0.6, 0.8):
         recall = np.linspace(f1 / (2 - f1) + 1e-6, 1, 100)
         ax.plot(recall, f1 * recall / (2 * recall - f1), color="0.8", linewidth=0.8, zorder=0)
-        ax.annotate(f"F1 {f1}", (1, f1 / (2 - f1)), fontsize="x-small", color="0.5", ha="right")
-    ax.set(xlim=(0, 1.01), ylim=(0, 1.01), xlabel="recall", ylabel="precision")
-    ax.set_title(f"Precision and recall on the test ground (AP50 {values['AP50']:.3f})")
-    ax.legend(fontsize="small", loc="lower left")
+        ax.annotate(f"F1 {f1}", (1.02, f1 / (2 - f1)), fontsize="small", color="0.45", va="center",
+                    annotation_clip=False)  # fmt: skip
+    if curve.empty:
+        return _say(ax, "no detections")
+    ax.plot(curve["recall"], curve["precision"], color=COLORS[5])
+    label = f"score >= {values['score_threshold']:.2f}: F1 {values['box_f1']:.3f}"
+    marked = ax.plot(values["box_recall"], values["box_precision"], "o", color=COLORS[4],
+                     label=label, clip_on=False)  # fmt: skip
+    _legend_above(ax, marked, title)
+    return ax
+
+
+def plot_f1_threshold(
+    curve: pd.DataFrame, values: Mapping[str, float], ax: Axes | None = None
+) -> Axes:
+    """Draw F1, precision and recall over the score threshold, and mark the one validation chose.
+
+    Args:
+        curve: `curve.csv` of a trial.
+        values: The trial's values: `score_threshold, box_f1`.
+        ax: Where to draw; None makes a figure.
+    """
+    ax = _axes(ax, (WIDTH * 0.6, WIDTH * 0.5))
+    ax.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="score threshold (0 to 1)", ylabel="0 to 1")
+    if curve.empty:
+        ax.set_title("F1 at each threshold")
+        return _say(ax, "no detections")
+    for column, label, color, style in (
+        ("f1", "F1", COLORS[5], "-"),
+        ("precision", "precision", COLORS[2], "--"),
+        ("recall", "recall", COLORS[3], ":"),
+    ):
+        ax.plot(curve["threshold"], curve[column], style, color=color, label=label)
+    chosen = values["score_threshold"]
+    ax.axvline(chosen, color=COLORS[4], linewidth=1.2, label=f"chosen: {chosen:.2f}")
+    best = curve.loc[curve["f1"].idxmax()]
+    title = (
+        f"F1 {values['box_f1']:.3f} as chosen, {best['f1']:.3f} at best ({best['threshold']:.2f})"
+    )
+    _legend_above(ax, ax.get_legend_handles_labels()[0], title)
+    return ax
+
+
+def plot_size_frequency(
+    detections: pd.DataFrame,
+    objects: pd.DataFrame,
+    blocks: pd.DataFrame,
+    rasters: Mapping[str, fileio.Raster],
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw how many objects of a diameter or larger the test ground holds per area, and was found.
+
+    Diameters are the longer sides of boxes, in bins that grow by the square root of 2; bars are the
+    square root of the count. In metres and per km2 if all rasters have a resolution, else in px and
+    per megapixel. Where curves part, detections of that size lack, or are too many: an AP does not
+    tell which. The area is that of the test blocks, whether or not all of it counts.
+
+    Args:
+        detections: `detections.csv` of a trial, without those below the threshold.
+        objects: `objects.csv` of the trial.
+        blocks: Ground blocks.
+        rasters: Identifier -> raster.
+        ax: Where to draw; None makes a figure.
+
+    References:
+        Crater Analysis Techniques Working Group 1979, Icarus 37, 467-474, for bins, errors and axes
+        of the cumulative plot.
+    """
+    ax = _axes(ax, (WIDTH * 0.75, WIDTH * 0.5))
+    test = blocks[blocks["split"] == "test"]
+    sides = {name: rasters[name].resolution for name in test["raster"].unique()}
+    metric = bool(sides) and None not in sides.values()
+    sides = sides if metric else dict.fromkeys(sides, 1.0)
+    area = (test["width"] * test["height"] * test["raster"].map(sides) ** 2).sum() / 1e6
+    unit, per = ("m", "km²") if metric else ("px", "megapixel")
+    ax.set(xscale="log", xlabel=f"diameter ({unit})", ylabel=f"objects of it or larger per {per}")
+    ax.set_yscale("log", nonpositive="clip")
+    drawn = []
+    for df, name, color, style in (
+        (objects[objects["counted"].astype(bool)], "truth", COLORS[5], "o"),
+        (detections[detections["found"] != -2], "detections", COLORS[4], "s"),
+    ):
+        box = df[BOX_COLUMNS].to_numpy(dtype=float)
+        diameter = (box[:, 2:] - box[:, :2]).max(axis=1, initial=0)
+        diameter = np.sort(diameter * df["raster"].map(sides).to_numpy(dtype=float))
+        if not len(diameter):
+            continue
+        first, last = np.floor(2 * np.log2(diameter[[0, -1]])).astype(int)
+        edges = 2.0 ** (np.arange(first, last + 1) / 2)
+        count = len(diameter) - np.searchsorted(diameter, edges)
+        ax.errorbar(edges, count / area, np.sqrt(count) / area, color=color, fmt=style + "-",
+                    markersize=4, capsize=2, linewidth=1,
+                    label=f"{name} ({len(df):,})")  # fmt: skip
+        drawn += [edges[0], edges[-1]]
+    title = f"Size-frequency on {area:,.3g} {per} of test ground"
+    if not drawn:
+        ax.set_title(title)
+        return _say(ax, "no objects, no detections")
+    _plain_log_ticks(ax, min(drawn), max(drawn))
+    ax.grid(color="0.9")
+    _legend_above(ax, ax.get_legend_handles_labels()[0], title)
     return ax
 
 
@@ -482,10 +994,15 @@ def plot_density(
     most = max([1.0, *(found.max() for found, _ in counts)])
     for found, extent in counts:
         drawn = ax.imshow(found, cmap="cividis", extent=extent, vmin=0, vmax=most)
-    if counts:
-        ax.figure.colorbar(drawn, ax=ax, label=f"detections per cell of about {cell} px")
-    ax.set(xlabel="x (px)", ylabel="y (px)", facecolor="0.9", xlim=(0, width), ylim=(height, 0),
-           title=f"Density of detections on the test ground of {raster}")  # fmt: skip
+    ax.set(xlabel="x (px)", ylabel="y (px)", facecolor="0.9", aspect="equal",
+           xlim=(0, width), ylim=(height, 0))  # fmt: skip
+    ax.set_title(f"{len(mine):,} detections on the test ground of {_cut(raster, PLACE)}")
+    if not counts:
+        return _say(ax, "no test ground on this raster")
+    ax.figure.colorbar(
+        drawn, ax=ax, label=f"detections per cell of about {cell} px",
+        ticks=MaxNLocator(integer=True), shrink=float(np.clip(height / width, 0.4, 1)),
+    )  # fmt: skip
     return ax
 
 
@@ -523,17 +1040,19 @@ def plot_detections(
     figure, axes = plt.subplots(
         1, 2, figsize=(WIDTH, WIDTH / 2 + 0.9), sharex=True, sharey=True, layout="constrained"
     )
-    colors = label_colors([*truth["label"], *found["label"]])
+    colors = _colors([*truth["label"], *found["label"]])
     sides = (("truth", truth, missed, "missed"), ("detections", found, spurious, "spurious"))
     for ax, (title, df, wrong, word) in zip(axes, sides, strict=True):
         show_window(ax, image.raster, window)
         _draw_labelled(ax, df[~wrong], colors)
         _draw_labelled(ax, df[wrong], colors, linestyles="--", linewidths=1.6)
-        ax.set_title(f"{title}: {len(df)}, {wrong.sum()} of them {word}", fontsize="medium")
-    handles = [Line2D([], [], color=color, label=label) for label, color in colors.items()]
+        ax.set_title(f"{title}: {len(df):,}, {wrong.sum():,} of them {word}", fontsize="medium")
+    handles = _handles(colors)
     handles.append(Line2D([], [], color="0.5", linestyle="--", label="missed or spurious"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    figure.suptitle(f"{image.image_identifier}, test block {block['block']}", fontsize="medium")
+    _legend_below(figure, handles)
+    figure.suptitle(
+        f"{_cut(image.image_identifier)}, test block {block['block']}", fontsize="medium"
+    )
     return figure
 
 
@@ -542,7 +1061,7 @@ def plot_errors(
     rasters: Mapping[str, fileio.Raster],
     kind: str | None = None,
     count: int | None = None,
-    columns: int = 6,
+    columns: int = 5,
     objects: pd.DataFrame | None = None,
 ) -> Figure:
     """Draw the first errors of each kind as cut-outs of their rasters, a contact sheet.
@@ -562,7 +1081,7 @@ def plot_errors(
     shown = {k: errors[errors["kind"] == k].head(count) for k in kinds}
     rows = {k: -(-len(mine) // columns) for k, mine in shown.items()}
     slots = columns * max(sum(rows.values()), 1)
-    figure, axes = _grid(slots, columns, WIDTH / columns, caption=0.45)
+    figure, axes = _grid(slots, columns, WIDTH / columns, caption=0.95)
     figure.get_layout_engine().set(h_pad=0.08)  # inches, between the captions of two rows
     for ax in axes:
         ax.axis("off")
@@ -574,7 +1093,7 @@ def plot_errors(
         Line2D([], [], color=TRUTH_COLOR, label="truth"),
         Line2D([], [], color=DETECTION_COLOR, linestyle="--", label="detection"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    _legend_below(figure, handles)
     counts = [f"{len(mine)} of {(errors['kind'] == k).sum()} {k}" for k, mine in shown.items()]
     figure.suptitle(", ".join(counts) or "no errors", fontsize="medium")
     return figure
@@ -601,16 +1120,11 @@ def _draw_error(
     known = error.kind == "spurious" or error.label == error.true_label
     seen = "never seen" if np.isnan(error.score) else f"{error.score:.2f}, IoU {error.iou:.2f}"
     label = str(error.label) if known else f"{error.label}, is {error.true_label}"
-    ax.set_title("\n".join(map(_shorten, [f"{error.kind} {seen}", label])), fontsize="x-small")
+    ax.set_title("\n".join(map(_cut, [f"{error.kind} {seen}", label])), fontsize="small")
     ax.axis("on")
     ax.set(xticks=[], yticks=[], ylabel="")
-    ax.set_xlabel(
-        _shorten(f"{error.pixel_x:.0f}, {error.pixel_y:.0f} {error.raster}"), fontsize="xx-small"
-    )
-
-
-def _shorten(line: str) -> str:
-    return line if len(line) <= CAPTION else f"{line[: CAPTION - 1]}…"
+    name = _cut(error.raster, PLACE)
+    ax.set_xlabel(f"{error.pixel_x:.0f}, {error.pixel_y:.0f}\n{name}", fontsize="small")
 
 
 def plot_catalogue(raster: fileio.Raster, catalogue: pd.DataFrame, max_side: int = 512) -> Figure:
@@ -622,7 +1136,7 @@ def plot_catalogue(raster: fileio.Raster, catalogue: pd.DataFrame, max_side: int
         max_side: Px of the window that is shown in detail.
     """
     width, height = raster.width, raster.height
-    cell = max(max_side // 4, max(width, height) // 128)
+    cell = max(max_side // 8, max(width, height) // 64)
     edges = [np.arange(0, side + cell, cell) for side in (height, width)]
     counts, _, _ = np.histogram2d(catalogue["pixel_y"], catalogue["pixel_x"], bins=edges)
     row, col = np.unravel_index(counts.argmax(), counts.shape)
@@ -637,19 +1151,22 @@ def plot_catalogue(raster: fileio.Raster, catalogue: pd.DataFrame, max_side: int
     inside = catalogue["pixel_x"].between(x, x + window.width)
     inside &= catalogue["pixel_y"].between(y, y + window.height)
     show_window(detail, raster, window)
-    colors = label_colors(catalogue["label"])
+    colors = _colors(catalogue["label"])
     _draw_labelled(detail, catalogue[inside], colors)
-    detail.set_title(
-        f"the densest window: {inside.sum()} of {len(catalogue)} objects", fontsize="medium"
-    )
+    detail.set_title(f"the densest window: {inside.sum():,} objects", fontsize="medium")
     drawn = overview.imshow(
         counts, cmap="cividis", extent=(0, edges[1][-1], edges[0][-1], 0), vmin=0,
+        vmax=max(counts.max(), 1),
     )  # fmt: skip
-    figure.colorbar(drawn, ax=overview, label=f"objects per cell of {cell} px", shrink=0.8)
-    overview.add_patch(Rectangle((x, y), window.width, window.height, fill=False, color="white"))
+    figure.colorbar(
+        drawn, ax=overview, label=f"objects per cell of {cell} px", shrink=0.8,
+        ticks=MaxNLocator(integer=True),
+    )  # fmt: skip
+    overview.add_patch(
+        Rectangle((x, y), window.width, window.height, fill=False, color="white", linewidth=1.5)
+    )
     overview.set(xlim=(0, width), ylim=(height, 0), xlabel="x (px)", ylabel="y (px)")
-    overview.set_title("all of it", fontsize="medium")
-    handles = [Line2D([], [], color=color, label=label) for label, color in colors.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=max(len(handles), 1))
-    figure.suptitle(raster.path.name, fontsize="medium")
+    overview.set_title("all of it (white: that window)", fontsize="medium")
+    _legend_below(figure, _handles(colors, catalogue["label"].value_counts()))
+    figure.suptitle(f"{_cut(raster.path.name)}: {len(catalogue):,} objects", fontsize="medium")
     return figure

@@ -174,22 +174,47 @@ def measure_radiometry(
     return Radiometry(method, *bounds, tuple(mean.tolist()), tuple(std.tolist()))
 
 
-def preview_stretch(
+def preview_bounds(
     image: np.ndarray, valid: np.ndarray, percentiles: tuple[float, float] = (1.0, 99.0)
+) -> np.ndarray:
+    """Return the raw values (1 or 3, 2) that `preview_stretch` shows as black and as full colour.
+
+    They are percentiles of the valid pixels (H, W) of each shown band of an image (bands, H, W).
+    """
+    bands = _shown_bands(image)
+    if not valid.any():
+        return np.tile([0.0, 1.0], (len(bands), 1))
+    return np.percentile(bands[:, valid].astype(np.float64), percentiles, axis=1).T
+
+
+def preview_stretch(
+    image: np.ndarray, valid: np.ndarray, bounds: np.ndarray | None = None
 ) -> np.ndarray:
     """Stretch an image (bands, H, W) of any type to uint8 (H, W) or (H, W, 3) for looking at it.
 
-    The percentiles are those of the valid pixels (H, W); invalid ones become black.
+    Invalid pixels (H, W) become black. The bounds are those of the image itself unless they are
+    given, see `preview_bounds`.
     """
-    bands = image[:3] if image.shape[0] >= 3 else image[:1]
+    bands = _shown_bands(image)
+    bounds = preview_bounds(image, valid) if bounds is None else bounds
     planes = []
-    for band in bands.astype(np.float64):
-        lo, hi = np.percentile(band[valid], percentiles) if valid.any() else (0.0, 1.0)
+    for band, (lo, hi) in zip(bands.astype(np.float64), bounds, strict=True):
         scaled = np.where(valid, (band - lo) / max(hi - lo, 1e-12), 0.0)
         planes.append((scaled.clip(0, 1) * 255).astype(np.uint8))
     return np.stack(planes, axis=-1) if len(planes) == 3 else planes[0]
 
 
+def _shown_bands(image: np.ndarray) -> np.ndarray:
+    return image[:3] if image.shape[0] >= 3 else image[:1]
+
+
 def label_colors(labels: Iterable[str]) -> dict[str, str]:
     """Give each label its colour (#RRGGBB), in their order; beyond `COLORS` they come again."""
     return {label: COLORS[i % len(COLORS)] for i, label in enumerate(sorted(set(labels)))}
+
+
+def shorten(text: object, most: int) -> str:
+    """Write a text into a picture: at most so many letters, and dollars that are no formula."""
+    text = str(text)
+    text = text if len(text) <= most else f"{text[: most - 1]}…"
+    return text.replace("$", r"\$")

@@ -54,7 +54,10 @@ def configure_logger(log_file: Path | None = None, level: int = logging.INFO) ->
         for path in PROJECT_DIR.iterdir()
         if path.suffix == ".py" or (path / "__init__.py").exists()
     } | {"__main__"}
-    handlers: dict[str, logging.Handler] = {"console": logging.StreamHandler()}
+    # notebooks show stderr on red, as if every line were an error
+    notebook = type(sys.stdout).__module__ == "ipykernel.iostream"
+    stream = sys.stdout if notebook else sys.stderr
+    handlers: dict[str, logging.Handler] = {"console": logging.StreamHandler(stream)}
     if log_file is not None:
         with writing(Path(log_file)):
             Path(log_file).parent.mkdir(parents=True, exist_ok=True)

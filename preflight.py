@@ -105,10 +105,10 @@ def plan_run(
     Returns:
         One row per tile size: `train_tiles` (turned ones included), `validation_tiles, test_tiles,
         densest` (objects in the fullest), `small` and `large` (shares of the objects under 4 px,
-        and over half a tile), `anchors_fit` (share of the training objects whose best anchor has
-        an IoU above 0.5), `trainings, step_s, hours` (all trainings, evaluation included, shared
-        out evenly among all devices that train together), `memory_gb` (peak of this process until
-        then), `disk_mb` (checkpoints, and chips where asked for).
+        and over half a tile), `anchors` (their sides, px), `anchors_fit` (share of the training
+        objects whose best anchor has an IoU above 0.5), `trainings, step_s, hours` (all trainings,
+        evaluation included, shared out evenly among all devices that train together), `memory_gb`
+        (peak of this process until then), `disk_mb` (checkpoints, and chips where asked for).
     """
     sides = np.concatenate([np.ptp(i.df[BOX_COLUMNS].to_numpy().reshape(-1, 2, 2), axis=1)
                             for i in images]).max(axis=1)  # fmt: skip
@@ -137,6 +137,7 @@ def plan_run(
             "densest": densest,
             "small": float((sides < SMALL).mean()),
             "large": float((sides > size / 2).mean()),
+            "anchors": sorted(np.concatenate(contract.anchors.sizes).tolist()),
             "anchors_fit": good_anchor_share(contract.anchors, train_boxes),
         }
         labels = sorted({label for image in images for label in image.df["label"].unique()})

@@ -385,9 +385,9 @@ class Raster:
     @cached_property
     def _averaged_overviews(self) -> tuple[int, ...]:
         """Factors of the overviews that were made by averaging; others may skip pixels."""
-        with self._reading(Window(0, 0, self.width, self.height)) as src:
-            factors, averaged = src.overviews(self.bands[0]), []
-            for level, factor in enumerate(factors):
+        averaged = []
+        with self._reading(Window(0, 0, self.width, self.height)):
+            for level, factor in enumerate(self.overviews):
                 with _open(self.source, overview_level=level) as overview:
                     if overview.tags(self.bands[0]).get("RESAMPLING") == "AVERAGE":
                         averaged.append(factor)
@@ -412,17 +412,40 @@ class Raster:
         """
         scale = min(1.0, longest_side / max(self.width, self.height))
         height, width = (max(1, round(side * scale)) for side in (self.height, self.width))
-        window = Window(0, 0, self.width, self.height)
+        return self.read_decimated(Window(0, 0, self.width, self.height), (height, width))
+
+    def read_decimated(
+        self, window: Window, shape_hw: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Read a window inside the raster at another size, from the overviews that fit, if any.
+
+        Args:
+            window: The window; what it costs to decode follows from `overviews`.
+            shape_hw: Height and width of the result in px.
+
+        Returns:
+            Pixels (bands, height, width) and their validity (height, width).
+
+        Raises:
+            InputError: The file cannot be read there (names the window).
+        """
+        where = {"window": RasterioWindow(*window), "out_shape": shape_hw}
         plain = not self.masked and set(self.nodata) == {None}
         with self._reading(window) as src:
             image = read_bands(
-                src, self.bands, self.dtype, out_shape=(height, width),
+                src, self.bands, self.dtype, **where,
                 resampling=Resampling.average if plain else Resampling.nearest,
             )  # fmt: skip
             valid = self._has_value(image)
             if self.masked:
-                valid &= src.dataset_mask(out_shape=(height, width)) > 0
+                valid &= src.dataset_mask(**where) > 0
         return image, valid
+
+    @cached_property
+    def overviews(self) -> tuple[int, ...]:
+        """Factors by which the file's overviews are smaller than it, rising."""
+        with self._reading(Window(0, 0, self.width, self.height)) as src:
+            return tuple(src.overviews(self.bands[0]))
 
     def _clip(self, window: Window) -> tuple[Window, tuple[int, int]]:
         x0, y0 = max(window.x, 0), max(window.y, 0)

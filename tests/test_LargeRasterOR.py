@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import trials
 from datasets import BboxDataset, HardTiles, TileDataModule, collate
 from ImageData import InputError
 from imutils import Radiometry
-from LargeRasterOR import DivergedError, LargeRasterORModel, resolve_precision
+from LargeRasterOR import DivergedError, LargeRasterORModel, ProgressLines, resolve_precision
 from ModelConfig import ModelConfig
 from networks import (
     Anchors,
@@ -121,6 +122,21 @@ def test_a_trained_model_is_measured_with_its_views(overfitted, monkeypatch):
     assert len({tuple(frame.flatten().tolist()) for frame in frames}) == 4
     assert fused["val_loss"] == pytest.approx(plain["val_loss"])
     assert fused["val_AP50"] != plain["val_AP50"]
+
+
+@pytest.mark.parametrize("views", ["none", "flips"])
+def test_the_limit_of_a_tile_is_warned_of_where_it_cuts_what_counts(
+    overfitted, monkeypatch, caplog, views
+):
+    model, module, trainer = overfitted
+    monkeypatch.setattr(model.conf, "views", views)
+    monkeypatch.setattr(model.network, "detections_per_img", 1)
+    monkeypatch.setitem(model._buffers, "operating_threshold", torch.tensor(1.0))
+    trainer.test(model, module.test_dataloader(), verbose=False)
+    assert "no more are kept" not in caplog.text
+    model.operating_threshold.fill_(0.0)
+    trainer.test(model, module.test_dataloader(), verbose=False)
+    assert "show 1 detections of the chosen threshold or above" in caplog.text
 
 
 def test_testing_before_validating_is_refused(prepared, tmp_path):
@@ -266,6 +282,37 @@ def test_the_clock_ends_a_training_and_its_rate_falls_until_then(prepared, tmp_p
     assert trainer.current_epoch < 900
     assert rates[-1] < 0.2 * max(rates)
     assert "val_AP50" in trainer.callback_metrics  # what it ends with is measured
+
+
+def test_long_work_tells_at_every_tenth_how_far_it_is(prepared, tmp_path, monkeypatch, caplog):
+    conf = small_conf(batch_size=4)
+    conf.train.epochs = 2
+    monkeypatch.setattr("LargeRasterOR.LINE_SECONDS", 0)
+    with caplog.at_level("INFO"):
+        model, module, trainer = fit(prepared, tmp_path, conf, sample_size=0.5)
+        trainer.validate(model, module.full_validation_dataloader(), verbose=False)
+    lines = [line for line in caplog.messages if " batches, " in line]
+    steps = [line for line in lines if line.startswith("training: ")]
+    assert len(steps) == 10
+    assert steps[-1].startswith(f"training: {trainer.global_step} of {trainer.global_step} batches")
+    assert steps[-1].endswith(", about 0 s to go")
+    assert lines[-1].startswith("validation: ")  # only the one after the training
+
+
+def test_progress_counts_from_where_a_training_goes_on_and_by_its_clock(monkeypatch, caplog):
+    now = [100.0]
+    monkeypatch.setattr("LargeRasterOR.time.monotonic", lambda: now[0])
+    share = {"done": 0.5}
+    model = SimpleNamespace(share_done=lambda: share["done"])
+    trainer = SimpleNamespace(global_step=50, estimated_stepping_batches=1000)
+    lines = ProgressLines()
+    lines.setup(SimpleNamespace(global_step=0), model, "fit")  # before the state is restored
+    now[0] += 1000
+    lines.on_train_start(trainer, model)
+    now[0], trainer.global_step, share["done"] = now[0] + 100, 60, 0.6
+    with caplog.at_level("INFO"):
+        lines.on_train_batch_end(trainer, model)
+    assert caplog.messages == ["training: 60 of 1000 batches, 0.1 per second, about 400 s to go"]
 
 
 @pytest.mark.parametrize(("interval", "epochs"), [(1, 3), (2, 5)])

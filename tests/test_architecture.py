@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import base64
 import json
 import re
 import tomllib
@@ -26,7 +27,8 @@ LAYERS = [
     ["fileio"],
     ["geometries"],
     ["sampledata", "annotations", "tiling", "splits", "catalogue"],
-    ["ranks"],
+    ["explore", "ranks"],
+    ["review", "mapview"],
     ["datasets", "metrics", "logger", "implot"],
     ["networks", "atlas"],
     ["LargeRasterOR"],
@@ -130,6 +132,29 @@ def test_parameter_files_fit_the_notebook(path, notebook):
         assert run.trial_count == 162
     if path.stem == "tiny":
         assert run.trial_count == 2
+
+
+def test_the_notebook_carries_the_picture_of_the_pipeline(notebook):
+    picture = notebook.cells[0].attachments["pipeline.png"]["image/png"]
+    assert base64.b64decode(picture) == (PROJECT / "docs" / "pipeline.png").read_bytes()
+    assert "(attachment:pipeline.png)" in notebook.cells[0].source
+
+
+PAGES = [PROJECT / "README.md", PROJECT / "data" / "README.md", *(PROJECT / "docs").glob("*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(PROJECT)))
+def test_links_lead_to_files_and_to_headings(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not link.startswith("http"):
+            path, _, heading = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), link
+            if heading:
+                names = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+                assert heading in {
+                    re.sub(r"[^\w -]", "", n).lower().replace(" ", "-") for n in names
+                }
 
 
 def test_unknown_parameter_is_named_with_its_likeness(notebook):

@@ -285,6 +285,7 @@ def test_tables_that_are_none_are_named(tmp_path):
     header.write_text("a,b\n")
     with pytest.raises(InputError, match="but no row"):
         fileio.read_table(header)
+    assert list(fileio.read_table(header, rows=False)) == ["a", "b"]
     with pytest.raises(InputError, match="does not exist"):
         fileio.read_table(tmp_path / "none.csv")
 

@@ -367,3 +367,16 @@ def test_problems_of_the_splits_show_before_the_search(prepared, tmp_path):
     prepared.boxes.to_parquet(tmp_path / "boxes.parquet")
     with pytest.raises(InputError, match="no train tile is left after filtering"):
         trials.prepare_search(prepared.images, prepared.blocks, {128: tmp_path}, [1.0], conf())
+
+
+def test_labels_and_rasters_of_an_evaluation_are_texts(tmp_path):
+    header = "raster,block,label,score"
+    (tmp_path / "detections.csv").write_text(f"{header}\n20230101,0,01,0.5\n20230101,1,NA,\n")
+    (tmp_path / "objects.csv").write_text(f"{header}\n")
+    found, objects = gridsearch.read_evaluation(tmp_path)
+    assert found[["raster", "label"]].to_numpy().tolist() == [
+        ["20230101", "01"],
+        ["20230101", "NA"],
+    ]
+    assert found["score"].isna().tolist() == [False, True]
+    assert objects.empty

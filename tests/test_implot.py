@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import queue
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -11,6 +16,7 @@ from matplotlib.collections import LineCollection
 
 import fileio
 import implot
+import imutils
 import study
 from ImageData import BOX_COLUMNS, Window
 
@@ -44,12 +50,227 @@ def test_an_axes_given_is_drawn_into(prepared):
     assert len(plt.get_fignums()) == 1
 
 
+def legend_of(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_diameters_stand_beside_tiles_and_anchors(prepared):
+    ax = implot.plot_diameters(prepared.images, [96, 128], [4.0, 8.0, 16.0])
+    objects = sum(len(image.df) for image in prepared.images)
+    assert ax.get_title() == f"Diameters of {objects:,} objects"
+    lines = {line.get_label(): line.get_xdata() for line in ax.get_lines()}
+    assert list(lines.pop("anchors of 4 to 16 px")) == [4, 8, 16]
+    assert sorted(x[0] for x in lines.values()) == [96, 128]
+    assert "tiles of 96, 128 px" in legend_of(ax)
+    assert ax.get_xlim()[0] < 4
+    assert ax.get_xlim()[1] > 128
+    counted = sum(int(np.diff(patch.get_xy()[:, 1]).clip(0).sum()) > 0 for patch in ax.patches)
+    assert counted == len({label for image in prepared.images for label in image.df["label"]})
+
+
+def test_labels_are_counted_before_and_after_the_rare_ones_merge(prepared):
+    labels = pd.read_csv(prepared.folder / "clean" / "labels.csv")
+    cleaned = pd.concat([image.df for image in prepared.images])
+    assert labels["objects"].sum() == len(cleaned)
+    assert labels["objects"].is_monotonic_decreasing
+    table = pd.DataFrame(
+        {"label": list("abcd"), "objects": [50, 30, 6, 4], "common": [True, True, False, False]}
+    )
+    ax = implot.plot_common_labels(table)
+    assert ax.get_title() == "Labels: 4 before, 3 after"
+    assert [text.get_text().strip() for text in ax.texts] == ["50", "30", "6", "4", "10"]
+    assert ax.get_yticklabels()[-1].get_text() == "after: Unknown"
+    assert [bar.get_width() for bar in ax.patches] == [50, 30, 6, 4, 10]
+    many = pd.DataFrame({"label": map(str, range(40)), "objects": 1, "common": False})
+    assert "15 rarer labels" in [
+        t.get_text() for t in implot.plot_common_labels(many).get_yticklabels()
+    ]
+
+
+def test_many_labels_share_a_gray_and_legends_stay_inside_their_figure(prepared):
+    image = prepared.images[0]
+    labels = [f"a rather long name of kind {i % 20}" for i in range(len(image.df))]
+    df = image.df.assign(label=labels)
+    ax = implot.plot_image_with_annotations(image.raster, df)
+    assert len(legend_of(ax)) == 7
+    assert legend_of(ax)[-1].startswith("14 other labels (")
+    ax.figure.canvas.draw()
+    box = ax.get_legend().get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= ax.figure.bbox.x1
+
+
+def test_a_hundred_thousand_boxes_are_dots(prepared):
+    image = prepared.images[0]
+    df = image.df.iloc[np.arange(100_000) % len(image.df)]
+    ax = implot.plot_image_with_annotations(image.raster, df)
+    assert not boxes_drawn(ax)
+    assert sum(len(dots.get_offsets()) for dots in ax.collections) == 100_000
+
+
+def test_the_stretch_is_drawn_per_band_with_its_bounds():
+    pixels = np.random.default_rng(0).integers(200, 3000, (3, 4000)).astype(np.uint16)
+    radiometry = imutils.measure_radiometry(pixels)
+    figure = implot.plot_stretch(pixels, radiometry, bands=(4, 1, 2))
+    assert len(figure.axes) == 6
+    left, right = figure.axes[:2]
+    assert left.get_ylabel() == "band 4\n% of pixels"
+    assert left.get_lines()[0].get_xdata()[0] == radiometry.low[0]
+    assert left.get_lines()[1].get_xdata()[0] == radiometry.high[0]
+    assert [line.get_xdata()[0] for line in right.get_lines()[:2]] == [0, 1]
+    assert right.get_title() == f"mean {radiometry.mean[0]:.3f}, deviation {radiometry.std[0]:.3f}"
+    many = implot.plot_stretch(
+        np.repeat(pixels, 5, axis=0), imutils.measure_radiometry(np.repeat(pixels, 5, axis=0))
+    )
+    assert len(many.axes) == 2 * implot.MAX_BANDS
+    assert "the first 8 of 15 bands" in many.get_suptitle()
+
+
+def test_ticks_are_written_as_powers_and_labels_with_their_dollars(prepared):
+    pixels = np.random.default_rng(0).normal(0.5, 0.1, (1, 1000)).astype(np.float32)
+    figure = implot.plot_stretch(pixels, imutils.measure_radiometry(pixels, "minmax"))
+    image = replace(prepared.images[0], df=prepared.images[0].df.assign(label="$x$ of $y"))
+    (legend,) = (ax.get_legend() for ax in [implot.plot_diameters([image])])
+    figure.canvas.draw()
+    ticks = [t for ax in figure.axes for t in ax.get_yticklabels() if t.get_text()]
+    assert all(t._preprocess_math(t.get_text())[1] for t in ticks)  # drawn as a formula
+    text = legend.get_texts()[0]
+    assert text._preprocess_math(text.get_text()) == (f"$x$ of $y ({len(image.df)})", False)
+
+
+def test_a_mosaic_lays_the_tiles_of_a_block_side_by_side_as_they_lie(prepared):
+    rasters = {image.image_identifier: image.raster for image in prepared.images}
+    tiles = prepared.tiles.copy()
+    block = tiles.loc[tiles["split"] == "train", "block"].iloc[0]
+    mine = tiles[(tiles["block"] == block) & (tiles["angle"] == 0)]
+    out = mine.index[0]
+    tiles.loc[out, ["kept", "reason"]] = [False, "black_pixel_filter"]
+    figure = implot.plot_tile_mosaic(tiles, prepared.boxes, rasters, block)
+    shown = [ax for ax in figure.axes if ax.images]
+    assert len(shown) == len(mine)
+    assert f"{len(mine)} tiles of 128 px, {len(mine) - 1} kept" in figure.get_suptitle()
+    assert shown[0].texts[0].get_text() == "black_pixel_filter"
+    expected = prepared.boxes["window"].isin(mine["window"]).sum()
+    assert sum(boxes_drawn(ax) for ax in shown) == expected
+    places = [(round(-ax.get_position().y0, 3), round(ax.get_position().x0, 3)) for ax in shown]
+    assert places == sorted(places)  # by rows, then by columns, as `mine` is
+
+
+def square_boxes(sides, **columns):
+    table = pd.DataFrame({"xmin": 0.0, "ymin": 0.0, "xmax": sides, "ymax": sides})
+    return table.assign(raster="x", counted=True, found=0, **columns)
+
+
+def test_sizes_are_counted_from_above_per_area_with_their_errors():
+    blocks = pd.DataFrame(
+        {"raster": "x", "width": 1000, "height": [1000, 3000], "split": ["test", "train"]}
+    )
+    truth = square_boxes([2.0, 4.0, 4.5, 8.0, 16.0])
+    truth.loc[4, "counted"] = False
+    found = square_boxes([4.0, 8.0], score=0.9)
+    raster = SimpleNamespace(resolution=None)
+    ax = implot.plot_size_frequency(found, truth, blocks, {"x": raster})
+    assert ax.get_xlabel() == "diameter (px)"
+    assert ax.get_title() == "Size-frequency on 1 megapixel of test ground"
+    assert legend_of(ax) == ["truth (4)", "detections (2)"]
+    curve, other = (container.lines[0] for container in ax.containers)
+    np.testing.assert_allclose(curve.get_xdata(), 2 ** np.arange(1, 3.1, 0.5))
+    np.testing.assert_allclose(curve.get_ydata(), [4, 3, 3, 1, 1])  # per megapixel
+    np.testing.assert_allclose(other.get_ydata(), [2, 1, 1])
+    bars = ax.containers[0].lines[2][0].get_segments()
+    np.testing.assert_allclose(bars[0][:, 1], [4 - 2, 4 + 2])
+    metric = implot.plot_size_frequency(
+        found, truth, blocks, {"x": SimpleNamespace(resolution=2.0)}
+    )
+    assert metric.get_title() == "Size-frequency on 4 km² of test ground"
+    curve = metric.containers[0].lines[0]
+    np.testing.assert_allclose([curve.get_xdata()[0], curve.get_ydata()[0]], [4, 1])
+
+
+def test_tables_without_rows_make_pictures_that_say_so(prepared):
+    image = prepared.images[0]
+    none = image.df[:0]
+    values = {"score_threshold": 0.5, "box_f1": 0, "AP50": 0}
+    curve = pd.DataFrame(columns=["threshold", "precision", "recall", "f1"])
+    labels = pd.DataFrame(columns=["label", "objects", "common"])
+    missing = square_boxes([1.0])[:0]
+    blocks = prepared.blocks
+    rasters = {i.image_identifier: i.raster for i in prepared.images}
+    for drawn, text in (
+        (implot.plot_diameters([replace(image, df=none)], [128], [4, 8]), "no objects"),
+        (implot.plot_common_labels(labels), "no labels"),
+        (implot.plot_label_counts(prepared.counts[:0]), "no objects"),
+        (implot.plot_learning_curves(pd.DataFrame({"step": [0], "epoch": [0]})), "no epoch yet"),
+        (implot.plot_precision_recall(curve, values), "no detections"),
+        (implot.plot_f1_threshold(curve, values), "no detections"),
+        (
+            implot.plot_size_frequency(missing, missing, blocks, rasters),
+            "no objects, no detections",
+        ),
+        (
+            implot.plot_density(missing, blocks[blocks["split"] != "test"], "one"),
+            "no test ground on this raster",
+        ),
+        (implot.plot_tiles(prepared.tiles[:0], prepared.boxes, rasters), "no training tiles"),
+        (implot.plot_tile_mosaic(prepared.tiles[:0], prepared.boxes, rasters), "no tiles"),
+    ):
+        ax = drawn.axes[0] if hasattr(drawn, "axes") and hasattr(drawn, "savefig") else drawn
+        assert text in [t.get_text() for t in ax.texts]
+        ax.figure.canvas.draw()
+
+
+def test_curves_grow_while_a_training_writes_its_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(implot, "LOOK", 0.05)
+    monkeypatch.setattr(implot, "REST", 0)
+    header = "step,epoch,train_loss_step,train_loss_epoch,val_loss\n"
+    record, earlier = (tmp_path / name / "metrics.csv" for name in (".size-4~ab", "size-2"))
+    earlier.parent.mkdir()
+    earlier.write_text(f"{header}0,0,,0.5,0.4\n")
+    pictures, done, titles = queue.Queue(), threading.Event(), []
+    draw = implot.plot_learning_curves
+    monkeypatch.setattr(
+        implot, "plot_learning_curves",
+        lambda records, ax, title: titles.append(title) or draw(records, ax, title),
+    )  # fmt: skip
+    old = implot._record_times(tmp_path)
+    watch = threading.Thread(target=implot._watch, args=(tmp_path, pictures.put, done, old))
+    watch.start()
+    try:
+        record.parent.mkdir()
+        record.write_text(f"{header}0,0,1.0,,\n")
+        for epoch in range(2):
+            with record.open("a") as file:
+                file.write(f"{epoch},{epoch},,0.5,0.4\n")
+            assert pictures.get(timeout=60).data.startswith(b"\x89PNG")
+        with record.open("a") as file:
+            file.write('2,2,0.3,,\n3,2,,0.25,"0.')  # a step, and half a line
+    finally:
+        done.set()
+        watch.join(60)
+    assert not watch.is_alive()
+    assert pictures.empty()
+    assert titles == ["size-4"] * 2  # and nothing of the training before
+
+
+def test_curves_show_nothing_without_a_notebook(tmp_path):
+    before = threading.active_count()
+    with implot.live_curves(tmp_path):
+        assert threading.active_count() == before
+
+
 def test_split_maps_and_label_counts_show_every_split(prepared):
     ax = implot.plot_split_map(prepared.images[0], prepared.blocks)
     names = [text.get_text().split(" (")[0] for text in ax.get_legend().get_texts()]
-    assert names == ["train", "validation", "test"]
+    assert names == ["train", "validation", "test", "object"]
+    figure = implot.plot_split_maps(prepared.images, prepared.blocks)
+    assert [ax.get_title() for ax in figure.axes] == ["one", "two"]
+    patches = [sum(patch.get_fill() for patch in ax.patches) for ax in figure.axes]
+    assert patches == prepared.blocks["raster"].value_counts()[["one", "two"]].tolist()
     ax = implot.plot_label_counts(prepared.counts)
     assert len(ax.patches) == prepared.counts.size
+    totals = prepared.counts.sum(axis=1).sort_values(ascending=False)
+    assert [text.get_text() for text in ax.texts] == [f" {total}" for total in totals]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == totals.index.tolist()
 
 
 def test_turned_tiles_carry_turned_boxes(prepared):
@@ -67,8 +288,29 @@ def test_the_search_heatmap_shows_the_best_of_each_pair():
     ax = implot.plot_search_heatmap(board)
     assert {ax.get_xlabel(), ax.get_ylabel()} == {"n_epochs", "sample_size"}
     np.testing.assert_allclose(ax.images[0].get_array(), [[0.1, 0.3], [0.2, 0.5]])
+    assert [text.get_text() for text in ax.texts] == ["0.100", "0.300", "0.200", "0.500"]
     single = implot.plot_search_heatmap(board.head(1))
     assert single.images[0].get_array().shape == (1, 1)
+    two = implot.plot_search_heatmap(board.assign(box_f1=0.5), "batch_size", "n_epochs", "box_f1")
+    assert (two.get_xlabel(), two.get_ylabel(), two.get_title()) == (
+        "batch_size", "n_epochs", "Best box_f1 of 5 trainings",
+    )  # fmt: skip
+
+
+def test_the_search_heatmap_says_what_was_never_trained():
+    board = pd.DataFrame(
+        {"patch_size": 128, "n_epochs": [1, 1, 2], "sample_size": [0.5, 1, 1],
+         "learning_rate": 1e-3, "batch_size": 4, "AP50": [0.1, 0.2, np.nan]}
+    )  # fmt: skip
+    ax = implot.plot_search_heatmap(board[:2], "sample_size", "n_epochs")
+    assert [text.get_text() for text in ax.texts] == ["0.100", "0.200"]
+    wide = pd.concat([board[:2], board[:1].assign(n_epochs=2, AP50=0.3)])
+    ax = implot.plot_search_heatmap(wide, "sample_size", "n_epochs")
+    missing = next(text for text in ax.texts if text.get_text() == "none")
+    assert (missing.xy, missing.get_color()) == ((1, 1), "black")  # on gray
+    assert [t.get_text() for t in implot.plot_search_heatmap(board[2:]).texts] == [
+        "no training is complete"
+    ]
 
 
 def test_confusion_curve_and_learning_are_drawn():
@@ -93,6 +335,19 @@ def test_confusion_curve_and_learning_are_drawn():
     )  # fmt: skip
     ax = implot.plot_learning_curves(records)
     assert [line.get_ydata().tolist() for line in ax.get_lines()] == [[1.0, 0.5], [2.0, 1.0]]
+    assert ax.get_lines()[0].get_xdata().tolist() == [1, 2]  # epochs count from 1
+
+
+def test_f1_is_drawn_over_the_threshold_with_the_chosen_and_the_best():
+    curve = pd.DataFrame(
+        {"threshold": [0.9, 0.6, 0.3], "precision": [1, 0.9, 0.4], "recall": [0.2, 0.8, 0.9],
+         "f1": [0.333, 0.847, 0.554]}
+    )  # fmt: skip
+    ax = implot.plot_f1_threshold(curve, {"score_threshold": 0.3, "box_f1": 0.554})
+    assert ax.get_title() == "F1 0.554 as chosen, 0.847 at best (0.60)"
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    assert lines["F1"].get_ydata().tolist() == [0.333, 0.847, 0.554]
+    assert lines["chosen: 0.30"].get_xdata() == [0.3, 0.3]
 
 
 def test_density_counts_detections_on_test_ground_only(prepared):
@@ -165,8 +420,8 @@ def test_a_contact_sheet_has_a_row_of_cut_outs_for_each_kind(prepared):
     errors = error_table(image.image_identifier)
     figure = implot.plot_errors(errors, {image.image_identifier: image.raster})
     shown = [ax for ax in figure.axes if ax.images]
-    assert [ax.get_title().split()[0] for ax in shown] == ["missed"] * 3 + ["spurious"] * 6
-    assert figure.get_suptitle() == "3 of 3 missed, 6 of 8 spurious"
+    assert [ax.get_title().split()[0] for ax in shown] == ["missed"] * 3 + ["spurious"] * 5
+    assert figure.get_suptitle() == "3 of 3 missed, 5 of 8 spurious"
     assert shown[0].get_title() == "missed 0.30, IoU 0.25\ncrater"
     assert shown[1].get_title() == "missed never seen\ncrater"
     assert {boxes_drawn(ax) for ax in shown} == {1}

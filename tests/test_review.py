@@ -1,0 +1,381 @@
+"""The review queue: decisions -> files -> the boxes that the next run reads."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from test_explore import click, make_raster, send
+
+import annotations
+import fileio
+import implot
+import review
+from ImageData import BOX_COLUMNS, InputError
+
+CLEAN = [[10, 10, 30, 30, "a"], [100, 100, 140, 140, "b"], [200, 200, 220, 220, "a"],
+         [300, 300, 330, 330, "b"]]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def ground(tmp_path):
+    """Return a raster, its cleaned annotations on disk, and a folder for a review."""
+    raster = make_raster(tmp_path / "r.tif", 600, 500)
+    clean = pd.DataFrame(CLEAN, columns=[*BOX_COLUMNS, "label"]).pipe(annotations.measure_bboxes)
+    clean[BOX_COLUMNS] = clean[BOX_COLUMNS].astype(float)
+    (tmp_path / "clean").mkdir()
+    clean[fileio.PIXEL_COLUMNS].to_csv(tmp_path / "clean" / "r.csv", index=False)
+    quarantine = pd.DataFrame(
+        [["a", annotations.OVER_LEFT, -5, 50, 15, 70], ["a", "x not numeric", *[np.nan] * 4],
+         ["b", annotations.CROWD, 400, 400, 450, 450]],
+        columns=["label", "reason", *annotations.QUARANTINE_BOX_COLUMNS],
+    )  # fmt: skip
+    quarantine.to_csv(tmp_path / "clean" / "r_quarantine.csv", index=False)
+    return tmp_path, raster
+
+
+def item(kind, box=None, label=None, true=None, true_label=None, score=0.9):
+    box = true if box is None else box
+    true = [np.nan] * 4 if true is None else true
+    columns = [
+        "kind",
+        "raster",
+        "score",
+        "label",
+        *BOX_COLUMNS,
+        "true_label",
+        *review.TRUE_BOX_COLUMNS,
+    ]
+    return dict(zip(columns, [kind, "r", score, label, *box, true_label, *true], strict=True))
+
+
+ITEMS = [
+    item("missed", None, "a", CLEAN[0][:4], "a", np.nan),
+    item("spurious", [400, 10, 420, 30], "a"),
+    item("mislocalised", [110, 110, 150, 150], "a", CLEAN[1][:4], "b"),
+    item("mislabelled", [201, 200, 221, 220], "b", CLEAN[2][:4], "a"),
+    item("duplicate", [303, 300, 333, 330], "a", CLEAN[3][:4], "b"),
+]
+
+
+def open_review(ground, items=ITEMS, user="anna"):
+    folder, raster = ground
+    return review.Review(
+        {"r": raster}, pd.DataFrame(items), folder / "review", folder / "clean", user
+    )
+
+
+def read(ground):
+    """Read the annotation file as the next run does."""
+    folder, raster = ground
+    cleaned = annotations.preprocess_df(folder / "review" / "r.csv", raster, box_source="columns")
+    boxes = cleaned.df[BOX_COLUMNS].round(6).to_numpy().tolist()
+    return {(*box, label) for box, label in zip(boxes, cleaned.df["label"], strict=True)}
+
+
+def sources(opened):
+    table = opened.tables["r"]
+    return dict(zip(table["xmin"], table["source"], strict=True))
+
+
+UNTOUCHED = {(*map(float, row[:4]), row[4]) for row in CLEAN}
+
+
+def test_before_any_decision_nothing_is_written(ground):
+    opened = open_review(ground)
+    opened.save()
+    assert not (ground[0] / "review").exists()
+    assert set(opened.tables["r"]["source"].head(4)) == {"original"}
+
+
+def test_ground_under_real_objects_that_were_dropped_does_not_count_in_the_next_run(ground):
+    folder, raster = ground
+    open_review(ground).reject()
+    (image,), _ = annotations.clean_annotations(
+        [folder / "review" / "r.csv"], [raster], label_percentile=100, output_dir=folder / "next",
+        workers=1, box_source="columns",
+    )  # fmt: skip
+    assert len(image.df) == len(CLEAN)
+    ignored = sorted(shape.bounds for shape in image.raster.regions.ignored)
+    assert ignored == [(-5, 50, 15, 70), (400, 400, 450, 450)]
+
+
+ACCEPTED = [
+    UNTOUCHED - {(10, 10, 30, 30, "a")},
+    UNTOUCHED | {(400, 10, 420, 30, "a")},
+    UNTOUCHED - {(100, 100, 140, 140, "b")} | {(110, 110, 150, 150, "b")},
+    UNTOUCHED - {(200, 200, 220, 220, "a")} | {(200, 200, 220, 220, "b")},
+    UNTOUCHED | {(303, 300, 333, 330, "a")},
+]
+RELABELLED = [
+    UNTOUCHED - {(10, 10, 30, 30, "a")} | {(10, 10, 30, 30, "new")},
+    UNTOUCHED | {(400, 10, 420, 30, "new")},
+    UNTOUCHED - {(100, 100, 140, 140, "b")} | {(100, 100, 140, 140, "new")},
+    UNTOUCHED - {(200, 200, 220, 220, "a")} | {(200, 200, 220, 220, "new")},
+    UNTOUCHED | {(303, 300, 333, 330, "new")},
+]
+SOURCES = {
+    "accept": [None, "added (spurious), ", "original; moved (mislocalised), ",
+               "original; relabelled from a (mislabelled), ", "added (duplicate), "],
+    "reject": ["original; confirmed (missed), ", None, "original; confirmed (mislocalised), ",
+               "original; confirmed (mislabelled), ", None],
+    "relabel": ["original; relabelled from a (missed), ",
+                "added (spurious), relabelled from a, ",
+                "original; relabelled from b (mislocalised), ",
+                "original; relabelled from a (mislabelled), ",
+                "added (duplicate), relabelled from a, "],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(5), ids=[row["kind"] for row in ITEMS])
+@pytest.mark.parametrize("decision", SOURCES)
+def test_the_next_run_reads_what_was_decided(ground, number, decision):
+    opened = open_review(ground, ITEMS[number : number + 1])
+    getattr(opened, decision)(*(["new"] if decision == "relabel" else []))
+    expected = {"accept": ACCEPTED, "reject": [UNTOUCHED] * 5, "relabel": RELABELLED}
+    assert read(ground) == expected[decision][number]
+    assert opened.current is None
+    changed = set(opened.tables["r"]["source"]) - {"original"}
+    changed = {source for source in changed if "does not count" not in source}
+    start = SOURCES[decision][number]
+    assert len(changed) == (start is not None)
+    for source in changed:
+        assert source.startswith(f"{start}anna 20")
+    opened.undo()
+    assert read(ground) == UNTOUCHED
+    assert opened.current["kind"] == ITEMS[number]["kind"]
+    assert not len(opened.journal)
+
+
+def test_labels_that_look_like_numbers_stay_what_they_are(ground):
+    folder, _ = ground
+    table = folder / "clean" / "r.csv"
+    table.write_text(table.read_text().replace(",a,", ",01,").replace(",b,", ",NA,"))
+    quarantine = folder / "clean" / "r_quarantine.csv"
+    quarantine.write_text(quarantine.read_text().replace("\na,", "\n01,").replace("\nb,", "\nNA,"))
+    items = [item("mislabelled", CLEAN[0][:4], 2, CLEAN[0][:4], "01"),
+             item("missed", None, "NA", CLEAN[1][:4], "NA", np.nan)]  # fmt: skip
+    opened = open_review(ground, items)
+    opened.accept()
+    opened.reject()
+    again = open_review(ground, items)
+    assert again.current is None
+    assert again.labels == ["01", "2", "NA"]
+    assert sorted(again.tables["r"]["label"]) == ["01", "01", "2", "NA", "NA", "NA"]
+
+
+def test_a_review_goes_on_where_it_was(ground):
+    opened = open_review(ground)
+    opened.skip()
+    opened.accept()  # spurious
+    opened.reject()  # mislocalised
+    assert [opened.items["kind"][i] for i in opened.pending] == [
+        "mislabelled",
+        "duplicate",
+        "missed",
+    ]
+    again = open_review(ground, user="bert")
+    assert [again.items["kind"][i] for i in again.pending] == ["missed", "mislabelled", "duplicate"]
+    pd.testing.assert_frame_equal(again.tables["r"], opened.tables["r"])
+    again.accept()
+    assert again.journal["user"].tolist() == ["anna", "anna", "bert"]
+    assert again.journal[["kind", "decision"]].to_numpy().tolist()[-1] == ["missed", "accept"]
+    removed = again.journal.iloc[-1]
+    assert removed[review.TRUE_BOX_COLUMNS].tolist() == CLEAN[0][:4]  # nothing is lost
+    again.undo()
+    again.undo()
+    assert again.current["kind"] == "mislocalised"
+    assert read(ground) == ACCEPTED[1]
+
+
+def test_nothing_that_others_decide_meanwhile_is_lost(ground):
+    one, other = open_review(ground, user="anna"), open_review(ground, user="bert")
+    one.accept()  # missed
+    one.accept()  # spurious
+    with pytest.raises(InputError, match="anna decided here meanwhile, 2 decisions"):
+        other.reject()
+    assert other.current["kind"] == "mislocalised"
+    other.reject()
+    with pytest.raises(InputError, match="bert decided here meanwhile"):
+        one.undo()
+    assert one.journal["user"].tolist() == ["anna", "anna", "bert"]
+    one.undo()
+    with pytest.raises(InputError, match="2 decisions are known"):
+        other.add("r", (250, 250), (253, 254), "new")
+    assert other.current["kind"] == "mislabelled"  # first what was to come, then what is open again
+    assert [other.items["kind"][i] for i in other.pending][-1] == "mislocalised"
+    assert read(ground) == ACCEPTED[0] | {(400, 10, 420, 30, "a")}
+
+
+def test_a_decision_that_was_only_journalled_is_carried_out_at_the_next_opening(ground):
+    folder, _ = ground
+    before = (folder / "clean" / "r.csv").read_bytes()
+    opened = open_review(ground)
+    opened.accept()
+    (folder / "review" / "r.csv").write_bytes(before)  # killed between the two files
+    open_review(ground)
+    assert read(ground) == ACCEPTED[0]
+    assert (folder / "clean" / "r.csv").read_bytes() == before
+
+
+def test_a_review_of_annotations_that_changed_since_says_what_to_do(ground):
+    folder, _ = ground
+    open_review(ground).accept()
+    table = folder / "clean" / "r.csv"
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join([lines[0], *lines[2:]]))
+    with pytest.raises(InputError, match=r"changed since; move .*review away"):
+        open_review(ground)
+
+
+def test_missing_objects_are_added_by_centre_and_rim(ground):
+    opened = open_review(ground)
+    opened.add("r", (250, 250), (253, 254), "new")
+    assert read(ground) == UNTOUCHED | {(245, 245, 255, 255, "new")}
+    assert sources(opened)[245].startswith("added by hand, anna 20")
+    assert opened.current["kind"] == "missed"  # nothing else is decided by it
+    for rim, label in (((250, 250), "new"), ((900, 250), "new"), ((253, 254), " ")):
+        with pytest.raises(InputError):
+            opened.add("r", (250, 250), rim, label)
+    opened.undo()
+    assert read(ground) == UNTOUCHED
+
+
+def test_items_on_objects_that_are_gone_are_passed_over(ground):
+    twice = [ITEMS[0], item("mislabelled", CLEAN[0][:4], "b", CLEAN[0][:4], "a"), ITEMS[1]]
+    opened = open_review(ground, twice)
+    opened.accept()
+    assert opened.current["kind"] == "spurious"
+    opened.undo()
+    opened.reject()
+    assert opened.current["kind"] == "mislabelled"
+
+
+def test_an_empty_queue_and_strangers_are_told(ground):
+    folder, raster = ground
+    opened = open_review(ground, ITEMS[:1])
+    opened.accept()
+    with pytest.raises(InputError, match="nothing is left"):
+        opened.accept()
+    with pytest.raises(InputError, match=r"items lie on \['r'\], got the rasters \['s'\]"):
+        review.Review({"s": raster}, pd.DataFrame(ITEMS), folder / "other")
+    with pytest.raises(InputError, match="got \\['odd'\\]"):
+        review.Review({"r": raster}, pd.DataFrame([item("odd", [0, 0, 1, 1])]), folder / "other")
+
+
+def test_detections_that_are_not_sure_and_lie_on_nothing_come_best_first():
+    boxes = [[0, 0, 10, 10], [50, 50, 60, 60], [80, 80, 90, 90], [20, 0, 30, 10], [40, 0, 50, 10]]
+    found = pd.DataFrame(boxes, columns=BOX_COLUMNS).assign(
+        raster="r", label="a", score=[0.4, 0.35, 0.45, 0.1, 0.7], found=[-1, -1, -1, -1, -1]
+    )
+    objects = pd.DataFrame([[2, 0, 12, 10]], columns=BOX_COLUMNS).assign(raster="r")
+    unsure = review.find_unsure(found, objects, 0.5)
+    assert unsure["score"].tolist() == [0.45, 0.35]
+    assert set(unsure["kind"]) == {"unsure"}
+    none = review.find_unsure(found.assign(found=-2), objects, 0.5)
+    assert none.empty
+
+
+def test_a_raster_without_annotations_gets_them_by_review(tmp_path):
+    raster = make_raster(tmp_path / "r.tif", 600, 500)
+    found = pd.DataFrame([[50, 50, 60, 60], [80, 80, 90, 90]], columns=BOX_COLUMNS).assign(
+        raster="r", label="a", score=[0.6, 0.9]
+    )
+    items = review.find_unsure(found, found[:0], 1.0, near=1.0)
+    opened = review.Review({"r": raster}, items, tmp_path / "review", user="anna")
+    opened.accept()
+    opened.reject()
+    df = annotations.read_annotations(
+        tmp_path / "review" / "r.csv", raster, box_source="columns"
+    ).df
+    assert df[[*BOX_COLUMNS, "label"]].to_numpy().tolist() == [[80, 80, 90, 90, "a"]]
+
+
+# -- at the desk ----------------------------------------------------------------------------------
+
+
+def open_desk(ground, items=ITEMS):
+    folder, raster = ground
+    opened = implot.review(
+        {"r": raster}, pd.DataFrame(items), folder / "review", folder / "clean", user="anna"
+    )
+    (number,) = plt.get_fignums()
+    return opened, plt.figure(number).axes[0].desk
+
+
+def test_keys_and_clicks_decide(ground):
+    opened, desk = open_desk(ground)
+    assert desk.message.startswith("The model found nothing where there is a a (missed)")
+    assert desk.message.endswith("0 decided, 5 to go")
+    x0, y0, x1, y1 = desk.explorer.view
+    assert ((x0 + x1) / 2, (y0 + y1) / 2) == (20, 20)
+    for key in "np":  # the queue alone goes on
+        send(desk.explorer, "key_press_event", key=key)
+        assert desk.explorer.view == (x0, y0, x1, y1)
+    for key in "yxs2u":
+        send(desk.explorer, "key_press_event", key=key)
+    assert opened.journal[["kind", "decision"]].to_numpy().tolist() == [
+        ["missed", "accept"], ["spurious", "reject"],
+    ]  # fmt: skip
+    desk.label = "c"
+    send(desk.explorer, "key_press_event", key="a")
+    assert desk.message.startswith("Click the centre of the c")
+    desk.explorer.look_at(250, 250, 60, 60)
+    desk.explorer.settle()
+    click(desk.explorer, (250, 250))
+    click(desk.explorer, (250, 260))
+    (added,) = read(ground) - UNTOUCHED
+    np.testing.assert_allclose(added[:4], [240, 240, 260, 260], atol=0.5)
+    assert added[4] == "c"
+    assert len(desk.explorer.truth.df) == 4 + 2  # three and the new one, and what does not count
+
+
+def test_what_cannot_be_decided_is_said(ground):
+    opened, desk = open_desk(ground, ITEMS[:1])
+    desk.act("relabel", " ")
+    assert desk.message.startswith("a label must be a text")
+    desk.act("accept")
+    assert desk.message.startswith("All is decided: 1 decisions")
+    desk.act("accept")
+    assert desk.message.startswith("nothing is left to decide")
+    assert len(opened.journal) == 1
+
+
+def test_the_desk_has_buttons(ground, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    before = plt.get_backend()
+    plt.switch_backend("module://ipympl.backend_nbagg")
+    try:
+        opened, desk = open_desk(ground)
+        (whole, *_), row = shown[0].children[0].children, shown[0].children[-2]
+        assert whole.description == "All"
+        accept, reject, skip, undo, label, relabel, add = row.children
+        assert (accept.description, reject.description) == ("Remove it", "Keep it")
+        reject.click()
+        assert (accept.description, reject.description) == ("Add it", "Leave it out")
+        label.value = "brand new"
+        relabel.click()
+        assert "brand new" in label.options
+        toggles = shown[0].children[1].children
+        assert [toggle.description for toggle in toggles] == ["a", "b", "brand new"]
+        skip.click()
+        undo.click()
+        undo.click()
+        assert not len(opened.journal)
+        assert not (ground[0] / "review" / "r.csv").exists()  # until a pause
+        accept.click()
+        add.click()
+        assert desk.message.startswith("Click the centre of the brand new")
+        plt.close(desk.explorer.figure)
+        assert read(ground) == ACCEPTED[0]
+        assert accept.comm is None
+    finally:
+        plt.switch_backend(before)
