@@ -14,7 +14,9 @@ READY := $(VENV)/.ready
 BENCH_VENV := .bench-venv
 BENCH_READY := $(BENCH_VENV)/.ready
 STAGES := clean tiling dask read train predict metrics memory
-SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+# no password is asked for where nobody can type it
+SUDO := $(shell [ "$$(id -u)" = 0 ] || { [ -t 0 ] && echo sudo; } || echo sudo -n)
+PROBE := PYTHONPATH=. $(BIN)/python tests/browser.py
 
 .PHONY: run sample-run test test-long test-browser chromium lab bench sample clean
 
@@ -35,9 +37,10 @@ test-long: $(READY)
 test-browser: $(READY) chromium
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
 
-chromium:
-	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
-	  { $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q --no-install-recommends chromium; }
+# a name is not enough: Ubuntu's chromium-browser asks for a snap
+chromium: $(READY)
+	@$(PROBE) 2>/dev/null || { $(SUDO) apt-get update -q && \
+	  $(SUDO) apt-get install -y -q --no-install-recommends chromium && $(PROBE); }
 
 lab: sample
 	$(BIN)/jupyter lab main.ipynb $(if $(SUDO),,--allow-root)

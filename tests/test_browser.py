@@ -6,19 +6,18 @@ import numpy as np
 import papermill
 import pytest
 import yaml
-from browser import CANVAS, CHROMIUM, Lab, chromium, jupyter_server, wait_for
+from browser import CANVAS, Lab, chromium, find_chromium, jupyter_server, wait_for
 from conftest import PROJECT, make_samples
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: make chromium"),
-]
+pytestmark = pytest.mark.browser
 PICTURES = PROJECT / "runs" / "browser"  # screenshots, for people to look at
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """The notebook, interactive, all of it run on a tiny sample."""
+    if find_chromium() is None:
+        pytest.skip("no Chromium starts: make chromium")
     folder = tmp_path_factory.mktemp("lab")
     sizes = {"first": (512, 384), "second": (384, 384)}
     make_samples(folder, sizes)
