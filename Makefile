@@ -2,7 +2,7 @@
 # make test   set up, run the tests
 # make test-long   the tests that take minutes: processes that are killed at random moments
 # make test-browser   install Chromium, run the notebook in JupyterLab in it; screenshots in runs/browser
-# make sample-run   run the quickstart, and write it with its pictures to docs/sample_run.html
+# make sample-run   run the quickstart, write it with its pictures to docs/sample_run.html, and the README's picture
 # make bench  set up the peers, too, measure every stage beside them in short, write docs/benchmarks.md
 # make lab    set up, open the notebook in JupyterLab
 # make clean  remove the environment and caches (data and runs stay)

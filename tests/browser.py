@@ -175,6 +175,12 @@ class Page:
             self.mouse("Moved", *place.tolist())
         self.mouse("Released", *end)
 
+    def wheel(self, place: tuple[float, float], steps: int = 1) -> None:
+        """Turn the wheel over a place of the screen, towards more detail."""
+        for _ in range(steps):
+            self.call("Input.dispatchMouseEvent", type="mouseWheel", x=place[0], y=place[1],
+                      deltaX=0, deltaY=-100)  # fmt: skip
+
     def key(self, key: str) -> None:
         """Press a key, such as "n" or "Escape", where the focus is."""
         text = {"text": key} if len(key) == 1 else {}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
+import pandas as pd
 import papermill
 import pytest
 import yaml
@@ -81,6 +84,77 @@ def test_a_zoom_changes_the_pixels_and_home_ends_it(lab):
     wait_for(lambda: not np.array_equal(lab.pixels(cell), zoomed), "the view before the zoom")
     distance = [np.abs(view.astype(int) - whole).mean() for view in (lab.settled(cell), zoomed)]
     assert distance[0] < distance[1] / 2  # a new layout may move all by a pixel
+
+
+def alike(view, other):
+    return view.shape == other.shape and np.abs(view.astype(int) - other).mean() < 2
+
+
+def changed(lab, cell, before):
+    """Return the figure in a cell, at rest, after it has come to differ from what it was."""
+    wait_for(lambda: not np.array_equal(lab.pixels(cell), before), f"a change in cell {cell}")
+    return lab.settled(cell)
+
+
+def test_wheel_key_label_and_score_change_what_the_explorer_shows(lab):
+    cell = lab.index("implot.explore(")
+    lab.show(cell, CANVAS)
+    whole = lab.settled(cell)
+    lab.page.screenshot("explorer_whole")
+    lab.page.wheel(lab.place(cell, CANVAS, 0.4, 0.4), steps=3)
+    zoomed = changed(lab, cell, whole)
+    lab.page.screenshot("explorer_zoomed")
+    place = lab.place(cell, CANVAS, 0.4, 0.9)  # a click gives the figure the keys
+    lab.page.drag(place, place)
+    lab.page.key("n")
+    changed(lab, cell, zoomed)
+    lab.page.screenshot("explorer_next")
+    lab.page.key("h")
+    wait_for(lambda: alike(lab.pixels(cell), whole), "the whole raster")
+    shown = lab.settled(cell)
+    lab.click(cell, ".widget-toggle-button")
+    hidden = changed(lab, cell, shown)
+    lab.page.screenshot("explorer_label_hidden")
+    lab.click(cell, ".widget-toggle-button")
+    shown = changed(lab, cell, hidden)
+    lab.click(cell, ".noUi-handle")
+    lab.page.key("End")
+    changed(lab, cell, shown)
+    lab.page.screenshot("explorer_no_score")
+
+
+def test_a_decision_in_the_review_is_a_line_of_its_journal(lab):
+    cell = lab.index("implot.review(")
+    journal = lab.path.parent / "runs" / "tiny" / "review" / "journal.csv"
+    lines = len(journal.read_text().splitlines()) if journal.exists() else 1  # the header
+    lab.show(cell, CANVAS)
+    asked = lab.settled(cell)
+    lab.page.screenshot("review")
+    place = lab.place(cell, CANVAS, 0.4, 0.9)
+    lab.page.drag(place, place)
+    lab.page.key("y")
+    wait_for(lambda: journal.exists() and len(journal.read_text().splitlines()) > lines, "a line")
+    changed(lab, cell, asked)  # the next question
+    lab.page.screenshot("review_next")
+    decisions = pd.read_csv(journal)
+    assert len(decisions) == lines
+    assert decisions["user"].notna().all()
+
+
+def test_a_catalogue_is_a_map_with_the_raster_on_it(lab):
+    cell = lab.index("implot.map_view(")
+    lab.show(cell, ".leaflet-container")
+    loaded = (
+        f"[...{lab.find(cell, '.leaflet-container')}.querySelectorAll('img.leaflet-image-layer')]"
+    )
+    lab.page.wait(f"{loaded}.filter(i => i.complete && i.naturalWidth > 1).length == 3")
+    addresses = lab.page.js(f"{loaded}.map(i => i.src)")
+    lab.page.screenshot("map")
+    lab.page.wheel(lab.place(cell, ".leaflet-container"))
+    lab.page.wait(
+        f"JSON.stringify({loaded}.map(i => i.src)) != {json.dumps(json.dumps(addresses))}"
+    )
+    lab.page.screenshot("map_zoomed")
 
 
 def test_the_bar_of_finished_work_is_full(lab):
