@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
 import papermill
@@ -157,10 +159,12 @@ def test_a_catalogue_is_a_map_with_the_raster_on_it(lab):
     images = f"[...{map_cell}.querySelectorAll('img.leaflet-image-layer')]"
     lab.page.wait(f"{images}.filter(i => i.complete && i.naturalWidth > 1).length == 3")
     width = f"{images}[0].getBoundingClientRect().width"
-    before = lab.page.js(width)
+    legend = f"{map_cell}.querySelector('.leaflet-bottom.leaflet-right').innerText"
+    before, counts = lab.page.js(width), lab.page.js(legend)
     lab.page.screenshot("map")
     lab.page.wheel(lab.place(cell, ".leaflet-container"), steps=3)
     lab.page.wait(f"{width} > {1.5 * before}")
+    lab.page.wait(f"{legend} !== {json.dumps(counts)}")  # fewer objects are in view
     lab.page.screenshot("map_zoomed")
 
 
