@@ -2,7 +2,7 @@
 # make test   set up, run the tests
 # make test-long   the tests that take minutes: processes that are killed at random moments
 # make test-browser   install Chromium, run the notebook in JupyterLab in it; screenshots in runs/browser
-# make sample-run   run the quickstart, and write it with its pictures to docs/sample_run.html
+# make sample-run   run the quickstart, write it with its pictures to docs/sample_run.html, and the README's picture
 # make bench  set up the peers, too, measure every stage beside them in short, write docs/benchmarks.md
 # make lab    set up, open the notebook in JupyterLab
 # make clean  remove the environment and caches (data and runs stay)
@@ -14,7 +14,9 @@ READY := $(VENV)/.ready
 BENCH_VENV := .bench-venv
 BENCH_READY := $(BENCH_VENV)/.ready
 STAGES := clean tiling dask read train predict metrics memory
-SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+# no password is asked for where nobody can type it
+SUDO := $(shell [ "$$(id -u)" = 0 ] || { [ -t 0 ] && echo sudo; } || echo sudo -n)
+PROBE := PYTHONPATH=. $(BIN)/python tests/browser.py
 
 .PHONY: run sample-run test test-long test-browser chromium lab bench sample clean
 
@@ -35,9 +37,10 @@ test-long: $(READY)
 test-browser: $(READY) chromium
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser
 
-chromium:
-	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
-	  { $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q --no-install-recommends chromium; }
+# a name is not enough: Ubuntu's chromium-browser asks for a snap
+chromium: $(READY)
+	@$(PROBE) 2>/dev/null || { $(SUDO) apt-get update -q && \
+	  $(SUDO) apt-get install -y -q --no-install-recommends chromium && $(PROBE); }
 
 lab: sample
 	$(BIN)/jupyter lab main.ipynb $(if $(SUDO),,--allow-root)

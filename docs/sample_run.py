@@ -1,6 +1,7 @@
 """Write an executed notebook as one page that needs no other file, no network and no script.
 
-`python docs/sample_run.py runs/quickstart/main.ipynb` writes `docs/sample_run.html`.
+`python docs/sample_run.py runs/quickstart/main.ipynb` writes `docs/sample_run.html`, and the
+picture of detections in the README, `docs/detections.png`.
 """
 
 from __future__ import annotations
@@ -51,5 +52,14 @@ def render(path: Path) -> str:
     return re.sub(r'href="docs/', 'href="', page)
 
 
+def picture_of(path: Path, call: str) -> bytes:
+    """Return the first picture, PNG, of the cell of an executed notebook that makes a call."""
+    (cell,) = (c for c in nbformat.read(path, as_version=4).cells if f"{call}(" in c.source)
+    png = next(o.data["image/png"] for o in cell.outputs if "image/png" in o.get("data", {}))
+    return base64.b64decode(png)
+
+
 if __name__ == "__main__":
-    (HOME / "sample_run.html").write_text(render(Path(sys.argv[1])), encoding="utf-8")
+    executed = Path(sys.argv[1])
+    (HOME / "detections.png").write_bytes(picture_of(executed, "implot.plot_detections"))
+    (HOME / "sample_run.html").write_text(render(executed), encoding="utf-8")

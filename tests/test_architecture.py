@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import html
 import json
 import re
 import tomllib
@@ -138,6 +139,15 @@ def test_the_notebook_carries_the_picture_of_the_pipeline(notebook):
     picture = notebook.cells[0].attachments["pipeline.png"]["image/png"]
     assert base64.b64decode(picture) == (PROJECT / "docs" / "pipeline.png").read_bytes()
     assert "(attachment:pipeline.png)" in notebook.cells[0].source
+
+
+def test_the_rendered_run_is_of_this_notebook(notebook):
+    page = (PROJECT / "docs" / "sample_run.html").read_text()
+    cells = re.findall(r'<div class="highlight hl-ipython3"><pre>(.*?)</pre>', page, re.DOTALL)
+    shown = html.unescape(re.sub(r"<[^>]+>", "", "\n".join(cells)))
+    written = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    calls = [set(re.findall(r"\b[a-z]+\.[a-z_]+(?=\()", text)) for text in (shown, written)]
+    assert calls[0] == calls[1], "make sample-run"
 
 
 PAGES = [PROJECT / "README.md", PROJECT / "data" / "README.md", *(PROJECT / "docs").glob("*.md")]
