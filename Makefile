@@ -29,7 +29,8 @@ sample-run: run
 
 test: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest  # more threads than idle cores wait for each other
+	# more threads than idle cores wait for each other; a file at a time on each, for what its tests share
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long
