@@ -39,12 +39,14 @@ import pandas as pd
 import pytorch_lightning as pl
 import shapely
 from optuna.trial import FrozenTrial, TrialState
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import fileio
 import imutils
 import ledger
 import ranks
 import study
+import tiling
 from ImageData import ImageData, InputError
 from LargeRasterOR import BEST_BY, __version__
 from logger import configure_logger, make_model_logger
@@ -181,13 +183,15 @@ def join_search(
         The number of trials done here, and how many of them failed.
 
     Raises:
-        InputError: The folder holds no search, or its rasters or tiles are others here.
+        InputError: The folder holds no search, its rasters or tiles are others here, or there are
+            no such devices.
     """
     run_dir = Path(run_dir)
     with fileio.exclusive(run_dir, wait=True):
         plan, data, conf = _read_search(run_dir)
         marks = _check_same_input(data, conf, run_dir, joining=True)
     conf.accelerator, conf.devices = accelerator or conf.accelerator, devices or conf.devices
+    _check_fitness(data, conf)
     queue = _open_queue(
         plan, conf.seed, run_dir, storage or plan.storage, retry_failed=retry_failed
     )
@@ -592,6 +596,37 @@ def _check_same_input(
         )
     fileio.write_json(record, now | {"tiles": before["tiles"] | tiles})
     return {size: fileio.fingerprint([common, tiles[str(size)]]) for size in data.tilings}
+
+
+def _check_fitness(data: SearchData, conf: ModelConfig) -> None:
+    """Refuse to take trials where all would fail: no such device, no such tiles."""
+    try:
+        ranks.processes(conf.accelerator, conf.devices, conf.num_nodes)
+        pl.Trainer(  # one device is not looked for before
+            accelerator=conf.accelerator, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+            **ranks.lightning_devices(conf.devices),
+        )  # fmt: skip
+    except InputError:
+        raise
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        raise InputError(
+            f"ACCELERATOR = {conf.accelerator!r} with DEVICES = {conf.devices!r} cannot be had "
+            f"here ({error}); give --accelerator and --devices that can"
+        ) from error
+    for size, folder in data.tilings.items():
+        try:
+            found = fileio.fingerprint(tiling.read_tiles(folder))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"the tiles of {size} px in {folder} cannot be read ({error}); a worker must find "
+                "the same files under the same paths"
+            ) from error
+        if found != data.tile_marks[size]:
+            raise InputError(
+                f"the tiles of {size} px in {folder} are not those that the search was made for "
+                f"(fingerprint {found}, expected {data.tile_marks[size]}); run its notebook again"
+            )
 
 
 def _open_queue(

@@ -289,6 +289,39 @@ def test_a_worker_refuses_rasters_that_are_others_here(begin, quiet, capsys):
     assert "is not the raster that the search" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--accelerator", "gpuu"], "ACCELERATOR = 'gpuu'"),
+        (["--devices", "two"], "DEVICES = 'two'"),
+    ],
+)
+def test_a_worker_that_is_not_fit_takes_no_trial(begin, quiet, capsys, arguments, message):
+    run = begin(SPACE)
+    assert gridsearch.main(["--run", str(run), *arguments]) == gridsearch.FAILED
+    assert message in capsys.readouterr().err
+    assert len(open_queue(run).trials(study.TrialState.WAITING)) == 4
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["missing", "other"])
+def test_a_worker_refuses_tiles_that_are_others_here(begin, quiet, capsys, prepared, other):
+    run = begin(SPACE)
+    path = run / "search" / "search.json"
+    known = json.loads(path.read_text())
+    (folder,) = prepared.data.tilings.values()
+    moved = run.parent / "tiles"
+    known["data"]["tilings"] = {"128": str(moved)}
+    path.write_text(json.dumps(known))
+    if other:
+        shutil.copytree(folder, moved)
+        tiles = pd.read_parquet(moved / "tiles.parquet")
+        tiles.iloc[1:].to_parquet(moved / "tiles.parquet")
+    assert gridsearch.main(["--run", str(run)]) == gridsearch.FAILED
+    expected = "are not those that the search" if other else "cannot be read"
+    assert f"tiles of 128 px in {moved} {expected}" in capsys.readouterr().err
+    assert len(open_queue(run).trials(study.TrialState.WAITING)) == 4
+
+
 def test_a_worker_needs_a_search_that_a_notebook_began(tmp_path, quiet, capsys):
     assert gridsearch.main(["--run", str(tmp_path)]) == gridsearch.FAILED
     assert "holds no search" in capsys.readouterr().err
