@@ -66,6 +66,7 @@ class Plan:
 
     Attributes:
         name: What the names of its studies begin with; another one after each start over.
+        made_from: Fingerprint of all that its trials are made from.
         space: Hyperparameter -> values.
         search: How combinations are chosen.
         n_trials: How many, where it is not all of a grid.
@@ -76,6 +77,7 @@ class Plan:
     """
 
     name: str
+    made_from: str
     space: dict[str, list[int | float]]
     search: Search
     n_trials: int
@@ -134,19 +136,22 @@ def run_search(
     with fileio.exclusive(run_dir, wait=True):
         for folder in (run_dir / "trials", *(run_dir / "trials").glob("*/")):
             fileio.remove_strays(folder)
-        marks = _check_same_input(data, conf, run_dir, force=force)
+        name = _study_prefix(run_dir)
+        at_work = bool(name) and not force
+        at_work = at_work and study.is_at_work(study.open_storage(storage, run_dir), name)
+        marks = _check_same_input(data, conf, run_dir, force=force, joining=at_work)
         fileio.write_json(run_dir / "classes.json", dict(data.ids))
         fileio.write_json(run_dir / "radiometry.json", asdict(data.radiometry))
         recorded = dict(parameters or {})
         if recorded.get("STORAGE"):
             recorded["STORAGE"] = study.public_url(recorded["STORAGE"])
         fileio.write_json(run_dir / "parameters.json", recorded)
-        name = _study_prefix(run_dir)
         if name and force:
             study.drop_studies(study.open_storage(storage, run_dir), name)
             name = None
         plan = Plan(
             name=name or f"{run_dir.name}-{secrets.token_hex(4)}",
+            made_from=fileio.fingerprint(marks),
             space={name: list(values) for name, values in search_space.items()},
             search=search, n_trials=n_trials, pruning=pruning, storage=study.public_url(storage),
             wandb_active=wandb_active, wandb_project=wandb_project,
@@ -634,8 +639,8 @@ def _open_queue(
 ) -> Queue:
     """Open the queue, with all that is to be done in it, and nothing that is done."""
     # A study cannot change what its hyperparameters are drawn from; another space is another study,
-    # and finds the trials that both share by their results.
-    drawn = [plan.search, {name: list(values) for name, values in plan.space.items()}]
+    # and finds the trials that both share by their results. So is other input, and shares none.
+    drawn = [plan.search, plan.space, plan.made_from]
     queue = Queue(
         study.open_storage(storage, run_dir), f"{plan.name}-{fileio.fingerprint(drawn)}",
         plan.space, plan.search, plan.n_trials, seed,

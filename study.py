@@ -599,6 +599,18 @@ class Queue:
         return next(h for h in draw_combinations(self.span, rng) if get_logging_key(h) not in tried)
 
 
+def is_at_work(storage: BaseStorage, prefix: str) -> bool:
+    """Tell whether a worker that may live has a trial of a study whose name begins so."""
+    return any(
+        not is_dead(trial.system_attrs.get("worker"))
+        for study in storage.get_all_studies()
+        if study.study_name.startswith(prefix)
+        for trial in storage.get_all_trials(
+            study._study_id, deepcopy=False, states=(TrialState.RUNNING,)
+        )
+    )
+
+
 def drop_studies(storage: BaseStorage, prefix: str) -> None:
     """Delete all studies whose name begins so; their workers find that they lost their trials."""
     for name in optuna.get_all_study_names(storage):

@@ -360,6 +360,19 @@ def test_a_search_that_is_started_over_leaves_the_others_nothing(
     assert not list(run.glob("trials/.*"))
 
 
+def test_searches_of_other_input_share_no_queue(begin, prepared, monkeypatch):
+    queue, other = open_queue(run := begin(SPACE)), conf()
+    other.backbone = "resnet34"
+    claim = queue.take()  # nothing has a result yet
+    monkeypatch.setattr(gridsearch, "train_iteration", fake_training())
+    with pytest.raises(InputError, match="trials made with other configuration"):
+        gridsearch.run_search(prepared.data, SPACE, other, run)
+    claim.release()
+    board = gridsearch.run_search(prepared.data, SPACE, other, run)
+    assert board["state"].tolist() == ["complete"] * 4
+    assert len(queue.trials(study.TrialState.WAITING)) == 4
+
+
 def test_a_password_is_written_nowhere(begin, postgres):
     run = begin(SPACE, storage=postgres, parameters={"STORAGE": postgres})
     shown = study.public_url(postgres)
