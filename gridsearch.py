@@ -381,8 +381,15 @@ class _Judge(pl.Callback):
             return
         self.epoch = trainer.current_epoch + 1
         self.score = float(trainer.callback_metrics[BEST_BY])
-        self.claim.report(self.epoch, self.score)
-        if self.pruning and self.claim.is_hopeless():
+        try:
+            self.claim.report(self.epoch, self.score)
+            hopeless = self.pruning and self.claim.is_hopeless()
+        except (LostTrialError, fileio.FullDiskError):
+            raise
+        except Exception as error:  # no fault of the training; the next epoch may reach it
+            log.warning("the queue of the search cannot be reached: %s", error)
+            return
+        if hopeless:
             raise optuna.TrialPruned
 
     def _check(self, *_: object, **__: object) -> None:

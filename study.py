@@ -24,7 +24,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT = 20.0  # s between two signs of life
 GRACE = 120.0  # s without one after which a trial is taken from its worker
+PAUSES = (1.0, 5.0, 25.0)  # s between attempts to tell how a trial ended
 MAX_RESTARTS = 3  # of a trial whose workers died; one that kills them all is not worth more
 PEERS = 4  # trials that must have come as far before one is called hopeless
 WARM_UP = 1 / 3  # of a training, in which none is
@@ -63,6 +64,10 @@ MANY_VALUES = 8  # of a learning rate, from which on they are taken for a range
 SAME_START = 60  # s by which the start of one process may seem to differ
 
 Hyperparams = dict[str, int | float]
+
+
+class StartedOverError(InputError):
+    """The study is gone, and with it all its trials."""
 
 
 class LostTrialError(Exception):
@@ -312,7 +317,8 @@ class Claim:
 
     def is_hopeless(self) -> bool:
         """Compare what was reported with other trials, see `is_hopeless`."""
-        trials, epochs = self._queue.trials(), self.hyperparams["n_epochs"]
+        with self._owning():
+            trials, epochs = self._queue.trials(), self.hyperparams["n_epochs"]
         others = [
             trial.intermediate_values
             for trial in trials
@@ -329,11 +335,30 @@ class Claim:
         Raises:
             LostTrialError: Somebody has.
         """
-        with self._owning():
-            self._queue.storage.set_trial_user_attr(self._id, outcome, content)
-            values = None if state == TrialState.FAIL else [score]
-            self._queue.storage.set_trial_state_values(self._id, state, values)
+        storage, values = self._queue.storage, None if state == TrialState.FAIL else [score]
+        for tried, pause in enumerate((*PAUSES, None)):
+            try:
+                with self._owning():
+                    storage.set_trial_user_attr(self._id, outcome, content)
+                    storage.set_trial_state_values(self._id, state, values)
+                break
+            except LostTrialError:
+                # a try whose answer got lost may have ended it
+                if not (tried and self._has_ended(state, outcome)):
+                    raise
+                break
+            except Exception as error:
+                if pause is None:
+                    raise
+                log.warning("the queue cannot be told how trial %d ended: %s", self.number, error)
+                time.sleep(pause)
         self._queue.claim = None
+
+    def _has_ended(self, state: TrialState, outcome: str) -> bool:
+        with suppress(KeyError):
+            trial = self._queue.storage.get_trial(self._id)
+            return trial.state == state and outcome in trial.user_attrs
+        return False
 
     def release(self, why: str = "released") -> None:
         """Give the trial back to the queue."""
@@ -367,7 +392,7 @@ class Claim:
     def _owning(self) -> Iterator[None]:
         try:
             yield
-        except (UpdateFinishedTrialError, KeyError):  # KeyError: the study is gone
+        except (UpdateFinishedTrialError, KeyError, StartedOverError):  # KeyError: so it is
             self.lost.set()
             self.check()
 
@@ -422,12 +447,12 @@ class Queue:
         """Return the trials of all attempts, in some states or all.
 
         Raises:
-            InputError: The search was started over.
+            StartedOverError: It was.
         """
         try:
             return self.study.get_trials(deepcopy=False, states=states or None)
         except KeyError:
-            raise InputError(
+            raise StartedOverError(
                 "the search was started over by another process (FORCE_CREATION); start this one "
                 "again to take part"
             ) from None

@@ -465,6 +465,58 @@ def test_a_beat_that_stands_still_is_counted_by_those_who_look(tmp_path, monkeyp
     assert len(other.trials(study.TrialState.WAITING)) == 4
 
 
+def broken(monkeypatch, storage, name, times, *, deaf=False):
+    """Let a storage fail, or do as told but not say so, some times."""
+    method, left = getattr(storage, name), [times]
+
+    def fail(*args, **options):
+        if left[0] > 0:
+            left[0] -= 1
+            if deaf:
+                method(*args, **options)
+            raise ConnectionError("the database is restarted")
+        return method(*args, **options)
+
+    monkeypatch.setattr(storage, name, fail)
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+@pytest.mark.parametrize("state", ["COMPLETE", "FAIL"])
+def test_the_end_of_a_trial_is_told_until_it_is_heard(tmp_path, monkeypatch, deaf, state):
+    monkeypatch.setattr(study, "PAUSES", (0.0, 0.0))
+    queue = make_queue(tmp_path)
+    queue.fill()
+    claim = queue.take()
+    broken(monkeypatch, queue.storage, "set_trial_state_values", 1 if deaf else 2, deaf=deaf)
+    claim.end(study.TrialState[state], "error", "none", 0.5)
+    assert make_queue(tmp_path).trials()[0].state.name == state
+
+
+def test_a_queue_that_does_not_answer_is_no_failure_of_a_trial(tmp_path, monkeypatch, caplog):
+    queue = make_queue(tmp_path)
+    queue.fill()
+    claim = queue.take()
+    broken(monkeypatch, queue.storage, "set_trial_intermediate_value", 1)
+    judge = gridsearch._Judge(claim, pruning=True)
+    measure(judge, 0, 0.5)
+    assert "the database is restarted" in caplog.text
+    measure(judge, 1, 0.6)
+    assert queue.trials()[0].intermediate_values == {2: 0.6}
+    study.drop_studies(queue.storage, "test")
+    with pytest.raises(study.LostTrialError):
+        measure(judge, 2, 0.7)
+    with pytest.raises(study.LostTrialError):
+        claim.is_hopeless()
+
+
+def measure(judge, epoch, score):
+    """End a validation of a training."""
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(fn="fit"), current_epoch=epoch, callback_metrics={"val_AP50": score}
+    )
+    judge.on_validation_end(trainer, SimpleNamespace(_measures=lambda stage: True))
+
+
 def test_who_is_dead_is_known_of_this_machine_only():
     me = study.this_worker()
     assert not study.is_dead(me)
@@ -564,12 +616,7 @@ def test_hopeless_trials_stop_and_are_never_selected_nor_trained_again(
         goal = hyperparams["sample_size"] * hyperparams["learning_rate"] * 100
         for epoch in range(epochs):
             reached[get_logging_key(hyperparams)] += 1
-            trainer = SimpleNamespace(
-                state=SimpleNamespace(fn="fit"), current_epoch=epoch,
-                callback_metrics={"val_AP50": goal * (epoch + 1) / epochs},
-            )  # fmt: skip
-            measuring = SimpleNamespace(_measures=lambda stage: True)
-            callbacks[0].on_validation_end(trainer, measuring)
+            measure(callbacks[0], epoch, goal * (epoch + 1) / epochs)
         options = {"progress": progress}
         return fake_training(lambda h: goal)(hyperparams, data, conf, trial_dir, logger, **options)
 
