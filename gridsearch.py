@@ -291,8 +291,11 @@ def _giving_back(queue: Queue) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if queue.claim is not None:
-            queue.claim.release()
+        try:
+            if queue.claim is not None:
+                queue.claim.release()
+        except Exception as error:  # others find it when this process is gone
+            log.warning("the trial cannot be put back into the queue: %s", error)
         raise
 
 

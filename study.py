@@ -372,15 +372,15 @@ class Claim:
 
     def suggest(self) -> None:
         """Find the hyperparameters: those of the slot, or what the sampler thinks best."""
-        trial = optuna.Trial(self._queue.study, self._id)
-        for name, values in self._queue.span.items():
-            if isinstance(values, FloatDistribution):
-                value = trial.suggest_float(name, values.low, values.high, log=True)
-            else:
-                value = trial.suggest_categorical(name, values.choices)
-            self.hyperparams[name] = _rounded(value, values)
-        self.key = get_logging_key(self.hyperparams)
         with self._owning():
+            trial = optuna.Trial(self._queue.study, self._id)
+            for name, values in self._queue.span.items():
+                if isinstance(values, FloatDistribution):
+                    value = trial.suggest_float(name, values.low, values.high, log=True)
+                else:
+                    value = trial.suggest_categorical(name, values.choices)
+                self.hyperparams[name] = _rounded(value, values)
+            self.key = get_logging_key(self.hyperparams)
             self._queue.storage.set_trial_user_attr(self._id, "hyperparams", self.hyperparams)
             self._queue.storage.set_trial_user_attr(self._id, "key", self.key)
 
@@ -449,8 +449,13 @@ class Queue:
         Raises:
             StartedOverError: It was.
         """
-        try:
+        with self._there():
             return self.study.get_trials(deepcopy=False, states=states or None)
+
+    @contextmanager
+    def _there(self) -> Iterator[None]:
+        try:
+            yield
         except KeyError:
             raise StartedOverError(
                 "the search was started over by another process (FORCE_CREATION); start this one "
@@ -492,10 +497,10 @@ class Queue:
     def take(self) -> Claim | None:
         """Take the first trial that waits, for this process alone; None if none does."""
         for trial in self.trials(TrialState.WAITING):
-            try:
-                if not self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
-                    continue
-            except UpdateFinishedTrialError:
+            taken = False
+            with self._there(), suppress(UpdateFinishedTrialError):
+                taken = self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+            if not taken:
                 continue
             claim = Claim(self, trial)
             same = [t for t in self.trials() if t.system_attrs["slot"] == claim.slot]
@@ -511,9 +516,10 @@ class Queue:
                 sampler = optuna.samplers.TPESampler(
                     seed=(self.seed + claim.number) % 2**32, constant_liar=True
                 )
-                self.study = optuna.load_study(
-                    study_name=self.study.study_name, storage=self.storage, sampler=sampler
-                )
+                with self._there():
+                    self.study = optuna.load_study(
+                        study_name=self.study.study_name, storage=self.storage, sampler=sampler
+                    )
             claim.suggest()
             if self._is_tried(claim):
                 claim.release("repeats")
@@ -545,7 +551,8 @@ class Queue:
                 others.append(trial)
                 continue
             try:
-                self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+                with self._there():
+                    self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             except UpdateFinishedTrialError:
                 continue  # it ended, or another one buried it
             buried = True
@@ -596,12 +603,12 @@ class Queue:
     def _add(self, slot: str, attempt: int, restarts: int, params: Hyperparams | None) -> None:
         place = {"slot": slot, "attempt": attempt, "restarts": restarts}
         drawn = self.span if params else {}
-        self.study.add_trial(
-            optuna.create_trial(
-                state=TrialState.WAITING, params=params or {}, distributions=dict(drawn),
-                system_attrs=place,
-            )
+        trial = optuna.create_trial(
+            state=TrialState.WAITING, params=params or {}, distributions=dict(drawn),
+            system_attrs=place,
         )  # fmt: skip
+        with self._there():
+            self.study.add_trial(trial)
 
     def _keys(self, but: str) -> set[str]:
         """Return the keys of the other slots' trials."""

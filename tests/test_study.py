@@ -517,6 +517,44 @@ def measure(judge, epoch, score):
     judge.on_validation_end(trainer, SimpleNamespace(_measures=lambda stage: True))
 
 
+def after(monkeypatch, thing, name, meanwhile):
+    """Let something happen each time when a method has done its work."""
+    method = getattr(thing, name)
+
+    def do(*args, **options):
+        result = method(*args, **options)
+        meanwhile()
+        return result
+
+    monkeypatch.setattr(thing, name, do)
+
+
+@pytest.mark.parametrize("search", ["grid", "tpe"])
+@pytest.mark.parametrize(
+    "moment", ["get_all_trials", "set_trial_state_values", "set_trial_system_attr"]
+)
+def test_a_search_that_is_started_over_at_any_moment_is_told_from_a_bug(
+    tmp_path, monkeypatch, search, moment
+):
+    queue = make_queue(tmp_path, search, n_trials=3)
+    queue.fill()
+    other = study.open_storage(None, tmp_path)
+    after(monkeypatch, queue.storage, moment, lambda: study.drop_studies(other, "test"))
+    for act in (queue.take, queue.bury, queue.fill):
+        with pytest.raises((study.StartedOverError, study.LostTrialError)):
+            act()
+
+
+@pytest.mark.parametrize("search", ["grid", "tpe"])
+def test_a_trial_that_is_buried_while_it_is_taken_is_lost(tmp_path, monkeypatch, search):
+    queue = make_queue(tmp_path, search, n_trials=3)
+    queue.fill()
+    monkeypatch.setattr(study, "is_dead", lambda worker: worker is not None)
+    after(monkeypatch, queue.storage, "set_trial_system_attr", make_queue(tmp_path).bury)
+    with pytest.raises(study.LostTrialError):
+        queue.take()
+
+
 def test_who_is_dead_is_known_of_this_machine_only():
     me = study.this_worker()
     assert not study.is_dead(me)
