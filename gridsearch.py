@@ -412,12 +412,13 @@ def _work_dir(run_dir: Path, claim: Claim, mark: str) -> Path:
     more.
     """
     mine = _claim_dir(run_dir, claim.key, claim.folder)
-    for folder in claim.earlier:
+    for folder, scores in claim.earlier.items():
         theirs = _claim_dir(run_dir, claim.key, folder)
         with suppress(OSError, ValueError):
             got_far = any((theirs / n).exists() for n in ("result.json", LAST_CHECKPOINT))
             if got_far and _read_json(theirs / "claim.json")["made_from"] == mark:
                 theirs.rename(mine)
+                claim.take_over(scores)
                 log.info("trial %s goes on where it was stopped", claim.key)
                 break
     else:

@@ -285,7 +285,7 @@ class Claim:
         hyperparams: What it is to try.
         key: Their name.
         folder: A name for where this attempt works, apart from all others.
-        earlier: Those of the slot's earlier attempts, the last first.
+        earlier: Those of the slot's earlier attempts, the last first -> epoch -> its score.
         lost: Whether another worker has the trial by now, as far as is known.
     """
 
@@ -295,7 +295,8 @@ class Claim:
         self.slot, self.attempt = (trial.system_attrs[name] for name in ("slot", "attempt"))
         self.hyperparams: Hyperparams = {}
         self.key, self.folder = "", secrets.token_hex(4)
-        self.earlier: list[str] = []
+        self.earlier: dict[str, Mapping[int, float]] = {}
+        self._epoch = 0  # the last one reported
         self.lost, self._beats = threading.Event(), 0
         self._note("worker", this_worker())
         self._note("folder", self.folder)
@@ -314,6 +315,17 @@ class Claim:
         """Record the score of an epoch, counted from 1."""
         with self._owning():
             self._queue.storage.set_trial_intermediate_value(self._id, epoch, score)
+        self._epoch = epoch
+
+    def take_over(self, scores: Mapping[int, float]) -> None:
+        """Record what an earlier attempt reported, where this one goes on with its training."""
+        try:
+            for epoch, score in scores.items():
+                self.report(epoch, score)
+        except (LostTrialError, fileio.FullDiskError):
+            raise
+        except Exception as error:  # the trial is judged by less
+            log.warning("the queue of the search cannot be reached: %s", error)
 
     def is_hopeless(self) -> bool:
         """Compare what was reported with other trials, see `is_hopeless`."""
@@ -327,6 +339,8 @@ class Claim:
             and trial.user_attrs["hyperparams"]["n_epochs"] == epochs
         ]
         mine = next(t for t in trials if t.number == self.number).intermediate_values
+        # of an attempt that was taken over, but started over, there may be more
+        mine = {epoch: score for epoch, score in mine.items() if epoch <= self._epoch}
         return is_hopeless(mine, others, epochs)
 
     def end(self, state: TrialState, outcome: str, content: object, score: float = 0.0) -> None:
@@ -509,8 +523,11 @@ class Queue:
                 claim.release("doubled")
                 continue
             self.claim = claim
-            folders = [t.system_attrs.get("folder") for t in same if t.number < claim.number]
-            claim.earlier = [folder for folder in reversed(folders) if folder]
+            claim.earlier = {
+                t.system_attrs["folder"]: t.intermediate_values
+                for t in reversed(same)
+                if t.number < claim.number and "folder" in t.system_attrs
+            }
             if self.search == "tpe":
                 # anew: studies remember the trials they saw, and of one seed all would choose alike
                 sampler = optuna.samplers.TPESampler(

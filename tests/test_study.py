@@ -509,6 +509,31 @@ def test_a_queue_that_does_not_answer_is_no_failure_of_a_trial(tmp_path, monkeyp
         claim.is_hopeless()
 
 
+def test_an_attempt_that_goes_on_is_judged_by_what_the_earlier_reached(
+    prepared, tmp_path, monkeypatch
+):
+    stopped = []
+
+    def train_iteration(hyperparams, data, conf, trial_dir, logger, callbacks=(), *, progress):
+        measure(callbacks[0], 3 if stopped else 0, 0.5 - 0.1 * len(stopped))
+        if not stopped:
+            stopped.append(True)
+            (trial_dir / "checkpoints").mkdir()
+            (trial_dir / "checkpoints" / "last.ckpt").touch()
+            raise KeyboardInterrupt
+        (trial_dir / "checkpoints" / "last.ckpt").unlink()
+        (trial_dir / "checkpoints").rmdir()
+        return fake_training()(hyperparams, data, conf, trial_dir, logger, progress=progress)
+
+    monkeypatch.setattr(gridsearch, "train_iteration", train_iteration)
+    one = SPACE | {"sample_size": [1.0], "learning_rate": [1e-3]}
+    with pytest.raises(KeyboardInterrupt):
+        gridsearch.run_search(prepared.data, one, conf(), tmp_path)
+    gridsearch.run_search(prepared.data, one, conf(), tmp_path)
+    last = open_queue(tmp_path).trials()[-1]
+    assert last.intermediate_values == {1: 0.5, 4: 0.4}
+
+
 def measure(judge, epoch, score):
     """End a validation of a training."""
     trainer = SimpleNamespace(
