@@ -50,7 +50,7 @@ import tiling
 from ImageData import ImageData, InputError
 from LargeRasterOR import BEST_BY, __version__
 from logger import configure_logger, make_model_logger
-from ModelConfig import ModelConfig, Search
+from ModelConfig import HYPERPARAMETERS, ModelConfig, Search
 from study import Claim, LostTrialError, Queue
 from trials import EVALUATION_FILES, LAST_CHECKPOINT, SearchData, train_iteration
 
@@ -201,7 +201,7 @@ def join_search(
         plan, conf.seed, run_dir, storage or plan.storage, retry_failed=retry_failed
     )
     done = _work(queue, plan, data, conf, run_dir, marks, wait=wait, max_trials=max_trials)
-    if not queue.trials(TrialState.WAITING, TrialState.RUNNING):
+    if all(map(study.outcome_of, queue.latest().values())):
         _finish(queue, run_dir)
     return done
 
@@ -233,7 +233,7 @@ def _work(
                 continue
             if claim is not None:
                 outcome = _do_trial(claim, plan, data, conf, run_dir, marks, progress=progress)
-                done, failed = done + 1, failed + (outcome == "fail")
+                done, failed = done + (outcome != "lost"), failed + (outcome == "fail")
                 continue
             others = queue.bury()
             queue.fill()  # perhaps one that died had not yet put it back
@@ -476,20 +476,26 @@ def read_leaderboard(queue: Queue, run_dir: Path) -> pd.DataFrame:
         trials were stopped, `pruned_epoch` and `pruned_val_AP50`, measured then.
     """
     rows = []
-    for trial in queue.latest().values():
+    for slot, trial in queue.latest().items():
         state = study.outcome_of(trial)
         if state is None:
             continue
         values = trial.user_attrs.get("values", {}) if state == "complete" else {}
         pruned = trial.user_attrs.get("pruned", {})
-        best = run_dir / "trials" / trial.user_attrs["key"] / "checkpoints" / "best.ckpt"
+        checkpoint = ""
+        if values:
+            place = run_dir / "trials" / trial.user_attrs["key"]
+            checkpoint = str(place / "checkpoints" / "best.ckpt")
+        # its workers may have died before they knew
+        hyperparams = trial.user_attrs.get("hyperparams") or queue.planned[slot] or {}
         rows.append(
-            {"trial": trial.number, "state": state, **trial.user_attrs["hyperparams"], **values,
+            {"trial": trial.number, "state": state, **hyperparams, **values,
              **{f"pruned_{name}": value for name, value in pruned.items()},
-             "selected": False, "checkpoint": str(best) if values else "",
-             "error": study.error_of(trial)}
+             "selected": False, "checkpoint": checkpoint, "error": study.error_of(trial)}
         )  # fmt: skip
-    board = pd.DataFrame(rows).sort_values("trial", ignore_index=True)
+    always = ["trial", "state", *HYPERPARAMETERS, "selected", "checkpoint", "error"]
+    board = pd.DataFrame(rows, columns=None if rows else always)
+    board = board.sort_values("trial", ignore_index=True)
     if "AP50" in board:
         # before the test has a say: of equals, the first that was trained
         board.loc[board[BEST_BY].idxmax(), "selected"] = True
@@ -659,8 +665,11 @@ def _open_queue(
     _settle(queue, run_dir)
 
     def again(trial: FrozenTrial) -> bool:
-        if study.outcome_of(trial) == "fail":
+        outcome = study.outcome_of(trial)
+        if outcome == "fail":
             return retry_failed
+        if outcome == "pruned" and not plan.pruning:
+            return True
         key, folder = trial.user_attrs["key"], trial.system_attrs.get("folder", "")
         # in this order: meanwhile its worker may be giving the one the other's name
         there = _claim_dir(run_dir, key, folder).exists()
@@ -805,7 +814,7 @@ def _parser() -> argparse.ArgumentParser:
         "number of workers may do so, on all machines that have the run's folder and its rasters "
         "under the same paths.",
         epilog=f"Exit code: 0 nothing is left; {FAILED} the search cannot be worked on, the "
-        "message says why; 2 the command is not understood; {INCOMPLETE} trials failed here; "
+        f"message says why; 2 the command is not understood; {INCOMPLETE} trials failed here; "
         f"{INTERRUPTED} interrupted. `gridsearch.py ledger RUNS_DIR` lists all runs and trials.",
     )  # fmt: skip
     # fmt: off

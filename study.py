@@ -418,6 +418,7 @@ class Queue:
         study: The study that holds them.
         span: What each hyperparameter is drawn from.
         claim: The trial that this process works on.
+        planned: Slot -> what is to be tried there; None: chosen when it is taken.
     """
 
     def __init__(
@@ -447,13 +448,13 @@ class Queue:
         self.span = span(space, search)
         self.claim: Claim | None = None
         number = count_trials(space, search, n_trials)
-        self._planned: dict[str, Hyperparams | None] = {}
+        self.planned: dict[str, Hyperparams | None] = {}
         if search == "tpe":
-            self._planned = {f"{i:06d}": None for i in range(number)}
+            self.planned = {f"{i:06d}": None for i in range(number)}
         else:
             chosen = draw_combinations(self.span, np.random.default_rng(seed))
             for hyperparams in itertools.islice(chosen, number):
-                self._planned[get_logging_key(hyperparams)] = hyperparams
+                self.planned[get_logging_key(hyperparams)] = hyperparams
         self._beats: dict[int, tuple[object, int]] = {}  # trial -> last beat, times it stood still
         self._heard: set[int] = set()  # trials whose beat has moved since this process looks
 
@@ -483,7 +484,7 @@ class Queue:
             slot, attempt = (trial.system_attrs[name] for name in ("slot", "attempt"))
             if slot not in latest or attempt > latest[slot].system_attrs["attempt"]:
                 latest[slot] = trial
-        return {slot: latest[slot] for slot in self._planned if slot in latest}
+        return {slot: latest[slot] for slot in self.planned if slot in latest}
 
     def fill(self, again: Callable[[FrozenTrial], bool] = lambda _: False) -> None:
         """Add a trial to each slot that has none, or whose last one was cut short.
@@ -492,7 +493,7 @@ class Queue:
             again: Tells which trials that came to an end are to be repeated.
         """
         latest = self.latest()
-        for slot, hyperparams in self._planned.items():
+        for slot, hyperparams in self.planned.items():
             trial = latest.get(slot)
             if trial is None:
                 self._add(slot, 0, 0, hyperparams)

@@ -247,7 +247,7 @@ def open_queue(run):
 
 def test_a_trial_that_kills_its_workers_is_given_up(begin, crew):
     run = begin(SPACE)
-    log, deadly = run.parent / "log", next(iter(open_queue(run)._planned))
+    log, deadly = run.parent / "log", next(iter(open_queue(run).planned))
     for death in range(study.MAX_RESTARTS + 1):
         worker = crew(run, seconds=0, deadly=deadly)
         worker.join(PATIENCE)
@@ -259,6 +259,41 @@ def test_a_trial_that_kills_its_workers_is_given_up(begin, crew):
     board = pd.read_csv(run / "leaderboard.csv")
     assert board["state"].tolist() == ["complete"] * 3 + ["fail"]
     assert "its workers died 4 times" in board["error"].iloc[-1]
+
+
+@pytest.mark.parametrize("search", ["grid", "tpe"])
+def test_the_leaderboard_tells_of_workers_that_died_before_they_began(
+    tmp_path, monkeypatch, search
+):
+    queue, other = make_queue(tmp_path, search, 4), make_queue(tmp_path, search, 4)
+    queue.fill()
+    board = gridsearch.read_leaderboard(queue, tmp_path)
+    assert len(board) == 0
+    assert set(SPACE) | {"selected", "error"} <= set(board)
+    monkeypatch.setattr(study, "is_dead", lambda worker: worker is not None)
+    monkeypatch.setattr(study.Claim, "suggest", lambda claim: None)
+    monkeypatch.setattr(queue, "_is_tried", lambda claim: False)
+    while queue.take():
+        queue.claim = None
+        other.bury()
+    board = gridsearch.read_leaderboard(queue, tmp_path)
+    assert board["state"].tolist() == ["fail"] * 4
+    assert board["error"].str.contains("its workers died 4 times").all()
+    if search == "grid":
+        assert set(board["learning_rate"]) == set(SPACE["learning_rate"])
+
+
+def test_a_trial_that_is_lost_is_not_counted_as_done(begin, prepared, monkeypatch):
+    run, lost = begin(SPACE), []
+
+    def values_of(hyperparams):
+        if not lost:
+            lost.append(hyperparams)
+            raise study.LostTrialError("it went to another worker")
+        return 0.5
+
+    monkeypatch.setattr(gridsearch, "train_iteration", fake_training(values_of))
+    assert gridsearch.join_search(run, max_trials=1) == (1, 0)
 
 
 def test_a_notebook_waits_for_the_trials_of_the_others(begin, crew, prepared, monkeypatch):
@@ -703,6 +738,11 @@ def test_hopeless_trials_stop_and_are_never_selected_nor_trained_again(
     wider = space | {"batch_size": [8, 16]}
     gridsearch.run_search(prepared.data, wider, conf(), tmp_path, **options)
     assert {key: reached[key] for key in before} == before
+    before = reached.copy()
+    options = {"pruning": False}
+    board = gridsearch.run_search(prepared.data, space, conf(), tmp_path, **options)
+    assert board["state"].tolist() == ["complete"] * 16
+    assert reached.total() == before.total() + epochs * len(pruned)
     queue = open_queue(tmp_path)
     assert {t.state for t in queue.trials()} == {optuna.trial.TrialState.COMPLETE,
                                                  optuna.trial.TrialState.PRUNED}  # fmt: skip
