@@ -25,7 +25,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -55,6 +54,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT = 20.0  # s between two signs of life
 GRACE = 120.0  # s without one after which a trial is taken from its worker
+LEAVE = 5.0  # s in which the thread that watches should end, unless the storage does not answer
 PAUSES = (1.0, 5.0, 25.0)  # s between attempts to tell how a trial ended
 MAX_RESTARTS = 3  # of a trial whose workers died; one that kills them all is not worth more
 PEERS = 4  # trials that must have come as far before one is called hopeless
@@ -220,26 +220,16 @@ def public_url(url: str | None) -> str | None:
 # ---------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1)
-def _machine() -> str:
-    """Name the ground on which a process id means one process: a boot of a machine, a container."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return socket.gethostname()
-
-
 def this_worker() -> dict[str, Any]:
     """Describe this process so that others can tell whether it is still there."""
     started = psutil.Process().create_time()
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": started,
-            "machine": _machine()}  # fmt: skip
+            "machine": fileio.this_machine()}  # fmt: skip
 
 
 def is_dead(worker: Mapping[str, Any] | None) -> bool:
     """Tell whether a worker is known to be gone; nobody knows that of another machine's."""
-    if worker is None or worker["machine"] != _machine():
+    if worker is None or worker["machine"] != fileio.this_machine():
         return False
     try:
         process = psutil.Process(worker["pid"])
@@ -559,11 +549,11 @@ class Queue:
             if self.claim is not None and trial.number == self.claim.number:
                 continue
             worker, beat = (trial.system_attrs.get(name) for name in ("worker", "beat"))
-            last, misses = self._beats.get(trial.number, (beat, 0))
+            last, misses = self._beats.get(trial.number, (beat, -1))
             if beat != last:
                 self._heard.add(trial.number)
-            # misses are counted, not time: whoever slept has not looked
-            misses = misses + watching if beat == last else 0
+            # misses are counted, not time: whoever slept has not looked; the first look is none
+            misses = misses + watching if beat == last else watching - 1
             self._beats[trial.number] = (beat, misses)
             if not is_dead(worker) and misses * HEARTBEAT < GRACE:
                 others.append(trial)
@@ -616,7 +606,7 @@ class Queue:
             yield
         finally:
             stop.set()
-            thread.join()
+            thread.join(LEAVE)
 
     def _add(self, slot: str, attempt: int, restarts: int, params: Hyperparams | None) -> None:
         place = {"slot": slot, "attempt": attempt, "restarts": restarts}

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -485,7 +486,7 @@ def test_a_beat_that_stands_still_is_counted_by_those_who_look(tmp_path, monkeyp
     queue.fill()
     claim = queue.take()
     assert len(other.bury()) == 1  # merely to ask counts nothing
-    for _ in range(2):
+    for _ in range(3):  # the first look is no miss
         assert len(other.bury(watching=True)) == 1
     assert not other.is_heard(other.trials(study.TrialState.RUNNING))
     claim.beat()
@@ -613,6 +614,25 @@ def test_a_trial_that_is_buried_while_it_is_taken_is_lost(tmp_path, monkeypatch,
     after(monkeypatch, queue.storage, "set_trial_system_attr", make_queue(tmp_path).bury)
     with pytest.raises(study.LostTrialError):
         queue.take()
+
+
+def test_a_storage_that_does_not_answer_keeps_nobody_from_leaving(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "HEARTBEAT", 0.01)
+    monkeypatch.setattr(study, "LEAVE", 0.1)
+    queue, asked, answer = make_queue(tmp_path), threading.Event(), threading.Event()
+
+    def get_all_trials(*args, **options):
+        asked.set()
+        answer.wait(PATIENCE)
+        return []
+
+    monkeypatch.setattr(queue.storage, "get_all_trials", get_all_trials)
+    try:
+        with queue.watching():
+            assert asked.wait(PATIENCE)
+        assert not answer.is_set()
+    finally:
+        answer.set()
 
 
 def test_who_is_dead_is_known_of_this_machine_only():
