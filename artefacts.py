@@ -117,7 +117,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         InputError: The place must not be written.
     """
     path = Path(path)
-    mark = f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+    mark = f"{this_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
     suffix = path.suffix if len(path.suffix) < 16 else ""
     temporary = path.with_name(f".{mark}{suffix}")
     try:
@@ -131,7 +131,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @cache
-def _machine() -> str:
+def this_machine() -> str:
     """Name this machine since it started, and the space of its process numbers."""
     marks = [platform.node()]
     with suppress(OSError):
@@ -152,7 +152,7 @@ def remove_strays(folder: Path) -> None:
         if (mark := _TEMPORARY.match(path.name)) is None:
             continue
         with suppress(OSError):  # another process may remove it, too
-            if mark["machine"] == _machine():
+            if mark["machine"] == this_machine():
                 stray = not psutil.pid_exists(int(mark["pid"]))
             else:
                 stray = time.time() - path.stat().st_mtime > STALE_SECONDS

@@ -26,6 +26,7 @@ from artefacts import (
     recreate_directory,
     remove_strays,
     terminable,
+    this_machine,
     write_json,
     write_table,
     write_text,
@@ -51,8 +52,8 @@ __all__ = [
     "content_fingerprint", "create_raster", "diagnose", "exclusive", "files_of", "fingerprint",
     "hash_rows", "identifier_from_tilename", "is_finished", "main", "mark_finished",
     "raster_fingerprint", "read_annotation_file", "read_raster", "read_rasters", "read_table",
-    "recreate_directory", "remove_strays", "rewrite", "terminable", "write_annotations",
-    "write_json", "write_table", "write_text", "writing",
+    "recreate_directory", "remove_strays", "rewrite", "terminable", "this_machine",
+    "write_annotations", "write_json", "write_table", "write_text", "writing",
 ]  # fmt: skip
 
 DOCTOR_EXIT = 3  # a raster reads slowly and was not rewritten

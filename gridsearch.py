@@ -39,16 +39,18 @@ import pandas as pd
 import pytorch_lightning as pl
 import shapely
 from optuna.trial import FrozenTrial, TrialState
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import fileio
 import imutils
 import ledger
 import ranks
 import study
+import tiling
 from ImageData import ImageData, InputError
 from LargeRasterOR import BEST_BY, __version__
 from logger import configure_logger, make_model_logger
-from ModelConfig import ModelConfig, Search
+from ModelConfig import HYPERPARAMETERS, ModelConfig, Search
 from study import Claim, LostTrialError, Queue
 from trials import EVALUATION_FILES, LAST_CHECKPOINT, SearchData, train_iteration
 
@@ -64,6 +66,7 @@ class Plan:
 
     Attributes:
         name: What the names of its studies begin with; another one after each start over.
+        made_from: Fingerprint of all that its trials are made from.
         space: Hyperparameter -> values.
         search: How combinations are chosen.
         n_trials: How many, where it is not all of a grid.
@@ -74,6 +77,7 @@ class Plan:
     """
 
     name: str
+    made_from: str
     space: dict[str, list[int | float]]
     search: Search
     n_trials: int
@@ -132,19 +136,22 @@ def run_search(
     with fileio.exclusive(run_dir, wait=True):
         for folder in (run_dir / "trials", *(run_dir / "trials").glob("*/")):
             fileio.remove_strays(folder)
-        marks = _check_same_input(data, conf, run_dir, force=force)
+        name = _study_prefix(run_dir)
+        at_work = bool(name) and not force
+        at_work = at_work and study.is_at_work(study.open_storage(storage, run_dir), name)
+        marks = _check_same_input(data, conf, run_dir, force=force, joining=at_work)
         fileio.write_json(run_dir / "classes.json", dict(data.ids))
         fileio.write_json(run_dir / "radiometry.json", asdict(data.radiometry))
         recorded = dict(parameters or {})
         if recorded.get("STORAGE"):
             recorded["STORAGE"] = study.public_url(recorded["STORAGE"])
         fileio.write_json(run_dir / "parameters.json", recorded)
-        name = _study_prefix(run_dir)
         if name and force:
             study.drop_studies(study.open_storage(storage, run_dir), name)
             name = None
         plan = Plan(
             name=name or f"{run_dir.name}-{secrets.token_hex(4)}",
+            made_from=fileio.fingerprint(marks),
             space={name: list(values) for name, values in search_space.items()},
             search=search, n_trials=n_trials, pruning=pruning, storage=study.public_url(storage),
             wandb_active=wandb_active, wandb_project=wandb_project,
@@ -181,18 +188,20 @@ def join_search(
         The number of trials done here, and how many of them failed.
 
     Raises:
-        InputError: The folder holds no search, or its rasters or tiles are others here.
+        InputError: The folder holds no search, its rasters or tiles are others here, or there are
+            no such devices.
     """
     run_dir = Path(run_dir)
     with fileio.exclusive(run_dir, wait=True):
         plan, data, conf = _read_search(run_dir)
         marks = _check_same_input(data, conf, run_dir, joining=True)
     conf.accelerator, conf.devices = accelerator or conf.accelerator, devices or conf.devices
+    _check_fitness(data, conf)
     queue = _open_queue(
         plan, conf.seed, run_dir, storage or plan.storage, retry_failed=retry_failed
     )
     done = _work(queue, plan, data, conf, run_dir, marks, wait=wait, max_trials=max_trials)
-    if not queue.trials(TrialState.WAITING, TrialState.RUNNING):
+    if all(map(study.outcome_of, queue.latest().values())):
         _finish(queue, run_dir)
     return done
 
@@ -224,7 +233,7 @@ def _work(
                 continue
             if claim is not None:
                 outcome = _do_trial(claim, plan, data, conf, run_dir, marks, progress=progress)
-                done, failed = done + 1, failed + (outcome == "fail")
+                done, failed = done + (outcome != "lost"), failed + (outcome == "fail")
                 continue
             others = queue.bury()
             queue.fill()  # perhaps one that died had not yet put it back
@@ -282,8 +291,11 @@ def _giving_back(queue: Queue) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if queue.claim is not None:
-            queue.claim.release()
+        try:
+            if queue.claim is not None:
+                queue.claim.release()
+        except Exception as error:  # others find it when this process is gone
+            log.warning("the trial cannot be put back into the queue: %s", error)
         raise
 
 
@@ -372,8 +384,15 @@ class _Judge(pl.Callback):
             return
         self.epoch = trainer.current_epoch + 1
         self.score = float(trainer.callback_metrics[BEST_BY])
-        self.claim.report(self.epoch, self.score)
-        if self.pruning and self.claim.is_hopeless():
+        try:
+            self.claim.report(self.epoch, self.score)
+            hopeless = self.pruning and self.claim.is_hopeless()
+        except (LostTrialError, fileio.FullDiskError):
+            raise
+        except Exception as error:  # no fault of the training; the next epoch may reach it
+            log.warning("the queue of the search cannot be reached: %s", error)
+            return
+        if hopeless:
             raise optuna.TrialPruned
 
     def _check(self, *_: object, **__: object) -> None:
@@ -393,12 +412,13 @@ def _work_dir(run_dir: Path, claim: Claim, mark: str) -> Path:
     more.
     """
     mine = _claim_dir(run_dir, claim.key, claim.folder)
-    for folder in claim.earlier:
+    for folder, scores in claim.earlier.items():
         theirs = _claim_dir(run_dir, claim.key, folder)
         with suppress(OSError, ValueError):
             got_far = any((theirs / n).exists() for n in ("result.json", LAST_CHECKPOINT))
             if got_far and _read_json(theirs / "claim.json")["made_from"] == mark:
                 theirs.rename(mine)
+                claim.take_over(scores)
                 log.info("trial %s goes on where it was stopped", claim.key)
                 break
     else:
@@ -456,20 +476,26 @@ def read_leaderboard(queue: Queue, run_dir: Path) -> pd.DataFrame:
         trials were stopped, `pruned_epoch` and `pruned_val_AP50`, measured then.
     """
     rows = []
-    for trial in queue.latest().values():
+    for slot, trial in queue.latest().items():
         state = study.outcome_of(trial)
         if state is None:
             continue
         values = trial.user_attrs.get("values", {}) if state == "complete" else {}
         pruned = trial.user_attrs.get("pruned", {})
-        best = run_dir / "trials" / trial.user_attrs["key"] / "checkpoints" / "best.ckpt"
+        checkpoint = ""
+        if values:
+            place = run_dir / "trials" / trial.user_attrs["key"]
+            checkpoint = str(place / "checkpoints" / "best.ckpt")
+        # its workers may have died before they knew
+        hyperparams = trial.user_attrs.get("hyperparams") or queue.planned[slot] or {}
         rows.append(
-            {"trial": trial.number, "state": state, **trial.user_attrs["hyperparams"], **values,
+            {"trial": trial.number, "state": state, **hyperparams, **values,
              **{f"pruned_{name}": value for name, value in pruned.items()},
-             "selected": False, "checkpoint": str(best) if values else "",
-             "error": study.error_of(trial)}
+             "selected": False, "checkpoint": checkpoint, "error": study.error_of(trial)}
         )  # fmt: skip
-    board = pd.DataFrame(rows).sort_values("trial", ignore_index=True)
+    always = ["trial", "state", *HYPERPARAMETERS, "selected", "checkpoint", "error"]
+    board = pd.DataFrame(rows, columns=None if rows else always)
+    board = board.sort_values("trial", ignore_index=True)
     if "AP50" in board:
         # before the test has a say: of equals, the first that was trained
         board.loc[board[BEST_BY].idxmax(), "selected"] = True
@@ -608,13 +634,44 @@ def _check_same_input(
     return {size: fileio.fingerprint([common, tiles[str(size)]]) for size in data.tilings}
 
 
+def _check_fitness(data: SearchData, conf: ModelConfig) -> None:
+    """Refuse to take trials where all would fail: no such device, no such tiles."""
+    try:
+        ranks.processes(conf.accelerator, conf.devices, conf.num_nodes)
+        pl.Trainer(  # one device is not looked for before
+            accelerator=conf.accelerator, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+            **ranks.lightning_devices(conf.devices),
+        )  # fmt: skip
+    except InputError:
+        raise
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        raise InputError(
+            f"ACCELERATOR = {conf.accelerator!r} with DEVICES = {conf.devices!r} cannot be had "
+            f"here ({error}); give --accelerator and --devices that can"
+        ) from error
+    for size, folder in data.tilings.items():
+        try:
+            found = fileio.fingerprint(tiling.read_tiles(folder))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"the tiles of {size} px in {folder} cannot be read ({error}); a worker must find "
+                "the same files under the same paths"
+            ) from error
+        if found != data.tile_marks[size]:
+            raise InputError(
+                f"the tiles of {size} px in {folder} are not those that the search was made for "
+                f"(fingerprint {found}, expected {data.tile_marks[size]}); run its notebook again"
+            )
+
+
 def _open_queue(
     plan: Plan, seed: int, run_dir: Path, storage: str | None, *, retry_failed: bool
 ) -> Queue:
     """Open the queue, with all that is to be done in it, and nothing that is done."""
     # A study cannot change what its hyperparameters are drawn from; another space is another study,
-    # and finds the trials that both share by their results.
-    drawn = [plan.search, {name: list(values) for name, values in plan.space.items()}]
+    # and finds the trials that both share by their results. So is other input, and shares none.
+    drawn = [plan.search, plan.space, plan.made_from]
     queue = Queue(
         study.open_storage(storage, run_dir), f"{plan.name}-{fileio.fingerprint(drawn)}",
         plan.space, plan.search, plan.n_trials, seed,
@@ -622,8 +679,11 @@ def _open_queue(
     _settle(queue, run_dir)
 
     def again(trial: FrozenTrial) -> bool:
-        if study.outcome_of(trial) == "fail":
+        outcome = study.outcome_of(trial)
+        if outcome == "fail":
             return retry_failed
+        if outcome == "pruned" and not plan.pruning:
+            return True
         key, folder = trial.user_attrs["key"], trial.system_attrs.get("folder", "")
         # in this order: meanwhile its worker may be giving the one the other's name
         there = _claim_dir(run_dir, key, folder).exists()
@@ -768,7 +828,7 @@ def _parser() -> argparse.ArgumentParser:
         "number of workers may do so, on all machines that have the run's folder and its rasters "
         "under the same paths.",
         epilog=f"Exit code: 0 nothing is left; {FAILED} the search cannot be worked on, the "
-        "message says why; 2 the command is not understood; {INCOMPLETE} trials failed here; "
+        f"message says why; 2 the command is not understood; {INCOMPLETE} trials failed here; "
         f"{INTERRUPTED} interrupted. `gridsearch.py ledger RUNS_DIR` lists all runs and trials.",
     )  # fmt: skip
     # fmt: off

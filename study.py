@@ -24,8 +24,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import lru_cache
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -55,6 +54,8 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT = 20.0  # s between two signs of life
 GRACE = 120.0  # s without one after which a trial is taken from its worker
+LEAVE = 5.0  # s in which the thread that watches should end, unless the storage does not answer
+PAUSES = (1.0, 5.0, 25.0)  # s between attempts to tell how a trial ended
 MAX_RESTARTS = 3  # of a trial whose workers died; one that kills them all is not worth more
 PEERS = 4  # trials that must have come as far before one is called hopeless
 WARM_UP = 1 / 3  # of a training, in which none is
@@ -63,6 +64,10 @@ MANY_VALUES = 8  # of a learning rate, from which on they are taken for a range
 SAME_START = 60  # s by which the start of one process may seem to differ
 
 Hyperparams = dict[str, int | float]
+
+
+class StartedOverError(InputError):
+    """The study is gone, and with it all its trials."""
 
 
 class LostTrialError(Exception):
@@ -215,26 +220,16 @@ def public_url(url: str | None) -> str | None:
 # ---------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1)
-def _machine() -> str:
-    """Name the ground on which a process id means one process: a boot of a machine, a container."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return socket.gethostname()
-
-
 def this_worker() -> dict[str, Any]:
     """Describe this process so that others can tell whether it is still there."""
     started = psutil.Process().create_time()
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": started,
-            "machine": _machine()}  # fmt: skip
+            "machine": fileio.this_machine()}  # fmt: skip
 
 
 def is_dead(worker: Mapping[str, Any] | None) -> bool:
     """Tell whether a worker is known to be gone; nobody knows that of another machine's."""
-    if worker is None or worker["machine"] != _machine():
+    if worker is None or worker["machine"] != fileio.this_machine():
         return False
     try:
         process = psutil.Process(worker["pid"])
@@ -280,7 +275,7 @@ class Claim:
         hyperparams: What it is to try.
         key: Their name.
         folder: A name for where this attempt works, apart from all others.
-        earlier: Those of the slot's earlier attempts, the last first.
+        earlier: Those of the slot's earlier attempts, the last first -> epoch -> its score.
         lost: Whether another worker has the trial by now, as far as is known.
     """
 
@@ -290,7 +285,8 @@ class Claim:
         self.slot, self.attempt = (trial.system_attrs[name] for name in ("slot", "attempt"))
         self.hyperparams: Hyperparams = {}
         self.key, self.folder = "", secrets.token_hex(4)
-        self.earlier: list[str] = []
+        self.earlier: dict[str, Mapping[int, float]] = {}
+        self._epoch = 0  # the last one reported
         self.lost, self._beats = threading.Event(), 0
         self._note("worker", this_worker())
         self._note("folder", self.folder)
@@ -309,10 +305,22 @@ class Claim:
         """Record the score of an epoch, counted from 1."""
         with self._owning():
             self._queue.storage.set_trial_intermediate_value(self._id, epoch, score)
+        self._epoch = epoch
+
+    def take_over(self, scores: Mapping[int, float]) -> None:
+        """Record what an earlier attempt reported, where this one goes on with its training."""
+        try:
+            for epoch, score in scores.items():
+                self.report(epoch, score)
+        except (LostTrialError, fileio.FullDiskError):
+            raise
+        except Exception as error:  # the trial is judged by less
+            log.warning("the queue of the search cannot be reached: %s", error)
 
     def is_hopeless(self) -> bool:
         """Compare what was reported with other trials, see `is_hopeless`."""
-        trials, epochs = self._queue.trials(), self.hyperparams["n_epochs"]
+        with self._owning():
+            trials, epochs = self._queue.trials(), self.hyperparams["n_epochs"]
         others = [
             trial.intermediate_values
             for trial in trials
@@ -321,6 +329,8 @@ class Claim:
             and trial.user_attrs["hyperparams"]["n_epochs"] == epochs
         ]
         mine = next(t for t in trials if t.number == self.number).intermediate_values
+        # of an attempt that was taken over, but started over, there may be more
+        mine = {epoch: score for epoch, score in mine.items() if epoch <= self._epoch}
         return is_hopeless(mine, others, epochs)
 
     def end(self, state: TrialState, outcome: str, content: object, score: float = 0.0) -> None:
@@ -329,11 +339,30 @@ class Claim:
         Raises:
             LostTrialError: Somebody has.
         """
-        with self._owning():
-            self._queue.storage.set_trial_user_attr(self._id, outcome, content)
-            values = None if state == TrialState.FAIL else [score]
-            self._queue.storage.set_trial_state_values(self._id, state, values)
+        storage, values = self._queue.storage, None if state == TrialState.FAIL else [score]
+        for tried, pause in enumerate((*PAUSES, None)):
+            try:
+                with self._owning():
+                    storage.set_trial_user_attr(self._id, outcome, content)
+                    storage.set_trial_state_values(self._id, state, values)
+                break
+            except LostTrialError:
+                # a try whose answer got lost may have ended it
+                if not (tried and self._has_ended(state, outcome)):
+                    raise
+                break
+            except Exception as error:
+                if pause is None:
+                    raise
+                log.warning("the queue cannot be told how trial %d ended: %s", self.number, error)
+                time.sleep(pause)
         self._queue.claim = None
+
+    def _has_ended(self, state: TrialState, outcome: str) -> bool:
+        with suppress(KeyError):
+            trial = self._queue.storage.get_trial(self._id)
+            return trial.state == state and outcome in trial.user_attrs
+        return False
 
     def release(self, why: str = "released") -> None:
         """Give the trial back to the queue."""
@@ -347,15 +376,15 @@ class Claim:
 
     def suggest(self) -> None:
         """Find the hyperparameters: those of the slot, or what the sampler thinks best."""
-        trial = optuna.Trial(self._queue.study, self._id)
-        for name, values in self._queue.span.items():
-            if isinstance(values, FloatDistribution):
-                value = trial.suggest_float(name, values.low, values.high, log=True)
-            else:
-                value = trial.suggest_categorical(name, values.choices)
-            self.hyperparams[name] = _rounded(value, values)
-        self.key = get_logging_key(self.hyperparams)
         with self._owning():
+            trial = optuna.Trial(self._queue.study, self._id)
+            for name, values in self._queue.span.items():
+                if isinstance(values, FloatDistribution):
+                    value = trial.suggest_float(name, values.low, values.high, log=True)
+                else:
+                    value = trial.suggest_categorical(name, values.choices)
+                self.hyperparams[name] = _rounded(value, values)
+            self.key = get_logging_key(self.hyperparams)
             self._queue.storage.set_trial_user_attr(self._id, "hyperparams", self.hyperparams)
             self._queue.storage.set_trial_user_attr(self._id, "key", self.key)
 
@@ -367,7 +396,7 @@ class Claim:
     def _owning(self) -> Iterator[None]:
         try:
             yield
-        except (UpdateFinishedTrialError, KeyError):  # KeyError: the study is gone
+        except (UpdateFinishedTrialError, KeyError, StartedOverError):  # KeyError: so it is
             self.lost.set()
             self.check()
 
@@ -379,6 +408,7 @@ class Queue:
         study: The study that holds them.
         span: What each hyperparameter is drawn from.
         claim: The trial that this process works on.
+        planned: Slot -> what is to be tried there; None: chosen when it is taken.
     """
 
     def __init__(
@@ -408,13 +438,13 @@ class Queue:
         self.span = span(space, search)
         self.claim: Claim | None = None
         number = count_trials(space, search, n_trials)
-        self._planned: dict[str, Hyperparams | None] = {}
+        self.planned: dict[str, Hyperparams | None] = {}
         if search == "tpe":
-            self._planned = {f"{i:06d}": None for i in range(number)}
+            self.planned = {f"{i:06d}": None for i in range(number)}
         else:
             chosen = draw_combinations(self.span, np.random.default_rng(seed))
             for hyperparams in itertools.islice(chosen, number):
-                self._planned[get_logging_key(hyperparams)] = hyperparams
+                self.planned[get_logging_key(hyperparams)] = hyperparams
         self._beats: dict[int, tuple[object, int]] = {}  # trial -> last beat, times it stood still
         self._heard: set[int] = set()  # trials whose beat has moved since this process looks
 
@@ -422,12 +452,17 @@ class Queue:
         """Return the trials of all attempts, in some states or all.
 
         Raises:
-            InputError: The search was started over.
+            StartedOverError: It was.
         """
-        try:
+        with self._there():
             return self.study.get_trials(deepcopy=False, states=states or None)
+
+    @contextmanager
+    def _there(self) -> Iterator[None]:
+        try:
+            yield
         except KeyError:
-            raise InputError(
+            raise StartedOverError(
                 "the search was started over by another process (FORCE_CREATION); start this one "
                 "again to take part"
             ) from None
@@ -439,7 +474,7 @@ class Queue:
             slot, attempt = (trial.system_attrs[name] for name in ("slot", "attempt"))
             if slot not in latest or attempt > latest[slot].system_attrs["attempt"]:
                 latest[slot] = trial
-        return {slot: latest[slot] for slot in self._planned if slot in latest}
+        return {slot: latest[slot] for slot in self.planned if slot in latest}
 
     def fill(self, again: Callable[[FrozenTrial], bool] = lambda _: False) -> None:
         """Add a trial to each slot that has none, or whose last one was cut short.
@@ -448,7 +483,7 @@ class Queue:
             again: Tells which trials that came to an end are to be repeated.
         """
         latest = self.latest()
-        for slot, hyperparams in self._planned.items():
+        for slot, hyperparams in self.planned.items():
             trial = latest.get(slot)
             if trial is None:
                 self._add(slot, 0, 0, hyperparams)
@@ -467,10 +502,10 @@ class Queue:
     def take(self) -> Claim | None:
         """Take the first trial that waits, for this process alone; None if none does."""
         for trial in self.trials(TrialState.WAITING):
-            try:
-                if not self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
-                    continue
-            except UpdateFinishedTrialError:
+            taken = False
+            with self._there(), suppress(UpdateFinishedTrialError):
+                taken = self.storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+            if not taken:
                 continue
             claim = Claim(self, trial)
             same = [t for t in self.trials() if t.system_attrs["slot"] == claim.slot]
@@ -479,16 +514,20 @@ class Queue:
                 claim.release("doubled")
                 continue
             self.claim = claim
-            folders = [t.system_attrs.get("folder") for t in same if t.number < claim.number]
-            claim.earlier = [folder for folder in reversed(folders) if folder]
+            claim.earlier = {
+                t.system_attrs["folder"]: t.intermediate_values
+                for t in reversed(same)
+                if t.number < claim.number and "folder" in t.system_attrs
+            }
             if self.search == "tpe":
                 # anew: studies remember the trials they saw, and of one seed all would choose alike
                 sampler = optuna.samplers.TPESampler(
                     seed=(self.seed + claim.number) % 2**32, constant_liar=True
                 )
-                self.study = optuna.load_study(
-                    study_name=self.study.study_name, storage=self.storage, sampler=sampler
-                )
+                with self._there():
+                    self.study = optuna.load_study(
+                        study_name=self.study.study_name, storage=self.storage, sampler=sampler
+                    )
             claim.suggest()
             if self._is_tried(claim):
                 claim.release("repeats")
@@ -510,17 +549,18 @@ class Queue:
             if self.claim is not None and trial.number == self.claim.number:
                 continue
             worker, beat = (trial.system_attrs.get(name) for name in ("worker", "beat"))
-            last, misses = self._beats.get(trial.number, (beat, 0))
+            last, misses = self._beats.get(trial.number, (beat, -1))
             if beat != last:
                 self._heard.add(trial.number)
-            # misses are counted, not time: whoever slept has not looked
-            misses = misses + watching if beat == last else 0
+            # misses are counted, not time: whoever slept has not looked; the first look is none
+            misses = misses + watching if beat == last else watching - 1
             self._beats[trial.number] = (beat, misses)
             if not is_dead(worker) and misses * HEARTBEAT < GRACE:
                 others.append(trial)
                 continue
             try:
-                self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+                with self._there():
+                    self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             except UpdateFinishedTrialError:
                 continue  # it ended, or another one buried it
             buried = True
@@ -566,17 +606,17 @@ class Queue:
             yield
         finally:
             stop.set()
-            thread.join()
+            thread.join(LEAVE)
 
     def _add(self, slot: str, attempt: int, restarts: int, params: Hyperparams | None) -> None:
         place = {"slot": slot, "attempt": attempt, "restarts": restarts}
         drawn = self.span if params else {}
-        self.study.add_trial(
-            optuna.create_trial(
-                state=TrialState.WAITING, params=params or {}, distributions=dict(drawn),
-                system_attrs=place,
-            )
+        trial = optuna.create_trial(
+            state=TrialState.WAITING, params=params or {}, distributions=dict(drawn),
+            system_attrs=place,
         )  # fmt: skip
+        with self._there():
+            self.study.add_trial(trial)
 
     def _keys(self, but: str) -> set[str]:
         """Return the keys of the other slots' trials."""
@@ -597,6 +637,18 @@ class Queue:
         tried = self._keys(but=slot)
         rng = np.random.default_rng([self.seed, int(slot), attempt])
         return next(h for h in draw_combinations(self.span, rng) if get_logging_key(h) not in tried)
+
+
+def is_at_work(storage: BaseStorage, prefix: str) -> bool:
+    """Tell whether a worker that may live has a trial of a study whose name begins so."""
+    return any(
+        not is_dead(trial.system_attrs.get("worker"))
+        for study in storage.get_all_studies()
+        if study.study_name.startswith(prefix)
+        for trial in storage.get_all_trials(
+            study._study_id, deepcopy=False, states=(TrialState.RUNNING,)
+        )
+    )
 
 
 def drop_studies(storage: BaseStorage, prefix: str) -> None:

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -247,7 +248,7 @@ def open_queue(run):
 
 def test_a_trial_that_kills_its_workers_is_given_up(begin, crew):
     run = begin(SPACE)
-    log, deadly = run.parent / "log", next(iter(open_queue(run)._planned))
+    log, deadly = run.parent / "log", next(iter(open_queue(run).planned))
     for death in range(study.MAX_RESTARTS + 1):
         worker = crew(run, seconds=0, deadly=deadly)
         worker.join(PATIENCE)
@@ -259,6 +260,41 @@ def test_a_trial_that_kills_its_workers_is_given_up(begin, crew):
     board = pd.read_csv(run / "leaderboard.csv")
     assert board["state"].tolist() == ["complete"] * 3 + ["fail"]
     assert "its workers died 4 times" in board["error"].iloc[-1]
+
+
+@pytest.mark.parametrize("search", ["grid", "tpe"])
+def test_the_leaderboard_tells_of_workers_that_died_before_they_began(
+    tmp_path, monkeypatch, search
+):
+    queue, other = make_queue(tmp_path, search, 4), make_queue(tmp_path, search, 4)
+    queue.fill()
+    board = gridsearch.read_leaderboard(queue, tmp_path)
+    assert len(board) == 0
+    assert set(SPACE) | {"selected", "error"} <= set(board)
+    monkeypatch.setattr(study, "is_dead", lambda worker: worker is not None)
+    monkeypatch.setattr(study.Claim, "suggest", lambda claim: None)
+    monkeypatch.setattr(queue, "_is_tried", lambda claim: False)
+    while queue.take():
+        queue.claim = None
+        other.bury()
+    board = gridsearch.read_leaderboard(queue, tmp_path)
+    assert board["state"].tolist() == ["fail"] * 4
+    assert board["error"].str.contains("its workers died 4 times").all()
+    if search == "grid":
+        assert set(board["learning_rate"]) == set(SPACE["learning_rate"])
+
+
+def test_a_trial_that_is_lost_is_not_counted_as_done(begin, prepared, monkeypatch):
+    run, lost = begin(SPACE), []
+
+    def values_of(hyperparams):
+        if not lost:
+            lost.append(hyperparams)
+            raise study.LostTrialError("it went to another worker")
+        return 0.5
+
+    monkeypatch.setattr(gridsearch, "train_iteration", fake_training(values_of))
+    assert gridsearch.join_search(run, max_trials=1) == (1, 0)
 
 
 def test_a_notebook_waits_for_the_trials_of_the_others(begin, crew, prepared, monkeypatch):
@@ -287,6 +323,39 @@ def test_a_worker_refuses_rasters_that_are_others_here(begin, quiet, capsys):
     path.write_text(json.dumps(known))
     assert gridsearch.main(["--run", str(run)]) == gridsearch.FAILED
     assert "is not the raster that the search" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--accelerator", "gpuu"], "ACCELERATOR = 'gpuu'"),
+        (["--devices", "two"], "DEVICES = 'two'"),
+    ],
+)
+def test_a_worker_that_is_not_fit_takes_no_trial(begin, quiet, capsys, arguments, message):
+    run = begin(SPACE)
+    assert gridsearch.main(["--run", str(run), *arguments]) == gridsearch.FAILED
+    assert message in capsys.readouterr().err
+    assert len(open_queue(run).trials(study.TrialState.WAITING)) == 4
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["missing", "other"])
+def test_a_worker_refuses_tiles_that_are_others_here(begin, quiet, capsys, prepared, other):
+    run = begin(SPACE)
+    path = run / "search" / "search.json"
+    known = json.loads(path.read_text())
+    (folder,) = prepared.data.tilings.values()
+    moved = run.parent / "tiles"
+    known["data"]["tilings"] = {"128": str(moved)}
+    path.write_text(json.dumps(known))
+    if other:
+        shutil.copytree(folder, moved)
+        tiles = pd.read_parquet(moved / "tiles.parquet")
+        tiles.iloc[1:].to_parquet(moved / "tiles.parquet")
+    assert gridsearch.main(["--run", str(run)]) == gridsearch.FAILED
+    expected = "are not those that the search" if other else "cannot be read"
+    assert f"tiles of 128 px in {moved} {expected}" in capsys.readouterr().err
+    assert len(open_queue(run).trials(study.TrialState.WAITING)) == 4
 
 
 def test_a_worker_needs_a_search_that_a_notebook_began(tmp_path, quiet, capsys):
@@ -325,6 +394,19 @@ def test_a_search_that_is_started_over_leaves_the_others_nothing(
     assert "the search was started over by another process" in log_of_worker.read_text()
     assert sorted(board["val_AP50"]) == pytest.approx([0.05, 0.1, 0.1, 0.2])
     assert not list(run.glob("trials/.*"))
+
+
+def test_searches_of_other_input_share_no_queue(begin, prepared, monkeypatch):
+    queue, other = open_queue(run := begin(SPACE)), conf()
+    other.backbone = "resnet34"
+    claim = queue.take()  # nothing has a result yet
+    monkeypatch.setattr(gridsearch, "train_iteration", fake_training())
+    with pytest.raises(InputError, match="trials made with other configuration"):
+        gridsearch.run_search(prepared.data, SPACE, other, run)
+    claim.release()
+    board = gridsearch.run_search(prepared.data, SPACE, other, run)
+    assert board["state"].tolist() == ["complete"] * 4
+    assert len(queue.trials(study.TrialState.WAITING)) == 4
 
 
 def test_a_password_is_written_nowhere(begin, postgres):
@@ -404,7 +486,7 @@ def test_a_beat_that_stands_still_is_counted_by_those_who_look(tmp_path, monkeyp
     queue.fill()
     claim = queue.take()
     assert len(other.bury()) == 1  # merely to ask counts nothing
-    for _ in range(2):
+    for _ in range(3):  # the first look is no miss
         assert len(other.bury(watching=True)) == 1
     assert not other.is_heard(other.trials(study.TrialState.RUNNING))
     claim.beat()
@@ -417,6 +499,140 @@ def test_a_beat_that_stands_still_is_counted_by_those_who_look(tmp_path, monkeyp
     with pytest.raises(study.LostTrialError):
         claim.end(study.TrialState.COMPLETE, "values", {}, 1.0)
     assert len(other.trials(study.TrialState.WAITING)) == 4
+
+
+def broken(monkeypatch, storage, name, times, *, deaf=False):
+    """Let a storage fail, or do as told but not say so, some times."""
+    method, left = getattr(storage, name), [times]
+
+    def fail(*args, **options):
+        if left[0] > 0:
+            left[0] -= 1
+            if deaf:
+                method(*args, **options)
+            raise ConnectionError("the database is restarted")
+        return method(*args, **options)
+
+    monkeypatch.setattr(storage, name, fail)
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+@pytest.mark.parametrize("state", ["COMPLETE", "FAIL"])
+def test_the_end_of_a_trial_is_told_until_it_is_heard(tmp_path, monkeypatch, deaf, state):
+    monkeypatch.setattr(study, "PAUSES", (0.0, 0.0))
+    queue = make_queue(tmp_path)
+    queue.fill()
+    claim = queue.take()
+    broken(monkeypatch, queue.storage, "set_trial_state_values", 1 if deaf else 2, deaf=deaf)
+    claim.end(study.TrialState[state], "error", "none", 0.5)
+    assert make_queue(tmp_path).trials()[0].state.name == state
+
+
+def test_a_queue_that_does_not_answer_is_no_failure_of_a_trial(tmp_path, monkeypatch, caplog):
+    queue = make_queue(tmp_path)
+    queue.fill()
+    claim = queue.take()
+    broken(monkeypatch, queue.storage, "set_trial_intermediate_value", 1)
+    judge = gridsearch._Judge(claim, pruning=True)
+    measure(judge, 0, 0.5)
+    assert "the database is restarted" in caplog.text
+    measure(judge, 1, 0.6)
+    assert queue.trials()[0].intermediate_values == {2: 0.6}
+    study.drop_studies(queue.storage, "test")
+    with pytest.raises(study.LostTrialError):
+        measure(judge, 2, 0.7)
+    with pytest.raises(study.LostTrialError):
+        claim.is_hopeless()
+
+
+def test_an_attempt_that_goes_on_is_judged_by_what_the_earlier_reached(
+    prepared, tmp_path, monkeypatch
+):
+    stopped = []
+
+    def train_iteration(hyperparams, data, conf, trial_dir, logger, callbacks=(), *, progress):
+        measure(callbacks[0], 3 if stopped else 0, 0.5 - 0.1 * len(stopped))
+        if not stopped:
+            stopped.append(True)
+            (trial_dir / "checkpoints").mkdir()
+            (trial_dir / "checkpoints" / "last.ckpt").touch()
+            raise KeyboardInterrupt
+        (trial_dir / "checkpoints" / "last.ckpt").unlink()
+        (trial_dir / "checkpoints").rmdir()
+        return fake_training()(hyperparams, data, conf, trial_dir, logger, progress=progress)
+
+    monkeypatch.setattr(gridsearch, "train_iteration", train_iteration)
+    one = SPACE | {"sample_size": [1.0], "learning_rate": [1e-3]}
+    with pytest.raises(KeyboardInterrupt):
+        gridsearch.run_search(prepared.data, one, conf(), tmp_path)
+    gridsearch.run_search(prepared.data, one, conf(), tmp_path)
+    last = open_queue(tmp_path).trials()[-1]
+    assert last.intermediate_values == {1: 0.5, 4: 0.4}
+
+
+def measure(judge, epoch, score):
+    """End a validation of a training."""
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(fn="fit"), current_epoch=epoch, callback_metrics={"val_AP50": score}
+    )
+    judge.on_validation_end(trainer, SimpleNamespace(_measures=lambda stage: True))
+
+
+def after(monkeypatch, thing, name, meanwhile):
+    """Let something happen each time when a method has done its work."""
+    method = getattr(thing, name)
+
+    def do(*args, **options):
+        result = method(*args, **options)
+        meanwhile()
+        return result
+
+    monkeypatch.setattr(thing, name, do)
+
+
+@pytest.mark.parametrize("search", ["grid", "tpe"])
+@pytest.mark.parametrize(
+    "moment", ["get_all_trials", "set_trial_state_values", "set_trial_system_attr"]
+)
+def test_a_search_that_is_started_over_at_any_moment_is_told_from_a_bug(
+    tmp_path, monkeypatch, search, moment
+):
+    queue = make_queue(tmp_path, search, n_trials=3)
+    queue.fill()
+    other = study.open_storage(None, tmp_path)
+    after(monkeypatch, queue.storage, moment, lambda: study.drop_studies(other, "test"))
+    for act in (queue.take, queue.bury, queue.fill):
+        with pytest.raises((study.StartedOverError, study.LostTrialError)):
+            act()
+
+
+@pytest.mark.parametrize("search", ["grid", "tpe"])
+def test_a_trial_that_is_buried_while_it_is_taken_is_lost(tmp_path, monkeypatch, search):
+    queue = make_queue(tmp_path, search, n_trials=3)
+    queue.fill()
+    monkeypatch.setattr(study, "is_dead", lambda worker: worker is not None)
+    after(monkeypatch, queue.storage, "set_trial_system_attr", make_queue(tmp_path).bury)
+    with pytest.raises(study.LostTrialError):
+        queue.take()
+
+
+def test_a_storage_that_does_not_answer_keeps_nobody_from_leaving(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "HEARTBEAT", 0.01)
+    monkeypatch.setattr(study, "LEAVE", 0.1)
+    queue, asked, answer = make_queue(tmp_path), threading.Event(), threading.Event()
+
+    def get_all_trials(*args, **options):
+        asked.set()
+        answer.wait(PATIENCE)
+        return []
+
+    monkeypatch.setattr(queue.storage, "get_all_trials", get_all_trials)
+    try:
+        with queue.watching():
+            assert asked.wait(PATIENCE)
+        assert not answer.is_set()
+    finally:
+        answer.set()
 
 
 def test_who_is_dead_is_known_of_this_machine_only():
@@ -518,12 +734,7 @@ def test_hopeless_trials_stop_and_are_never_selected_nor_trained_again(
         goal = hyperparams["sample_size"] * hyperparams["learning_rate"] * 100
         for epoch in range(epochs):
             reached[get_logging_key(hyperparams)] += 1
-            trainer = SimpleNamespace(
-                state=SimpleNamespace(fn="fit"), current_epoch=epoch,
-                callback_metrics={"val_AP50": goal * (epoch + 1) / epochs},
-            )  # fmt: skip
-            measuring = SimpleNamespace(_measures=lambda stage: True)
-            callbacks[0].on_validation_end(trainer, measuring)
+            measure(callbacks[0], epoch, goal * (epoch + 1) / epochs)
         options = {"progress": progress}
         return fake_training(lambda h: goal)(hyperparams, data, conf, trial_dir, logger, **options)
 
@@ -547,6 +758,11 @@ def test_hopeless_trials_stop_and_are_never_selected_nor_trained_again(
     wider = space | {"batch_size": [8, 16]}
     gridsearch.run_search(prepared.data, wider, conf(), tmp_path, **options)
     assert {key: reached[key] for key in before} == before
+    before = reached.copy()
+    options = {"pruning": False}
+    board = gridsearch.run_search(prepared.data, space, conf(), tmp_path, **options)
+    assert board["state"].tolist() == ["complete"] * 16
+    assert reached.total() == before.total() + epochs * len(pruned)
     queue = open_queue(tmp_path)
     assert {t.state for t in queue.trials()} == {optuna.trial.TrialState.COMPLETE,
                                                  optuna.trial.TrialState.PRUNED}  # fmt: skip
