@@ -23,12 +23,11 @@ import annotations
 import fileio
 import imutils
 import metrics
-from ImageData import BOX_COLUMNS, CENTER_COLUMNS, InputError
+from ImageData import BOX_COLUMNS, CENTER_COLUMNS, TRUE_BOX_COLUMNS, InputError
 
 log = logging.getLogger(__name__)
 
 KINDS = ("missed", "spurious", "mislocalised", "mislabelled", "duplicate")
-TRUE_BOX_COLUMNS = [f"true_{name}" for name in BOX_COLUMNS]
 COLUMNS = [
     "kind", "raster", "block", "label", "true_label", "score", "iou", *CENTER_COLUMNS, "diameter",
     *BOX_COLUMNS, *TRUE_BOX_COLUMNS, "object", "detection",

@@ -543,9 +543,10 @@ class Explorer:
         """Show these boxes instead of those before."""
         name = self.ground.raster.identifier
         self.truth, self.detections = Layer(annotations, name), Layer(detections, name)
-        names = sorted({*self.truth.names, *self.detections.names} - set(self.colors))
-        for name in names:  # a label keeps its colour when others come
-            self.colors[name] = imutils.COLORS[len(self.colors) % len(imutils.COLORS)]
+        if {*self.truth.names, *self.detections.names} - set(self.colors):
+            # a label keeps its colour when others come
+            labels = [*self.truth.labels, *self.detections.labels]
+            self.colors = imutils.label_colors(labels, self.colors)
         self.select(None)
         self._draw_legend()
         self._change()

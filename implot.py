@@ -11,7 +11,7 @@ import io
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -34,7 +34,7 @@ import tiling
 from explore import explore as explore  # with the other pictures
 from explore import preview
 from ImageData import BOX_COLUMNS, ImageData, Window
-from imutils import COLORS
+from imutils import COLORS, OTHER, label_colors
 from mapview import map_view as map_view
 from ModelConfig import HYPERPARAMETERS
 from review import review as review
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SPLIT_COLORS = {"train": "#0072B2", "validation": "#E69F00", "test": "#009E73"}
-OTHER = "#808080"  # of labels beyond the colours
 MAX_SIDE = 1024  # px; larger views are read decimated
 MANY = 3000  # boxes of a picture, from which on they are dots
 MAX_LABELS = 25  # bars of labels; the rarer ones share one
@@ -113,16 +112,6 @@ def _say(ax: Axes, message: str) -> Axes:
     """Write into an empty picture why it is empty."""
     ax.text(0.5, 0.5, message, transform=ax.transAxes, ha="center", va="center", color="0.4")
     return ax
-
-
-def _colors(labels: Iterable[str]) -> dict[str, str]:
-    """Give labels their colours, by name; where there are too many, the rarest share `OTHER`."""
-    counts = pd.Series(list(labels), dtype=object).value_counts()
-    common = sorted(counts.index)
-    if len(counts) > len(COLORS):
-        common = sorted(counts.index[: len(COLORS) - 1])
-    colors = imutils.label_colors(common)
-    return colors | {label: OTHER for label in counts.index if label not in colors}
 
 
 def _named(colors: Mapping[str, str]) -> dict[str, list[str]]:
@@ -220,7 +209,7 @@ def plot_image_with_annotations(
         low, high = (annotations[k].to_numpy() for k in (BOX_COLUMNS[:2], BOX_COLUMNS[2:]))
         end = [window.x + window.width, window.y + window.height]
         annotations = annotations[(low < end).all(axis=1) & (high > window[:2]).all(axis=1)]
-    colors = _colors(annotations["label"])
+    colors = label_colors(annotations["label"])
     _draw_labelled(ax, annotations, colors)
     _legend_above(
         ax, _handles(colors, annotations["label"].value_counts()),
@@ -253,7 +242,7 @@ def plot_diameters(
     smallest, largest = max(df["diameter"].min(), 0.5), df["diameter"].max()
     count = int(np.clip(1.5 * np.sqrt(len(df)), 10, 40))
     bins = np.geomspace(smallest * 0.95, largest * 1.05, count + 1)
-    colors = _colors(df["label"])
+    colors = label_colors(df["label"])
     for labels in _named(colors).values():
         mine = df.loc[df["label"].isin(labels), "diameter"]
         ax.hist(mine, bins, histtype="step", color=colors[labels[0]], linewidth=1.6)
@@ -421,7 +410,7 @@ def plot_tiles(
     kept = tiles[tiles["kept"] & (tiles["split"] == "train")]
     fullest = kept.sort_values(["objects", "window", "angle"], ascending=[False, True, True])
     shown = fullest.head(count)
-    colors = _colors(boxes["label"])
+    colors = label_colors(boxes["label"])
     figure, axes = _grid(len(shown), min(columns, max(len(shown), 1)), WIDTH / columns)
     for ax, tile in zip(axes, shown.itertuples(), strict=True):
         _draw_tile(ax, tile, boxes, rasters, colors)
@@ -465,7 +454,7 @@ def plot_tile_mosaic(
         layout="constrained",
     )  # fmt: skip
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
-    colors = _colors(boxes["label"])
+    colors = label_colors(boxes["label"])
     for ax in axes.flat:
         ax.axis("off")
     for row, col, tile in zip(rows, cols, mine.itertuples(), strict=True):
@@ -1040,7 +1029,7 @@ def plot_detections(
     figure, axes = plt.subplots(
         1, 2, figsize=(WIDTH, WIDTH / 2 + 0.9), sharex=True, sharey=True, layout="constrained"
     )
-    colors = _colors([*truth["label"], *found["label"]])
+    colors = label_colors([*truth["label"], *found["label"]])
     sides = (("truth", truth, missed, "missed"), ("detections", found, spurious, "spurious"))
     for ax, (title, df, wrong, word) in zip(axes, sides, strict=True):
         show_window(ax, image.raster, window)
@@ -1151,7 +1140,7 @@ def plot_catalogue(raster: fileio.Raster, catalogue: pd.DataFrame, max_side: int
     inside = catalogue["pixel_x"].between(x, x + window.width)
     inside &= catalogue["pixel_y"].between(y, y + window.height)
     show_window(detail, raster, window)
-    colors = _colors(catalogue["label"])
+    colors = label_colors(catalogue["label"])
     _draw_labelled(detail, catalogue[inside], colors)
     detail.set_title(f"the densest window: {inside.sum():,} objects", fontsize="medium")
     drawn = overview.imshow(

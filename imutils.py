@@ -8,7 +8,8 @@ image *before* it turns. The colours of labels, on pictures and on the map, stan
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ TURNS = (0, 90, 180, 270)  # degrees, counter-clockwise
 COLORS = (  # of Okabe and Ito, which colour-blind people tell apart
     "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442",
 )  # fmt: skip
+OTHER = "#808080"  # of labels beyond the colours
 STRETCHES = ("none", "minmax", "percentile", "log")
 LOG_STEEPNESS = 1000.0
 
@@ -208,9 +210,24 @@ def _shown_bands(image: np.ndarray) -> np.ndarray:
     return image[:3] if image.shape[0] >= 3 else image[:1]
 
 
-def label_colors(labels: Iterable[str]) -> dict[str, str]:
-    """Give each label its colour (#RRGGBB), in their order; beyond `COLORS` they come again."""
-    return {label: COLORS[i % len(COLORS)] for i, label in enumerate(sorted(set(labels)))}
+def label_colors(labels: Iterable[str], known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Give labels their colours, by name; where there are too many, the rarest share `OTHER`.
+
+    Args:
+        labels: The labels, each as often as it occurs.
+        known: Label -> colour of those that keep theirs.
+
+    Returns:
+        Label -> colour (#RRGGBB), the known ones first.
+    """
+    colors = dict(known or {})
+    free = [color for color in COLORS if color not in colors.values()]
+    counts = Counter(label for label in labels if label not in colors)
+    if len(counts) > len(free):
+        free = free[:-1]
+    common = sorted(label for label, _ in counts.most_common(len(free)))
+    colors |= dict(zip(common, free, strict=False))
+    return colors | {label: OTHER for label in sorted(counts) if label not in colors}
 
 
 def shorten(text: object, most: int) -> str:

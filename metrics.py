@@ -875,6 +875,8 @@ def _intervals(
             precision[i, j] = _interpolate(times * right, times * wrong, objects[j])
     samples = (np.nanmean(precision, axis=0), *_shares(*totals.T))
     ends = np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=1)
+    # where an object lies in one part and what found it in another, a resample may find too many
+    ends = ends.clip(0, 1)
     return {
         f"{name}_{end}": value
         for end, row in zip(("low", "high"), ends, strict=True)

@@ -27,13 +27,11 @@ import annotations
 import explore
 import fileio
 import imutils
-from ImageData import BOX_COLUMNS, InputError
+from ImageData import BOX_COLUMNS, TRUE_BOX_COLUMNS, InputError
 
 log = logging.getLogger(__name__)
 
-TRUE_BOX_COLUMNS, NEW_BOX_COLUMNS = (
-    [f"{which}_{name}" for name in BOX_COLUMNS] for which in ("true", "new")
-)
+NEW_BOX_COLUMNS = [f"new_{name}" for name in BOX_COLUMNS]
 JOURNAL = [
     "time", "user", "raster", "kind", "decision", "score", "label", *BOX_COLUMNS,
     "true_label", *TRUE_BOX_COLUMNS, "new_label", *NEW_BOX_COLUMNS,

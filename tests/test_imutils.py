@@ -159,3 +159,15 @@ def test_a_constant_band_does_not_divide_by_zero():
         fitted = imutils.measure_radiometry(np.full((1, 10), value))
         assert np.isfinite(fitted.stretch(np.full((1, 2, 2), value))).all()
         assert fitted.std[0] > 0
+
+
+def test_labels_keep_their_colours_and_the_rarest_share_a_gray():
+    assert imutils.label_colors("ba") == imutils.label_colors("aab") == {
+        "a": imutils.COLORS[0], "b": imutils.COLORS[1],
+    }  # fmt: skip
+    more = imutils.label_colors("abc", {"b": imutils.COLORS[0]})
+    assert list(more.items()) == [*zip("bac", imutils.COLORS[:3], strict=True)]
+    many = imutils.label_colors("zz" + "abcdefgh")
+    assert many["z"] in imutils.COLORS
+    assert [many[name] for name in "gh"] == [imutils.OTHER] * 2
+    assert len(set(many.values())) == len(imutils.COLORS)
