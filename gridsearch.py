@@ -28,7 +28,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -157,6 +157,7 @@ def run_search(
             wandb_active=wandb_active, wandb_project=wandb_project,
         )  # fmt: skip
         _write_search(run_dir, plan, data, conf)
+    ranks.processes(conf.accelerator, conf.devices, conf.num_nodes)  # several machines join in
     queue = _open_queue(plan, conf.seed, run_dir, storage, retry_failed=retry_failed)
     _work(queue, plan, data, conf, run_dir, marks, wait=True, progress=progress)
     return _finish(queue, run_dir)
@@ -225,7 +226,10 @@ def _work(
 ) -> tuple[int, int]:
     """Do trials until none is left; return how many were done here, and how many failed."""
     done, failed, waiting = 0, 0, False
-    with fileio.terminable(), queue.watching(), _giving_back(queue):
+    with ExitStack() as stack:
+        for context in (fileio.terminable(), queue.watching(), _giving_back(queue)):
+            stack.enter_context(context)
+        stack.callback(ranks.dismiss)  # they hold memory that a prediction may want
         while max_trials is None or done < max_trials:
             try:
                 claim = queue.take()
@@ -338,7 +342,8 @@ def _train_trial(
     status, start = "failed", time.monotonic()
     record = {"hyperparams": hyperparams, "made_from": mark, "values": {},
               "started": datetime.now(UTC).isoformat(timespec="seconds"),
-              "code_version": __version__, "worker": study.this_worker()}  # fmt: skip
+              "code_version": __version__, "worker": study.this_worker(),
+              "processes": ranks.processes(conf.accelerator, conf.devices)}  # fmt: skip
     name = "result.json"
     try:
         judge = _Judge(claim, pruning=plan.pruning)
