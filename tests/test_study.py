@@ -379,6 +379,22 @@ def test_a_search_is_read_as_it_was_written(begin, prepared):
     }
 
 
+def test_workers_find_the_weights_to_start_from_wherever_they_are_started(
+    prepared, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "start.ckpt").write_text("weights")
+    monkeypatch.setattr(gridsearch, "train_iteration", fake_training())
+    given = conf()
+    given.init_from = "start.ckpt"
+    gridsearch.run_search(prepared.data, SPACE, given, tmp_path / "run")
+    assert given.init_from == "start.ckpt"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert gridsearch._read_search(tmp_path / "run")[2].init_from == str(tmp_path / "start.ckpt")
+    assert gridsearch.join_search(tmp_path / "run") == (0, 0)
+
+
 def test_a_search_that_is_started_over_leaves_the_others_nothing(
     begin, crew, prepared, monkeypatch
 ):
