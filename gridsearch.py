@@ -20,6 +20,7 @@ with its traceback and the search goes on.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import secrets
@@ -132,7 +133,11 @@ def run_search(
     Raises:
         InputError: The run holds trials made from other input, or every trial failed.
     """
-    run_dir = Path(run_dir)
+    run_dir, conf = Path(run_dir), copy.copy(conf)
+    for name in ("init_from", "weights"):  # workers may be started elsewhere
+        value = getattr(conf, name)
+        if value and Path(value).is_file():  # else a name of torchvision's
+            setattr(conf, name, str(Path(value).absolute()))
     with fileio.exclusive(run_dir, wait=True):
         for folder in (run_dir / "trials", *(run_dir / "trials").glob("*/")):
             fileio.remove_strays(folder)

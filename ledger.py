@@ -84,12 +84,13 @@ def load_model(row: pd.Series, device: str = "cpu") -> LargeRasterORModel:
     """Return the model of a trial, ready to detect, given its row of the ledger.
 
     Raises:
-        InputError: The trial left no checkpoint, or it cannot be read.
+        InputError: The trial is not complete, or its checkpoint is gone or cannot be read.
     """
-    if not isinstance(row.get("checkpoint"), str) or not row["checkpoint"]:
+    found = isinstance(row.get("checkpoint"), str) and row["checkpoint"]
+    if row["state"] != "complete" or not found:
         raise InputError(
-            f"trial {row['trial']!r} of run {row['run']!r} has no checkpoint, it is "
-            f"{row['state']}; take a row whose state is complete"
+            f"trial {row['trial']!r} of run {row['run']!r} has {'a' if found else 'no'} checkpoint "
+            f"and is {row['state']}; take a row that is complete and has one"
         )
     return strips.load_model(row["checkpoint"], device)
 
@@ -100,22 +101,24 @@ def filter_rows(table: pd.DataFrame, where: str) -> pd.DataFrame:
     Args:
         table: Any table.
         where: Comparisons of columns with values, joined by and, or, not and parentheses, such as
-            `AP50 > 0.5 and state == "complete" and patch_size in [256, 400]`. A row whose value is
-            unknown is not kept by a comparison.
+            `AP50 > 0.5 and state == "complete" and patch_size in [256, 400]`. A row is not
+            kept where it depends on a value that is unknown, with `not` neither.
 
     Raises:
         InputError: It is something else, or names a column that is not there.
     """
     try:
         keep = _evaluate(ast.parse(where.strip(), mode="eval").body, table)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+    except (
+        SyntaxError, ValueError, TypeError, AttributeError, RecursionError, MemoryError
+    ) as error:  # fmt: skip
         raise InputError(
             f"the condition {where!r} cannot be used ({error}); write comparisons of columns with "
             "values, such as AP50 > 0.5 and state == 'complete'"
         ) from None
-    if not isinstance(keep, pd.Series) or keep.dtype != bool:
+    if not isinstance(keep, pd.Series) or not pd.api.types.is_bool_dtype(keep):
         raise InputError(f"the condition {where!r} is no comparison; write one, such as AP50 > 0.5")
-    return table[keep].reset_index(drop=True)
+    return table[keep.fillna(False).astype(bool)].reset_index(drop=True)
 
 
 def _evaluate(node: ast.expr, table: pd.DataFrame) -> Any:  # noqa: ANN401 - a column or a value
@@ -130,11 +133,16 @@ def _evaluate(node: ast.expr, table: pd.DataFrame) -> Any:  # noqa: ANN401 - a c
             return ~_evaluate(node.operand, table)
         case ast.Compare():
             sides = [_evaluate(side, table) for side in (node.left, *node.comparators)]
-            result = pd.Series(True, index=table.index)
+            result = pd.Series(True, index=table.index, dtype="boolean")  # or unknown
             for left, comparison, right in zip(sides[:-1], node.ops, sides[1:], strict=True):
                 if type(comparison) not in COMPARISONS:
                     raise ValueError("of comparisons there are == != < <= > >= in, not in")
-                result &= COMPARISONS[type(comparison)](left, right)
+                holds = COMPARISONS[type(comparison)](left, right)
+                holds = pd.Series(holds, index=table.index, dtype="boolean")
+                for side in (left, right):
+                    if isinstance(side, pd.Series):
+                        holds = holds.mask(side.isna())
+                result &= holds
             return result
         case ast.Name() | ast.Attribute():
             name = ast.unparse(node)
@@ -153,8 +161,11 @@ def _evaluate(node: ast.expr, table: pd.DataFrame) -> Any:  # noqa: ANN401 - a c
 
 def _is_run(folder: Path) -> bool:
     """Tell whether a folder is that of a run, however little of it is left."""
-    marks = ("parameters.json", "application.log", "trials", "search", "leaderboard.csv")
-    return folder.is_dir() and any((folder / mark).exists() for mark in marks)
+    marks = ("parameters.json", "application.log", "search/search.json", "leaderboard.csv")
+    if not folder.is_dir():
+        return False
+    trials = folder / "trials"  # a run may be called so
+    return any((folder / m).exists() for m in marks) or (trials.exists() and not _is_run(trials))
 
 
 def _read_run(folder: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:

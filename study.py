@@ -275,7 +275,8 @@ class Claim:
         hyperparams: What it is to try.
         key: Their name.
         folder: A name for where this attempt works, apart from all others.
-        earlier: Those of the slot's earlier attempts, the last first -> epoch -> its score.
+        earlier: Those of the slot's earlier attempts, the last first, and of what other searches of
+            the run left of the same trial -> epoch -> its score.
         lost: Whether another worker has the trial by now, as far as is known.
     """
 
@@ -532,6 +533,7 @@ class Queue:
             if self._is_tried(claim):
                 claim.release("repeats")
                 return self.take()
+            claim.earlier |= self._cut_short_elsewhere(claim.key)
             return claim
         return None
 
@@ -627,6 +629,22 @@ class Queue:
             and "key" in trial.user_attrs
             and "repeats" not in trial.system_attrs
         }
+
+    def _cut_short_elsewhere(self, key: str) -> dict[str, Mapping[int, float]]:
+        name = self.study.study_name
+        with self._there():
+            return {
+                trial.system_attrs["folder"]: trial.intermediate_values
+                for other in self.storage.get_all_studies()
+                if other.study_name != name and other.study_name.startswith(name.rpartition("-")[0])
+                for trial in self.storage.get_all_trials(
+                    other._study_id, deepcopy=False, states=(TrialState.FAIL,)
+                )
+                # one that has ended is about to get its place
+                if trial.user_attrs.get("key") == key
+                and "folder" in trial.system_attrs
+                and outcome_of(trial) is None
+            }
 
     def _is_tried(self, claim: Claim) -> bool:
         # Of two workers that choose the same at once, the one that looks last sees the other; if

@@ -77,8 +77,19 @@ def test_only_options_of_the_model_that_differ_are_columns(runs):
 
 def test_a_trial_without_a_model_says_so(runs):
     failed = ledger.read_ledger(runs, "state == 'fail'").iloc[0]
-    with pytest.raises(InputError, match="has no checkpoint, it is fail"):
+    with pytest.raises(InputError, match="has no checkpoint and is fail"):
         ledger.load_model(failed)
+    stopped = failed.copy()
+    stopped["state"], stopped["checkpoint"] = "pruned", "best.ckpt"  # of its best epoch
+    with pytest.raises(InputError, match="has a checkpoint and is pruned"):
+        ledger.load_model(stopped)
+
+
+@pytest.mark.parametrize("name", ["trials", "search"])
+def test_a_run_may_have_any_name(damaged, name):
+    (damaged / "single").rename(damaged / name)
+    assert set(ledger.read_ledger(damaged)["run"]) == {"deep", "flat", name}
+    assert set(ledger.read_ledger(damaged / name)["run"]) == {name}
 
 
 def test_damaged_and_half_written_runs_are_listed_with_what_is_wrong(damaged):
@@ -138,7 +149,10 @@ def test_conditions_keep_rows():
         return ledger.filter_rows(table, where)["patch_size"].tolist()
 
     assert kept("AP50 > 0.5") == [400]
-    assert kept("not AP50 > 0.5") == [256, 256]
+    assert kept("not AP50 > 0.5") == [256]
+    assert kept("AP50 != 0.6") == [256]
+    assert kept("AP50 not in [0.6]") == [256]
+    assert kept("not (AP50 > 0.5 and patch_size == 400)") == [256, 256]  # whatever it is
     assert kept("0.1 < AP50 <= 0.6 and state == 'fail'") == [256]
     assert kept("state in ['complete', 'pruned'] or AP50 < 0.3") == [256, 400, 256]
     assert kept("state not in ['fail']") == [400, 256]
@@ -151,7 +165,7 @@ def test_conditions_keep_rows():
         "__import__('os').system('touch {path}')", "@pd", "AP50.__class__", "state.str.len() > 1",
         "(lambda: 1)()", "[x for x in AP50]", "AP50 > open('{path}', 'w')", "AP60 > 1", "AP50",
         "'a' * 10**9 == state", "state < 3", "AP50 >", "AP50 := 1", "f'{state}' == 'x'",
-        "AP50[0] > 1", "(" * 5000, "AP50 is 3", "state in 5",
+        "AP50[0] > 1", "(" * 5000, "AP50 is 3", "state in 5", "'fail' in state",
     ],
 )  # fmt: skip
 def test_conditions_execute_nothing(where, tmp_path):

@@ -379,6 +379,22 @@ def test_a_search_is_read_as_it_was_written(begin, prepared):
     }
 
 
+def test_workers_find_the_weights_to_start_from_wherever_they_are_started(
+    prepared, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "start.ckpt").write_text("weights")
+    monkeypatch.setattr(gridsearch, "train_iteration", fake_training())
+    given = conf()
+    given.init_from = "start.ckpt"
+    gridsearch.run_search(prepared.data, SPACE, given, tmp_path / "run")
+    assert given.init_from == "start.ckpt"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert gridsearch._read_search(tmp_path / "run")[2].init_from == str(tmp_path / "start.ckpt")
+    assert gridsearch.join_search(tmp_path / "run") == (0, 0)
+
+
 def test_a_search_that_is_started_over_leaves_the_others_nothing(
     begin, crew, prepared, monkeypatch
 ):
@@ -545,8 +561,9 @@ def test_a_queue_that_does_not_answer_is_no_failure_of_a_trial(tmp_path, monkeyp
         claim.is_hopeless()
 
 
+@pytest.mark.parametrize("changed", [{}, {"batch_size": [8, 16]}], ids=["same", "other grid"])
 def test_an_attempt_that_goes_on_is_judged_by_what_the_earlier_reached(
-    prepared, tmp_path, monkeypatch
+    prepared, tmp_path, monkeypatch, changed
 ):
     stopped = []
 
@@ -557,17 +574,19 @@ def test_an_attempt_that_goes_on_is_judged_by_what_the_earlier_reached(
             (trial_dir / "checkpoints").mkdir()
             (trial_dir / "checkpoints" / "last.ckpt").touch()
             raise KeyboardInterrupt
-        (trial_dir / "checkpoints" / "last.ckpt").unlink()
-        (trial_dir / "checkpoints").rmdir()
+        shutil.rmtree(trial_dir / "checkpoints", ignore_errors=True)
         return fake_training()(hyperparams, data, conf, trial_dir, logger, progress=progress)
 
     monkeypatch.setattr(gridsearch, "train_iteration", train_iteration)
     one = SPACE | {"sample_size": [1.0], "learning_rate": [1e-3]}
     with pytest.raises(KeyboardInterrupt):
         gridsearch.run_search(prepared.data, one, conf(), tmp_path)
-    gridsearch.run_search(prepared.data, one, conf(), tmp_path)
-    last = open_queue(tmp_path).trials()[-1]
-    assert last.intermediate_values == {1: 0.5, 4: 0.4}
+    again = one | changed
+    gridsearch.run_search(prepared.data, again, conf(), tmp_path)
+    trials = open_queue(tmp_path).trials()
+    (found,) = (t for t in trials if t.params["batch_size"] == 8 and t.state.name == "COMPLETE")
+    assert found.intermediate_values == {1: 0.5, 4: 0.4}
+    assert not list(tmp_path.glob("trials/.*"))
 
 
 def measure(judge, epoch, score):
