@@ -538,7 +538,7 @@ def test_a_full_disk_leaves_the_journal(tmp_path, small_scene, checkpoint, monke
         patch.setattr(strips.Part, "write", fail)
         assert predict.main(words) == predict.FAILED
     message = capsys.readouterr().err
-    assert "No space left on device" in message
+    assert "its disk is full" in message
     assert "the same call goes on" in message
     journal = tmp_path / "out.csv.journal"
     first = failing[0].replace("000001", "000000")
