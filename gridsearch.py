@@ -248,10 +248,14 @@ def _work(
             queue.fill()  # perhaps one that died had not yet put it back
             if queue.trials(TrialState.WAITING):
                 continue
-            if not others or (not wait and queue.is_heard(others)):
+            if not others:
+                break
+            if not wait and queue.is_heard(others):
+                log.info("trials left to the workers that have them: %d", len(others))
                 break
             if not waiting:
-                log.info("%d trials of other workers are not done yet; waiting", len(others))
+                why = "waiting for them" if wait else "seeing whether those live"
+                log.info("trials that other workers have: %d; %s", len(others), why)
             waiting = True
             time.sleep(min(1.0, study.HEARTBEAT))
     return done, failed

@@ -298,6 +298,7 @@ def main(argv: Sequence[str]) -> int:
         table = read_ledger(args.runs_dir, args.where)
         if args.out is not None:
             fileio.write_table(args.out, table)
+            sys.stdout.write(f"rows written to {args.out}: {len(table)}\n")
         else:
             shown = table[[name for name in SHOWN if name in table]].dropna(axis=1, how="all")
             sys.stdout.write(shown.to_string(index=False, na_rep="", float_format="%.4g") + "\n")

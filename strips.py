@@ -272,7 +272,9 @@ class StripPredictor:
             pixels = pixels.pin_memory().to(device, non_blocking=True)
         pixels = pixels.to(device)
         with torch.inference_mode(), autocast(device.type, self.precision):
-            seen, most = detect_views(model, pixels, VIEWS[self.views], self.scales)
+            seen, most = detect_views(
+                model, pixels, VIEWS[self.views], self.scales, least_score=self.score_threshold
+            )
         found = [self._keep(*parts) for parts in zip(tiles, seen, strict=True)]
         return Detections.concatenate(found), len(tiles), sum(count >= limit for count in most)
 
