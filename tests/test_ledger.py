@@ -183,6 +183,7 @@ def test_the_command_writes_and_shows_the_ledger(runs, tmp_path, capsys):
     written = pd.read_parquet(out)
     assert (written["AP50"] > 0.85).all()
     assert len(written) == len(ledger.read_ledger(runs, arguments[3])) > 0
+    assert capsys.readouterr().out == f"rows written to {out}: {len(written)}\n"
     assert gridsearch.main(arguments) == 0
     shown = capsys.readouterr().out
     assert len(shown.splitlines()) == 1 + len(written)
