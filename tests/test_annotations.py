@@ -382,9 +382,9 @@ def test_a_million_rows_are_clean_within_three_seconds(tmp_path):
     )  # fmt: skip
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()  # s of computing, whatever else the machine does
         cleaned = an.preprocess_df(path, canvas(60000, 60000), diameter_scale=3, max_diameter=25)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert len(cleaned.df) + len(cleaned.quarantine) == n
     assert min(times) < 3
 

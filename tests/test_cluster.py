@@ -42,7 +42,7 @@ def test_cleaning(small_sample, tmp_path, cluster):
     names = assert_same_files(tmp_path / "here", tmp_path / "there")
     tables = {name for name in names if name.endswith(".csv")}
     quarantines = {"one_quarantine.csv", "two_quarantine.csv"}
-    assert tables == {"one.csv", "two.csv", "report.csv", *quarantines}
+    assert tables == {"one.csv", "two.csv", "report.csv", "labels.csv", *quarantines}
     assert "not_tiny" in (tmp_path / "there" / "report.csv").read_text()
 
 
