@@ -32,7 +32,7 @@ import fileio
 import imutils
 import tiling
 from explore import explore as explore  # with the other pictures
-from explore import preview
+from explore import outlines, preview
 from ImageData import BOX_COLUMNS, ImageData, Window
 from imutils import COLORS, OTHER, label_colors
 from mapview import map_view as map_view
@@ -132,12 +132,9 @@ def _handles(colors: Mapping[str, str], counts: Mapping[str, int] | None = None)
 def _draw_boxes(
     ax: Axes, boxes_xyxy: np.ndarray, colors: Sequence[str] | str, **style: object
 ) -> None:
-    x0, y0, x1, y1 = np.asarray(boxes_xyxy, dtype=float).reshape(-1, 4).T
-    outline = np.stack(
-        [np.stack([x0, x1, x1, x0, x0]), np.stack([y0, y0, y1, y1, y0])], axis=-1
-    ).swapaxes(0, 1)
+    lines = outlines(np.asarray(boxes_xyxy, dtype=float).reshape(-1, 4))
     style = {"linewidths": 1.0} | style
-    ax.add_collection(LineCollection(list(outline), colors=colors, **style), autolim=False)
+    ax.add_collection(LineCollection(list(lines), colors=colors, **style), autolim=False)
 
 
 def _draw_labelled(ax: Axes, df: pd.DataFrame, colors: Mapping[str, str], **style: object) -> None:
