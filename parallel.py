@@ -424,6 +424,14 @@ def _show_modules(client: Client, scheduler: str) -> None:
         if folder not in sys.path and find_spec(name) is None:
             sys.path.insert(0, folder)
 
+        # Dask's nannies have malloc give arrays back to the system at once, and ask for the next
+        # ones page by page; these are the sizes that it comes to by itself in other processes
+        import ctypes
+
+        if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # of glibc
+            mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+            mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
+
     def load() -> None:
         import importlib
 
