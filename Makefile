@@ -30,7 +30,7 @@ sample-run: run
 test: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	# more threads than idle cores wait for each other; a file at a time on each, for what its tests share
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-long: $(READY)
 	$(BIN)/python -m pytest -m long

@@ -340,7 +340,8 @@ def _train_trial(
         What its `result.json` holds.
     """
     key, hyperparams = claim.key, claim.hyperparams
-    log.info("trial %s", key)
+    ended = [study.outcome_of(trial) is not None for trial in claim.queue.latest().values()]
+    log.info("trial %s; %d of %d are done", key, sum(ended), len(ended))
     trial_dir = _work_dir(run_dir, claim, mark)
     if (trial_dir / "result.json").exists():  # its worker died before it could say so
         return _read_json(trial_dir / "result.json")

@@ -24,6 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -91,6 +92,12 @@ def use_backend(*, interactive: bool) -> bool:
 
 def _axes(ax: Axes | None, size: tuple[float, float] = (WIDTH, 4.0)) -> Axes:
     return plt.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
+
+
+def _count_bar(ax: Axes, drawn: AxesImage, label: str) -> None:
+    """Add a scale of counts, as tall as the map, whatever its shape."""
+    cax = ax.inset_axes((1.03, 0, 0.04, 1))
+    ax.figure.colorbar(drawn, cax=cax, label=label, ticks=MaxNLocator(integer=True))
 
 
 def _grid(count: int, columns: int, side: float, caption: float = 0.0) -> tuple[Figure, list[Axes]]:
@@ -985,10 +992,7 @@ def plot_density(
     ax.set_title(f"{len(mine):,} detections on the test ground of {_cut(raster, PLACE)}")
     if not counts:
         return _say(ax, "no test ground on this raster")
-    ax.figure.colorbar(
-        drawn, ax=ax, label=f"detections per cell of about {cell} px",
-        ticks=MaxNLocator(integer=True), shrink=float(np.clip(height / width, 0.4, 1)),
-    )  # fmt: skip
+    _count_bar(ax, drawn, f"detections per cell\n(about {cell} px)")
     return ax
 
 
@@ -1144,10 +1148,7 @@ def plot_catalogue(raster: fileio.Raster, catalogue: pd.DataFrame, max_side: int
         counts, cmap="cividis", extent=(0, edges[1][-1], edges[0][-1], 0), vmin=0,
         vmax=max(counts.max(), 1),
     )  # fmt: skip
-    figure.colorbar(
-        drawn, ax=overview, label=f"objects per cell of {cell} px", shrink=0.8,
-        ticks=MaxNLocator(integer=True),
-    )  # fmt: skip
+    _count_bar(overview, drawn, f"objects per cell\n({cell} px)")
     overview.add_patch(
         Rectangle((x, y), window.width, window.height, fill=False, color="white", linewidth=1.5)
     )

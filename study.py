@@ -282,7 +282,7 @@ class Claim:
 
     def __init__(self, queue: Queue, trial: FrozenTrial) -> None:
         """Record who works on a trial that runs from now on."""
-        self._queue, self._id, self.number = queue, trial._trial_id, trial.number
+        self.queue, self._id, self.number = queue, trial._trial_id, trial.number
         self.slot, self.attempt = (trial.system_attrs[name] for name in ("slot", "attempt"))
         self.hyperparams: Hyperparams = {}
         self.key, self.folder = "", secrets.token_hex(4)
@@ -305,7 +305,7 @@ class Claim:
     def report(self, epoch: int, score: float) -> None:
         """Record the score of an epoch, counted from 1."""
         with self._owning():
-            self._queue.storage.set_trial_intermediate_value(self._id, epoch, score)
+            self.queue.storage.set_trial_intermediate_value(self._id, epoch, score)
         self._epoch = epoch
 
     def take_over(self, scores: Mapping[int, float]) -> None:
@@ -321,7 +321,7 @@ class Claim:
     def is_hopeless(self) -> bool:
         """Compare what was reported with other trials, see `is_hopeless`."""
         with self._owning():
-            trials, epochs = self._queue.trials(), self.hyperparams["n_epochs"]
+            trials, epochs = self.queue.trials(), self.hyperparams["n_epochs"]
         others = [
             trial.intermediate_values
             for trial in trials
@@ -340,7 +340,7 @@ class Claim:
         Raises:
             LostTrialError: Somebody has.
         """
-        storage, values = self._queue.storage, None if state == TrialState.FAIL else [score]
+        storage, values = self.queue.storage, None if state == TrialState.FAIL else [score]
         for tried, pause in enumerate((*PAUSES, None)):
             try:
                 with self._owning():
@@ -357,11 +357,11 @@ class Claim:
                     raise
                 log.warning("the queue cannot be told how trial %d ended: %s", self.number, error)
                 time.sleep(pause)
-        self._queue.claim = None
+        self.queue.claim = None
 
     def _has_ended(self, state: TrialState, outcome: str) -> bool:
         with suppress(KeyError):
-            trial = self._queue.storage.get_trial(self._id)
+            trial = self.queue.storage.get_trial(self._id)
             return trial.state == state and outcome in trial.user_attrs
         return False
 
@@ -369,29 +369,29 @@ class Claim:
         """Give the trial back to the queue."""
         try:
             self._note(why, True)
-            self._queue.storage.set_trial_state_values(self._id, TrialState.FAIL)
+            self.queue.storage.set_trial_state_values(self._id, TrialState.FAIL)
         except LostTrialError:
             pass
-        self._queue.claim = None
-        self._queue.fill()
+        self.queue.claim = None
+        self.queue.fill()
 
     def suggest(self) -> None:
         """Find the hyperparameters: those of the slot, or what the sampler thinks best."""
         with self._owning():
-            trial = optuna.Trial(self._queue.study, self._id)
-            for name, values in self._queue.span.items():
+            trial = optuna.Trial(self.queue.study, self._id)
+            for name, values in self.queue.span.items():
                 if isinstance(values, FloatDistribution):
                     value = trial.suggest_float(name, values.low, values.high, log=True)
                 else:
                     value = trial.suggest_categorical(name, values.choices)
                 self.hyperparams[name] = _rounded(value, values)
             self.key = get_logging_key(self.hyperparams)
-            self._queue.storage.set_trial_user_attr(self._id, "hyperparams", self.hyperparams)
-            self._queue.storage.set_trial_user_attr(self._id, "key", self.key)
+            self.queue.storage.set_trial_user_attr(self._id, "hyperparams", self.hyperparams)
+            self.queue.storage.set_trial_user_attr(self._id, "key", self.key)
 
     def _note(self, name: str, value: object) -> None:
         with self._owning():
-            self._queue.storage.set_trial_system_attr(self._id, name, value)
+            self.queue.storage.set_trial_system_attr(self._id, name, value)
 
     @contextmanager
     def _owning(self) -> Iterator[None]:

@@ -31,6 +31,13 @@ from ModelConfig import ModelConfig
 
 PROJECT = Path(__file__).parent.parent
 REAL_DATA = PROJECT.parent / "shared" / "data"
+LONGEST = ("notebook", "predict", "reliability", "resume", "ranks", "gridsearch", "LargeRasterOR")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take minutes, so that no process is left alone with one of them."""
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def make_samples(folder, sizes):

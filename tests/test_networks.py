@@ -333,7 +333,7 @@ def test_boxes_are_learnt_by_their_overlap(box_loss):
     image = torch.rand(1, 1, 64, 64)
     target = {"boxes": torch.tensor([[21.0, 13, 37, 24]]), "labels": torch.tensor([0])}
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    for _ in range(60):
+    for _ in range(100):
         losses, _ = model.network(image, [target], detect=False)
         optimizer.zero_grad()
         sum(losses.values()).backward()
