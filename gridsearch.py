@@ -510,11 +510,14 @@ def read_leaderboard(queue: Queue, run_dir: Path) -> pd.DataFrame:
         )  # fmt: skip
     always = ["trial", "state", *HYPERPARAMETERS, "selected", "checkpoint", "error"]
     board = pd.DataFrame(rows, columns=None if rows else always)
-    board = board.sort_values("trial", ignore_index=True)
+    # by what they are, for numbers depend on who trained what when, and on what was interrupted
+    board = board.sort_values(list(HYPERPARAMETERS), ignore_index=True)
     if "AP50" in board:
-        # before the test has a say: of equals, the first that was trained
+        # before the test has a say: of equals, the first
         board.loc[board[BEST_BY].idxmax(), "selected"] = True
-        board = board.sort_values("AP50", ascending=False, ignore_index=True, na_position="last")
+        board = board.sort_values(
+            "AP50", ascending=False, ignore_index=True, na_position="last", kind="stable"
+        )
     return board
 
 

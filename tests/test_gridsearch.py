@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 
 import numpy as np
 import optuna
@@ -224,17 +225,18 @@ def test_a_search_killed_between_two_retries_goes_on(prepared, tmp_path, monkeyp
     assert state["calls"] == 4 + 2 + 3
 
 
-def test_of_equal_validations_the_first_trained_is_chosen(prepared, tmp_path, monkeypatch):
-    tests = iter([0.1, 0.9, 0.5, 0.7])
+def test_among_equal_validations_the_test_has_no_say(prepared, tmp_path, monkeypatch):
+    chosen = []
+    for name, values in (("rising", [0.1, 0.5, 0.7, 0.9]), ("falling", [0.9, 0.7, 0.5, 0.1])):
+        tests = iter(values)
 
-    def train_iteration(*args, **options):
-        values = fake_training(lambda h: 0.25)(*args, **options)
-        return values | {"AP50": next(tests)}
+        def train_iteration(*args, tests=tests, **options):
+            return fake_training(lambda _: 0.25)(*args, **options) | {"AP50": next(tests)}
 
-    monkeypatch.setattr(gridsearch, "train_iteration", train_iteration)
-    board = gridsearch.run_search(prepared.data, SPACE, conf(), tmp_path)
-    best = board[board["selected"]].iloc[0]
-    assert (best["AP50"], best["trial"]) == (0.1, 0)
+        monkeypatch.setattr(gridsearch, "train_iteration", train_iteration)
+        board = gridsearch.run_search(prepared.data, SPACE, conf(), tmp_path / name)
+        chosen.append(board[board["selected"]][list(SPACE)].to_numpy().tolist())
+    assert chosen[0] == chosen[1]
 
 
 def test_results_of_other_input_are_not_trusted(prepared, tmp_path, counted):
@@ -380,3 +382,25 @@ def test_labels_and_rasters_of_an_evaluation_are_texts(tmp_path):
     ]
     assert found["score"].isna().tolist() == [False, True]
     assert objects.empty
+
+
+def test_of_equal_trials_the_same_is_selected_whatever_was_interrupted(
+    prepared, tmp_path, monkeypatch
+):
+    equals, attempts = fake_training(lambda _: 0.5), []
+
+    def interrupted_at_first(*args, **options):
+        attempts.append(args)
+        if len(attempts) == 1:
+            raise KeyboardInterrupt
+        return equals(*args, **options)
+
+    boards = []
+    for train, name in ((interrupted_at_first, "interrupted"), (equals, "undisturbed")):
+        monkeypatch.setattr(gridsearch, "train_iteration", train)
+        with suppress(KeyboardInterrupt):
+            gridsearch.run_search(prepared.data, SPACE, conf(), tmp_path / name)
+        boards.append(gridsearch.run_search(prepared.data, SPACE, conf(), tmp_path / name))
+    assert boards[0]["trial"].tolist() != boards[1]["trial"].tolist()
+    compared = [*SPACE, "selected"]
+    assert boards[0][compared].equals(boards[1][compared])
