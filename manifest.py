@@ -1,7 +1,7 @@
 r"""Data as a manifest lists it: a CSV without a header, one raster with its reference per row.
 
     path/to/image1.tif,,path/to/reference1.gpkg,attribute,trn
-    path\\to\\image2.tif,,path\to\reference2.gpkg,attribute,val
+    path\to\image2.tif,,path\to\reference2.gpkg,attribute,val
 
 The fields are the raster, its metadata or nothing, the vector file, the attribute of it that holds
 the classes, and what the raster is for: `trn`, `val` or `tst`.
