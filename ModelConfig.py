@@ -303,6 +303,7 @@ class RunParameters:
     TEST_PROPORTION: Proportion
     VALIDATION_PROPORTION: Proportion
     TEST_FILENAMES: list[FileName] | None
+    VALIDATION_FILENAMES: list[FileName] | None
     PATCH_SIZES: Annotated[list[Annotated[int, Field(ge=32)]], Field(min_length=1)]
     TILING_DIRECTORY: Path
     TILE_OVERLAP: Annotated[int, Field(ge=0)]
@@ -401,11 +402,6 @@ class RunParameters:
                 f"TILE_OVERLAP must be < the smallest of PATCH_SIZES ({min(self.PATCH_SIZES)} px), "
                 f"got {self.TILE_OVERLAP}"
             )
-        if self.TEST_FILENAMES and self.SPLIT_BY != "raster":
-            raise InputError(
-                "TEST_FILENAMES names whole rasters for the test, which needs SPLIT_BY = 'raster', "
-                f"got {self.SPLIT_BY!r}"
-            )
         for name in sorted(PARAMETER_OF.keys() & self.MODEL_OPTIONS.keys()):
             raise InputError(
                 f"MODEL_OPTIONS sets {name}, which has a parameter of its own; set "
@@ -416,10 +412,15 @@ class RunParameters:
             for name in ("DF_DIR", "IMG_DIR", "CACHE_DIR", "RUNS_DIR", "IMAGE_OUTPUT_DIRECTORY"):
                 if (path := getattr(self, name)) is not None:
                     object.__setattr__(self, name, path.absolute())
-        if strangers := sorted(set(self.TEST_FILENAMES or []) - set(self.IMAGE_FILENAMES)):
+        test, validation = (set(names or []) for names in
+                            (self.TEST_FILENAMES, self.VALIDATION_FILENAMES))  # fmt: skip
+        if strangers := sorted((test | validation) - set(self.IMAGE_FILENAMES)):
             raise InputError(
-                f"TEST_FILENAMES must be among IMAGE_FILENAMES, these are not: {strangers}"
+                "TEST_FILENAMES and VALIDATION_FILENAMES must be among IMAGE_FILENAMES, these are "
+                f"not: {strangers}"
             )
+        if both := sorted(test & validation):
+            raise InputError(f"{both} are in TEST_FILENAMES and in VALIDATION_FILENAMES; choose")
 
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any]) -> RunParameters:
@@ -626,6 +627,7 @@ class RunParameters:
             "test_proportion": self.TEST_PROPORTION,
             "validation_proportion": self.VALIDATION_PROPORTION,
             "test_rasters": [Path(name).stem for name in self.TEST_FILENAMES or []],
+            "validation_rasters": [Path(name).stem for name in self.VALIDATION_FILENAMES or []],
             "seed": self.SEED,
         }
 
