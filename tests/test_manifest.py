@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 import manifest
+from conftest import PROJECT
 from ImageData import InputError
+from ModelConfig import RunParameters
 
 
 @pytest.fixture
@@ -64,3 +66,21 @@ def test_an_absent_or_empty_manifest_is_refused(folder):
         manifest.read_manifest(folder / "none.csv")
     with pytest.raises(InputError, match="it is empty"):
         manifest.read_manifest(write(folder, ""))
+
+
+def test_a_run_takes_rasters_tables_classes_and_uses_from_a_manifest(folder):
+    path = write(
+        folder, "in/a.tif,,in/ref.gpkg,kind,trn", "in/b.tif,,in/ref.gpkg,kind,val",
+        "in/c.tif,,in/ref.gpkg,other,tst",
+    )  # fmt: skip
+    given = folder / "run.yaml"
+    given.write_text(f"MANIFEST: {path}\nTASK: segmentation\n")
+    params = RunParameters.from_files(PROJECT / "main.ipynb", given)
+    assert params.image_paths == [folder / "in" / f"{name}.tif" for name in "abc"]
+    assert params.df_paths == [folder / "in" / "ref.gpkg"] * 3
+    assert params.label_columns == ["kind", "kind", "other"]
+    options = params.split_options()
+    assert (options["validation_rasters"], options["test_rasters"]) == (["b"], ["c"])
+    given.write_text(f"MANIFEST: {path}\n")
+    with pytest.raises(InputError, match="one column"):
+        RunParameters.from_files(PROJECT / "main.ipynb", given)
