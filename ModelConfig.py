@@ -399,7 +399,8 @@ class RunParameters:
             )
         if self.TASK == "detection" and len(set(self.label_columns)) > 1:
             raise InputError(
-                f"detection reads labels from one column, LABEL_COLUMN_NAME names {self.label_columns}"
+                "detection reads labels from one column, but LABEL_COLUMN_NAME names "
+                f"{self.label_columns}"
             )
         if self.STRETCH_PERCENTILES[0] >= self.STRETCH_PERCENTILES[1]:
             raise InputError(

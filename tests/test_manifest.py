@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from conftest import PROJECT
 
 import manifest
-from conftest import PROJECT
 from ImageData import InputError
 from ModelConfig import RunParameters
 
