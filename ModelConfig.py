@@ -317,7 +317,7 @@ class RunParameters:
     CLIP_TO_RASTER: bool
     DROP_DUPLICATES: bool
     LABEL_PERCENTILE: Annotated[float, Field(gt=0, le=100)]
-    CLASSES: list[FileName] | dict[str, Annotated[int, Field(ge=0, lt=255)]] | None
+    CLASSES: list[FileName] | dict[str, FileName | int] | None
     MASK_REFERENCE: bool
     ROTATION_ANGLES: list[Literal[90, 180, 270]]
     IMAGE_OUTPUT_DIRECTORY: Path | None
