@@ -24,10 +24,12 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 from ImageData import InputError
+from manifest import read_manifest
 
 Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 Geometry = Literal["box", "circle"]
+Task = Literal["detection", "segmentation"]
 Views = Literal["none", "flips", "turns", "all"]
 Search = Literal["grid", "random", "tpe"]
 CatalogueFormat = Literal["gpkg", "geojson", "parquet", "csv", "json", "txt"]
@@ -242,6 +244,23 @@ def _dotted(values: Mapping[str, Any], before: str = "") -> list[str]:
     return names
 
 
+def _listed(manifest: object) -> dict[str, Any]:
+    """Return the parameters that a manifest stands for."""
+    rows = read_manifest(Path(str(manifest)))
+    images = rows["image"].map(_absolute)
+    return {
+        "IMAGE_FILENAMES": images.tolist(),
+        "DF_FILENAMES": rows["vector"].map(_absolute).tolist(),
+        "LABEL_COLUMN_NAME": rows["attribute"].tolist(),
+        "TEST_FILENAMES": images[rows["split"] == "test"].tolist() or None,
+        "VALIDATION_FILENAMES": images[rows["split"] == "validation"].tolist() or None,
+    }
+
+
+def _absolute(place: str | Path) -> str:
+    return str(place.absolute()) if isinstance(place, Path) else place
+
+
 def count_trials(space: Mapping[str, Sequence[int | float]], search: Search, n_trials: int) -> int:
     """Count the trials of a search: all combinations of a grid, else `n_trials` distinct ones."""
     combinations = math.prod(map(len, space.values()))
@@ -270,6 +289,8 @@ class RunParameters:
     The notebook holds the defaults and the explanations; this class holds the types and ranges.
     """
 
+    TASK: Task
+    MANIFEST: FileName | None
     DF_FILENAMES: list[FileName]
     IMAGE_FILENAMES: list[FileName]
     DF_DIR: Path
@@ -285,7 +306,7 @@ class RunParameters:
     X_COLUMN_NAME: FileName
     Y_COLUMN_NAME: FileName
     DIAMETER_COLUMN_NAME: FileName
-    LABEL_COLUMN_NAME: FileName
+    LABEL_COLUMN_NAME: FileName | list[FileName]
     DEFAULT_LABEL: FileName | None
     IMAGE_COLUMN_NAME: FileName | None
     LAYER: FileName | None
@@ -296,6 +317,8 @@ class RunParameters:
     CLIP_TO_RASTER: bool
     DROP_DUPLICATES: bool
     LABEL_PERCENTILE: Annotated[float, Field(gt=0, le=100)]
+    CLASSES: list[FileName] | dict[str, FileName | int] | None
+    MASK_REFERENCE: bool
     ROTATION_ANGLES: list[Literal[90, 180, 270]]
     IMAGE_OUTPUT_DIRECTORY: Path | None
     SPLIT_BY: Literal["block", "raster"]
@@ -303,6 +326,7 @@ class RunParameters:
     TEST_PROPORTION: Proportion
     VALIDATION_PROPORTION: Proportion
     TEST_FILENAMES: list[FileName] | None
+    VALIDATION_FILENAMES: list[FileName] | None
     PATCH_SIZES: Annotated[list[Annotated[int, Field(ge=32)]], Field(min_length=1)]
     TILING_DIRECTORY: Path
     TILE_OVERLAP: Annotated[int, Field(ge=0)]
@@ -310,6 +334,8 @@ class RunParameters:
     EMPTY_TILE_RATIO: Annotated[float, Field(ge=0)]
     MIN_VALID: Share
     CENSORED_PIXELS_LIMIT: Annotated[int, Field(ge=0)]
+    MIN_ANNOTATED: Percent
+    CLASS_PROPORTION: dict[FileName, Percent]
     MATERIALIZE_TILES: bool
     FORCE_CREATION: bool
     BATCH_SIZES: Annotated[list[Positive], Field(min_length=1)]
@@ -366,6 +392,16 @@ class RunParameters:
                     f"{name} pairs up with IMAGE_FILENAMES by position, but names {len(files)} "
                     f"files for {rasters} rasters; write None for a raster without one"
                 )
+        if len(self.label_columns) != rasters:
+            raise InputError(
+                f"LABEL_COLUMN_NAME names {len(self.label_columns)} columns for {rasters} tables; "
+                "give one for all, or one for each"
+            )
+        if self.TASK == "detection" and len(set(self.label_columns)) > 1:
+            raise InputError(
+                "detection reads labels from one column, but LABEL_COLUMN_NAME names "
+                f"{self.label_columns}"
+            )
         if self.STRETCH_PERCENTILES[0] >= self.STRETCH_PERCENTILES[1]:
             raise InputError(
                 "STRETCH_PERCENTILES must rise, such as [0.5, 99.5], "
@@ -401,11 +437,6 @@ class RunParameters:
                 f"TILE_OVERLAP must be < the smallest of PATCH_SIZES ({min(self.PATCH_SIZES)} px), "
                 f"got {self.TILE_OVERLAP}"
             )
-        if self.TEST_FILENAMES and self.SPLIT_BY != "raster":
-            raise InputError(
-                "TEST_FILENAMES names whole rasters for the test, which needs SPLIT_BY = 'raster', "
-                f"got {self.SPLIT_BY!r}"
-            )
         for name in sorted(PARAMETER_OF.keys() & self.MODEL_OPTIONS.keys()):
             raise InputError(
                 f"MODEL_OPTIONS sets {name}, which has a parameter of its own; set "
@@ -416,10 +447,15 @@ class RunParameters:
             for name in ("DF_DIR", "IMG_DIR", "CACHE_DIR", "RUNS_DIR", "IMAGE_OUTPUT_DIRECTORY"):
                 if (path := getattr(self, name)) is not None:
                     object.__setattr__(self, name, path.absolute())
-        if strangers := sorted(set(self.TEST_FILENAMES or []) - set(self.IMAGE_FILENAMES)):
+        test, validation = (set(names or []) for names in
+                            (self.TEST_FILENAMES, self.VALIDATION_FILENAMES))  # fmt: skip
+        if strangers := sorted((test | validation) - set(self.IMAGE_FILENAMES)):
             raise InputError(
-                f"TEST_FILENAMES must be among IMAGE_FILENAMES, these are not: {strangers}"
+                "TEST_FILENAMES and VALIDATION_FILENAMES must be among IMAGE_FILENAMES, these are "
+                f"not: {strangers}"
             )
+        if both := sorted(test & validation):
+            raise InputError(f"{both} are in TEST_FILENAMES and in VALIDATION_FILENAMES; choose")
 
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any]) -> RunParameters:
@@ -438,6 +474,8 @@ class RunParameters:
             hint = f"did you mean {close[0]}?" if close else "own variables go in lower case"
             problems.append(f"unknown parameter {name}; {hint}")
         problems += [f"parameter {name} is missing" for name in sorted(known - set(given))]
+        if given.get("MANIFEST"):
+            given |= _listed(given["MANIFEST"])
         problems += [
             f"{name} holds the text 'None'; in YAML, nothing is written null"
             for name, value in given.items()
@@ -570,6 +608,12 @@ class RunParameters:
         return [self.DF_DIR / name for name in self.DF_FILENAMES]
 
     @property
+    def label_columns(self) -> list[str]:
+        """Column or attribute of each table that holds the labels."""
+        given = self.LABEL_COLUMN_NAME
+        return [given] * len(self.DF_FILENAMES) if isinstance(given, str) else given
+
+    @property
     def search_space(self) -> dict[str, list[int | float]]:
         """What the search spans: hyperparameter -> its distinct values."""
         lists = (
@@ -605,7 +649,7 @@ class RunParameters:
             "x_column": self.X_COLUMN_NAME,
             "y_column": self.Y_COLUMN_NAME,
             "diameter_column": self.DIAMETER_COLUMN_NAME,
-            "label_column": self.LABEL_COLUMN_NAME,
+            "label_column": self.label_columns[0],
             "default_label": self.DEFAULT_LABEL,
             "image_column": self.IMAGE_COLUMN_NAME,
             "layer": self.LAYER,
@@ -626,6 +670,7 @@ class RunParameters:
             "test_proportion": self.TEST_PROPORTION,
             "validation_proportion": self.VALIDATION_PROPORTION,
             "test_rasters": [Path(name).stem for name in self.TEST_FILENAMES or []],
+            "validation_rasters": [Path(name).stem for name in self.VALIDATION_FILENAMES or []],
             "seed": self.SEED,
         }
 

@@ -21,16 +21,21 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import rasterio.features
 import shapely
 from rasterio import Affine
 from rasterio.crs import CRS
 from rasterio.windows import Window as RasterioWindow
 
 import fileio
-from ImageData import InputError, Window
+from ImageData import BOX_COLUMNS, InputError, Window
 
 log = logging.getLogger(__name__)
 
+LAND_COVER_SAMPLES = {  # px, width and height; the second is for prediction
+    "land_cover_1": (2560, 2048),
+    "land_cover_2": (1536, 1024),
+}
 SAMPLES = {  # px, width and height; the third is for prediction, its catalogue to compare with
     "sample_1": (2048, 1536),
     "sample_2": (1536, 1536),
@@ -401,6 +406,154 @@ def _mix(bits: np.ndarray) -> np.ndarray:
     return bits ^ (bits >> 31)
 
 
+# ---------------------------------------------------------------------------------------------
+# Land cover
+# ---------------------------------------------------------------------------------------------
+
+COVERS = {  # class -> digital numbers of blue, green, red, near infrared
+    "grass": (62, 92, 70, 150), "crop": (66, 98, 84, 142), "forest": (42, 66, 44, 138),
+    "water": (58, 52, 36, 22), "road": (104, 106, 108, 98), "building": (132, 128, 138, 112),
+}  # fmt: skip
+FIELD, SHORE = 230.0, 480.0  # px, side of the lattices of fields and of lakes
+HOUSES = 26.0  # per megapixel
+
+
+def make_land_cover(
+    image_path: Path, vector_path: Path, *, width: int, height: int, seed: int, bands: int = 4
+) -> pd.DataFrame:
+    """Write a raster of fields, woods, lakes, roads and houses, and the polygons of all of them.
+
+    Grass has no polygon. Where polygons overlap, the later one is on top. Crops and grass differ by
+    the furrows more than by colour, woods by their crowns.
+
+    Args:
+        image_path: The raster to write, uint8, window by window.
+        vector_path: The polygons to write, of any suffix of `fileio.write_annotations`.
+        width: Columns in px.
+        height: Rows in px.
+        seed: At least 0; the same seed gives the same ground.
+        bands: The first of blue, green, red, near infrared, 1 to 4.
+
+    Returns:
+        The polygons: `label`, `geometry` (px), and their boxes.
+    """
+    rng = np.random.default_rng(seed)
+    extent = shapely.box(0, 0, width, height)
+    parts = {"crop": [], "forest": [], **_lay_cover(rng, width, height)}
+    for field in _lay_fields(rng, width, height):
+        if (kind := rng.choice(["crop", "forest", "grass"], p=[0.42, 0.3, 0.28])) != "grass":
+            parts[kind].append(field)
+    df = pd.DataFrame([(kind, shape) for kind, shapes in parts.items() for shape in shapes],
+                      columns=["label", "geometry"])  # fmt: skip
+    shapes = shapely.intersection(df["geometry"].to_numpy(), extent)
+    df = df.assign(geometry=pd.Series(shapes, dtype=object))[shapely.area(shapes) > 1]
+    boxes = shapely.bounds(df["geometry"].to_numpy())
+    df = df.assign(**dict(zip(BOX_COLUMNS, boxes.T, strict=True))).reset_index(drop=True)
+    profile = {
+        "width": width, "height": height, "count": bands, "dtype": "uint8",
+        "crs": CRS.from_epsg(CRS_CODE), "photometric": "MINISBLACK",
+        "transform": Affine(PIXEL_SIZE, 0, ORIGIN[0] + SCENE_STEP * (seed % 10), 0, -PIXEL_SIZE,
+                            ORIGIN[1]),
+    }  # fmt: skip
+    Path(vector_path).unlink(missing_ok=True)
+    tree = shapely.STRtree(df["geometry"].to_numpy())
+    with fileio.create_raster(Path(image_path), **profile) as dst:
+        for window in _blocks(Scene(width, height, seed)):
+            found = np.sort(tree.query(shapely.box(*_bounds(window))))
+            pixels = _render_cover(df.iloc[found], window, seed, bands)
+            dst.write(pixels, window=RasterioWindow(*window))
+    fileio.write_annotations(Path(vector_path), df, fileio.read_raster(image_path))
+    log.info("wrote %s (%d x %d px) and %s (%d polygons)", image_path, width, height, vector_path,
+             len(df))  # fmt: skip
+    return df
+
+
+def generate_land_cover(
+    directory_images: Path, directory_datasets: Path, *, seed: int = 0, force: bool = False
+) -> None:
+    """Write the samples of land cover, rasters and GeoPackages, except those that are there."""
+    for shift, (name, (width, height)) in enumerate(LAND_COVER_SAMPLES.items()):
+        image = Path(directory_images) / f"{name}.tif"
+        vector = Path(directory_datasets) / f"{name}.gpkg"
+        if force or not (image.exists() and vector.exists()):
+            make_land_cover(image, vector, width=width, height=height, seed=seed + shift)
+
+
+def _bounds(window: Window) -> tuple[int, int, int, int]:
+    x, y, width, height = window
+    return x, y, x + width, y + height
+
+
+def _lay_fields(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """Cut the ground into cells around the jittered nodes of a lattice, with paths between."""
+    x, y = np.meshgrid(np.arange(-FIELD, width + FIELD, FIELD),
+                       np.arange(-FIELD, height + FIELD, FIELD))  # fmt: skip
+    nodes = np.stack([x, y], axis=-1).reshape(-1, 2)
+    nodes += rng.uniform(-0.4, 0.4, nodes.shape) * FIELD
+    cells = shapely.voronoi_polygons(shapely.multipoints(nodes), ordered=True)
+    return shapely.buffer(shapely.get_parts(cells), -3, join_style="mitre")
+
+
+def _lay_cover(rng: np.random.Generator, width: int, height: int) -> dict[str, list]:
+    """Place lakes, roads across the ground, and houses that stand on neither."""
+    angles = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+    lakes = []
+    for _ in range(max(1, round(width * height / SHORE**2 * 0.6))):
+        center, radius = rng.uniform((0, 0), (width, height)), rng.uniform(35, 110)
+        shift = rng.uniform(0, 2 * np.pi, 2)
+        reach = 1 + 0.25 * np.sin(2 * angles + shift[0]) + 0.15 * np.sin(3 * angles + shift[1])
+        rim = np.stack([np.cos(angles), np.sin(angles)], axis=1) * (radius * reach)[:, None]
+        lakes.append(shapely.Polygon(center + rim))
+    roads = []
+    for turned, (length, across) in enumerate([(height, width), (width, height)]):
+        along = np.arange(-50, length + 200, 120.0)
+        for place in np.arange(rng.uniform(100, 300), across, 420.0):
+            line = np.stack([place + np.cumsum(rng.normal(0, 18, along.size)), along], axis=1)
+            line = line[:, ::-1] if turned else line
+            roads.append(shapely.LineString(line).buffer(rng.uniform(4, 6), cap_style="flat"))
+    houses = []
+    taken = shapely.union_all([*lakes, *roads]).buffer(4)
+    shapely.prepare(taken)
+    for _ in range(max(1, round(width * height / 1e6 * HOUSES * 2))):
+        sides, turn = rng.uniform(12, 40, 2), rng.uniform(0, np.pi / 2)
+        corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * sides / 2
+        matrix = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+        house = shapely.Polygon(corners @ matrix.T + rng.uniform((0, 0), (width, height)))
+        if not shapely.intersects(taken, house):
+            houses.append(house)
+    return {"water": lakes, "road": roads, "building": houses}
+
+
+def _render_cover(df: pd.DataFrame, window: Window, seed: int, bands: int) -> np.ndarray:
+    """Render a window, uint8 (bands, height, width), given the polygons that touch it."""
+    names, x0, y0 = list(COVERS), window.x, window.y
+    shape_hw = (window.height, window.width)
+    kind = np.zeros(shape_hw, dtype=np.uint8)  # grass
+    own = np.zeros(shape_hw, dtype=np.int32)  # which polygon
+    if len(df):
+        moved = shapely.transform(df["geometry"].to_numpy(), lambda xy: xy - (x0, y0))
+        kinds = df["label"].map(names.index)
+        for values, into in ((kinds, kind), (df.index + 1, own)):
+            rasterio.features.rasterize(zip(moved, values, strict=True), out=into)
+    rows, cols = np.arange(y0, y0 + shape_hw[0]), np.arange(x0, x0 + shape_hw[1])
+    sway = _smooth_noise(seed, 96, rows, cols)
+    turn = (own % 7) * np.float32(0.45)  # of the furrows of a field
+    furrows = np.sin((cols * np.cos(turn) + rows[:, None] * np.sin(turn)) * np.float32(0.9))
+    crowns = _smooth_noise(seed + 1, 7, rows, cols)
+    texture = np.select(
+        [kind == names.index(name) for name in ("crop", "forest", "building", "grass")],
+        [16 * furrows, 30 * crowns, ((own * 37) % 60 - 30).astype(np.float32), 7 * crowns],
+        default=np.float32(0),
+    )
+    image = np.empty((bands, *shape_hw), dtype=np.uint8)
+    for band in range(bands):
+        levels = np.array([COVERS[name][band] for name in names], dtype=np.float32)
+        noise = _gaussian(seed, 11 + band, rows, cols)
+        value = (levels[kind] + texture) * (1 + np.float32(0.12) * sway) + 5 * noise
+        image[band] = np.rint(value).clip(1, 255)
+    return image
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Write the samples from the command line."""
     parser = argparse.ArgumentParser(description="Write the synthetic sample rasters.")
@@ -409,9 +562,13 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="at least 0")
     parser.add_argument("--force", action="store_true", help="overwrite existing samples")
+    parser.add_argument(
+        "--land-cover", action="store_true", help="write those of params/landcover.yaml instead"
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    generate(
+    write = generate_land_cover if options.land_cover else generate
+    write(
         options.output / "images", options.output / "datasets",
         seed=options.seed, force=options.force,
     )  # fmt: skip

@@ -38,6 +38,7 @@ def ground_blocks(
     validation_proportion: float,
     seed: int,
     test_rasters: Collection[str] = (),
+    validation_rasters: Collection[str] = (),
 ) -> pd.DataFrame:
     """Cut the ground of all rasters into blocks and assign each to a split.
 
@@ -50,8 +51,8 @@ def ground_blocks(
         test_proportion: Share of the blocks for the test.
         validation_proportion: Share of the remaining blocks for the validation.
         seed: Of the hash that ranks the blocks.
-        test_rasters: With "raster", identifiers of the rasters that are the test, instead of a
-            share of them.
+        test_rasters: Identifiers of the rasters that are the test, instead of a share of all.
+        validation_rasters: The same for the validation; the other rasters train.
 
     Returns:
         One row per block: `block` (int), `raster` (identifier), `x, y, width, height` (px), `split`
@@ -93,23 +94,38 @@ def ground_blocks(
     blocks.insert(0, "block", np.arange(len(blocks)))
 
     ranked = used.iloc[np.argsort(fileio.hash_rows(used[["raster", "x", "y"]], seed))]
-    if test_rasters:
-        is_test = ranked["raster"].isin(test_rasters).to_numpy()
-        if is_test.all() or (~is_test).sum() < 2:
-            raise InputError(
-                f"{len(used)} rasters with {is_test.sum()} of them in TEST_FILENAMES leave fewer "
-                "than two for training and validation; name fewer"
-            )
-    else:
-        share = min(max(1, round(test_proportion * len(used))), len(used) - 2)
-        is_test = np.arange(len(used)) < share
-    rest = ranked.index[~is_test]
-    share = min(max(1, round(validation_proportion * len(rest))), len(rest) - 1)
+    is_test = _choose("TEST_FILENAMES", ranked, test_rasters, test_proportion, validation_rasters)
+    rest = ranked[~is_test]
+    is_validation = _choose("VALIDATION_FILENAMES", rest, validation_rasters, validation_proportion)
     blocks["split"] = "unused"
     blocks.loc[ranked.index, "split"] = "train"
     blocks.loc[ranked.index[is_test], "split"] = "test"
-    blocks.loc[rest[:share], "split"] = "validation"
+    blocks.loc[rest.index[is_validation], "split"] = "validation"
     return blocks
+
+
+def _choose(
+    parameter: str,
+    ranked: pd.DataFrame,
+    rasters: Collection[str],
+    proportion: float,
+    others: Collection[str] = (),
+) -> np.ndarray:
+    """Choose the blocks of a split: those of some rasters, or the first of those not of others."""
+    # what must be left: for training, and for the validation where that has no rasters
+    least = 1 if others or parameter == "VALIDATION_FILENAMES" else 2
+    free = ~ranked["raster"].isin(others).to_numpy()
+    if not rasters:
+        share = min(max(1, round(proportion * free.sum())), free.sum() - least)
+        return free & (np.cumsum(free) <= share)
+    chosen = ranked["raster"].isin(rasters).to_numpy()
+    if not chosen.any() or (free & ~chosen).sum() < least:
+        raise InputError(
+            f"{parameter} = {sorted(rasters)} takes {chosen.sum()} of {len(ranked)} blocks of "
+            f"ground that counts; it must have one, and leave {least} for other splits. Name "
+            "other rasters"
+        )
+    return chosen
 
 
 def _has_counted_ground(blocks: pd.DataFrame, rasters: Sequence[RasterHandle]) -> np.ndarray:

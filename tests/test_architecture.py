@@ -21,6 +21,7 @@ from ModelConfig import RunParameters
 
 LAYERS = [
     ["ImageData"],
+    ["manifest"],
     ["ModelConfig"],
     ["artefacts", "imutils", "parallel"],
     ["rasters", "formats"],

@@ -8,7 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import rasterio
+import shapely
+from rasterio.features import rasterize
+from rasterio.windows import Window as RasterioWindow
 
+import annotations
 import fileio
 import sampledata
 from ImageData import InputError, Window
@@ -251,3 +255,42 @@ def test_density_sets_the_number_of_objects(density):
     scene = Scene(width=1024, height=1024, seed=1, density=density)
     found = len(sampledata.find_objects(scene, Window(0, 0, 1024, 1024)))
     assert found / 1.024**2 == pytest.approx(density, rel=0.35)
+
+
+@pytest.fixture(scope="module")
+def land_cover(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cover")
+    paths = folder / "a.tif", folder / "a.gpkg"
+    return *paths, sampledata.make_land_cover(*paths, width=900, height=700, seed=3)
+
+
+def test_land_cover_shows_what_its_polygons_say(land_cover):
+    image, vector, df = land_cover
+    read = annotations.read_annotations(vector, fileio.read_raster(image))
+    assert read.df["label"].tolist() == df["label"].tolist()
+    assert set(df["label"]) == set(sampledata.COVERS) - {"grass"}
+    with rasterio.open(image) as src:
+        infrared = src.read(4)
+    kinds = list(sampledata.COVERS)
+    truth = rasterize(
+        zip(df["geometry"], df["label"].map(kinds.index), strict=True), infrared.shape
+    )
+    for kind, levels in sampledata.COVERS.items():
+        shown = infrared[truth == kinds.index(kind)]
+        assert shown.size > 500
+        assert abs(np.median(shown) - levels[3]) < 12
+
+
+def test_land_cover_is_the_same_in_every_window_and_again(land_cover, tmp_path):
+    image, _, df = land_cover
+    with rasterio.open(image) as src:
+        window = Window(301, 203, 257, 199)
+        touching = df[
+            shapely.intersects(df["geometry"].to_numpy(), shapely.box(301, 203, 558, 402))
+        ]
+        part = sampledata._render_cover(touching, window, 3, 4)
+        assert (src.read(window=RasterioWindow(*window)) == part).all()
+        again = tmp_path / "b.tif"
+        sampledata.make_land_cover(again, tmp_path / "b.gpkg", width=900, height=700, seed=3)
+        with rasterio.open(again) as other:
+            assert (src.read() == other.read()).all()

@@ -64,8 +64,26 @@ def test_whole_rasters_can_be_the_ground():
     blocks = blocks_of(rasters, split_by="raster", test_rasters=["b", "e"])
     assert len(blocks) == 6
     assert set(blocks.loc[blocks["split"] == "test", "raster"]) == {"b", "e"}
-    with pytest.raises(InputError, match="leave fewer than two"):
+    with pytest.raises(InputError, match="takes 2 of 3 blocks"):
         blocks_of(rasters[:3], split_by="raster", test_rasters=["a", "b"])
+
+
+@pytest.mark.parametrize("test", [(), ["b"]])
+def test_rasters_can_be_named_for_a_split_and_the_others_dealt_out(test):
+    rasters = [raster(name) for name in "abc"]
+    blocks = blocks_of(rasters, block_size=200, test_rasters=test, validation_rasters=["c"])
+    of = blocks.groupby("raster")["split"].agg(set).to_dict()
+    assert of["c"] == {"validation"}
+    assert of["a"] == ({"train", "test"} if not test else {"train"})
+    assert of["b"] == ({"train", "test"} if not test else {"test"})
+    if not test:
+        assert (blocks["split"] == "test").sum() == round(0.2 * (blocks["raster"] != "c").sum())
+
+
+def test_naming_all_rasters_leaves_nothing_to_train():
+    with pytest.raises(InputError, match=r"TEST_FILENAMES = \['a'\] takes 16 of 32"):
+        blocks_of([raster("a", 800, 800), raster("b", 800, 800)], block_size=200,
+                  test_rasters=["a"], validation_rasters=["b"])  # fmt: skip
 
 
 def test_a_tile_larger_than_the_raster_is_refused():

@@ -1,0 +1,86 @@
+"""Manifests: what they list, and what is wrong with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import PROJECT
+
+import manifest
+from ImageData import InputError
+from ModelConfig import RunParameters
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.tif", "b.tif", "c.tif", "ref.gpkg", "about.yaml"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    return tmp_path
+
+
+def write(folder, *lines):
+    path = folder / "images.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_either_slash_and_an_empty_metadata_field_are_read(folder):
+    path = write(
+        folder, "in/a.tif,,in/ref.gpkg,kind,trn", "", "in\\b.tif, ,in\\ref.gpkg,kind,val",
+        f"{folder}/in/c.tif,in/about.yaml,in/ref.gpkg,other,tst",
+    )  # fmt: skip
+    table = manifest.read_manifest(path)
+    assert table["image"].map(lambda p: Path(p).name).tolist() == ["a.tif", "b.tif", "c.tif"]
+    assert all(Path(p).exists() for p in [*table["image"], *table["vector"]])
+    assert table["split"].tolist() == ["train", "validation", "test"]
+    assert table["attribute"].tolist() == ["kind", "kind", "other"]
+    assert table["metadata"].isna().tolist() == [True, True, False]
+
+
+def test_files_of_a_bucket_are_addresses(folder):
+    path = write(folder, "in/a.tif,,in/ref.gpkg,kind,trn", "s3://other/b.tif,,/x/r.gpkg,kind,val")
+    table = manifest.read_manifest(path, bucket="mine")
+    assert table["image"].tolist() == ["/vsis3/mine/in/a.tif", "s3://other/b.tif"]
+    assert table["vector"].tolist() == ["/vsis3/mine/in/ref.gpkg", "/vsis3/mine/x/r.gpkg"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("in/a.tif,in/ref.gpkg,kind,trn", "line 2: 4 fields, expected 5"),
+        ("in/b.tif,,in/ref.gpkg,,val", "line 2: no attribute"),
+        ("in/b.tif,,in/ref.gpkg,kind,train", "line 2: use 'train' is none.*perhaps trn"),
+        ("in/b.tif,,in/nowhere.gpkg,kind,val", "line 2: in/nowhere.gpkg"),
+        ("in/a.tif,,in/ref.gpkg,kind,val", "more than once: .*a.tif"),
+    ],
+)
+def test_a_bad_line_is_named(folder, line, message):
+    with pytest.raises(InputError, match=message):
+        manifest.read_manifest(write(folder, "in/a.tif,,in/ref.gpkg,kind,trn", line))
+
+
+def test_an_absent_or_empty_manifest_is_refused(folder):
+    with pytest.raises(InputError, match="No such file"):
+        manifest.read_manifest(folder / "none.csv")
+    with pytest.raises(InputError, match="it is empty"):
+        manifest.read_manifest(write(folder, ""))
+
+
+def test_a_run_takes_rasters_tables_classes_and_uses_from_a_manifest(folder):
+    path = write(
+        folder, "in/a.tif,,in/ref.gpkg,kind,trn", "in/b.tif,,in/ref.gpkg,kind,val",
+        "in/c.tif,,in/ref.gpkg,other,tst",
+    )  # fmt: skip
+    given = folder / "run.yaml"
+    given.write_text(f"MANIFEST: {path}\nTASK: segmentation\n")
+    params = RunParameters.from_files(PROJECT / "main.ipynb", given)
+    assert params.image_paths == [folder / "in" / f"{name}.tif" for name in "abc"]
+    assert params.df_paths == [folder / "in" / "ref.gpkg"] * 3
+    assert params.label_columns == ["kind", "kind", "other"]
+    options = params.split_options()
+    assert (options["validation_rasters"], options["test_rasters"]) == (["b"], ["c"])
+    given.write_text(f"MANIFEST: {path}\n")
+    with pytest.raises(InputError, match="one column"):
+        RunParameters.from_files(PROJECT / "main.ipynb", given)
