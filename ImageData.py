@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     import numpy as np
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 BOX_COLUMNS = ["xmin", "ymin", "xmax", "ymax"]
 TRUE_BOX_COLUMNS = [f"true_{name}" for name in BOX_COLUMNS]  # of what a detection is compared with
 CENTER_COLUMNS = ["pixel_x", "pixel_y"]
+IGNORE = 255  # in masks: nothing is known of this pixel, so that it neither teaches nor counts
 
 
 class InputError(ValueError):
@@ -48,6 +50,35 @@ class RasterHandle(Protocol):
         """Read a window as an array (bands, height, width)."""
 
 
+class ClassNames(Protocol):
+    """What the pipeline asks of a table of classes; `masks.ClassTable` is the implementation."""
+
+    names: tuple[str, ...]
+    values: Mapping[str, int]
+    background: int | None
+
+
+class LabelSource(Protocol):
+    """The class of every pixel of a raster, on demand; `masks.read_labels` makes them.
+
+    Attributes:
+        classes: The table of the classes, the same for all rasters of a run.
+        made_from: What a result that was made from these labels depends on, for manifests.
+    """
+
+    classes: ClassNames
+    made_from: dict[str, object]
+
+    def read(self, window: Window, counted: np.ndarray | None = None) -> np.ndarray:
+        """Read the class ids of a window, uint8 (height, width), `IGNORE` where none is known.
+
+        Args:
+            window: Any window; off the raster nothing is known.
+            counted: bool (height, width), where it is known already, which pixels of the raster are
+                ground that counts; None looks itself.
+        """
+
+
 @dataclass(frozen=True)
 class ImageData:
     """An annotated raster: a handle to it (never its pixels), its identifier, its objects.
@@ -56,9 +87,12 @@ class ImageData:
         raster: Handle from which windows are read.
         image_identifier: Name of the raster in every table and file, unique within a run.
         df: One row per object: `pixel_x, pixel_y, diameter, label, xmin, ymin, xmax, ymax`, in
-            pixels of the raster, boxes half-open.
+            pixels of the raster, boxes half-open. For segmentation the polygons, with `geometry`
+            (px); empty where labels are a mask raster.
+        labels: For segmentation, the class of every pixel.
     """
 
     raster: RasterHandle
     image_identifier: str
     df: pd.DataFrame
+    labels: LabelSource | None = None

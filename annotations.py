@@ -8,6 +8,7 @@ what disappeared goes to the quarantine with the step's name as its reason, what
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -45,6 +46,7 @@ OVER_LEFT, OVER_RIGHT = "over the left or upper edge", "over the right or lower 
 OFF_RASTER = "centre off the raster"
 OUTSIDE_AOI, IGNORED = "outside the area of interest", "in an ignored region"
 CROWD = "a crowd, not one object"
+NO_POLYGON = "no polygon"
 REAL = (OVER_LEFT, OVER_RIGHT, OFF_RASTER, OUTSIDE_AOI, IGNORED, CROWD)
 
 # Reasons that are no fault of a row
@@ -459,6 +461,7 @@ class ReadingOptions:
         drop_duplicates: Drop rows with the label and the box of another, instead of warning.
         image_column: Column of a table or vector file that names the raster of each row; rows of
             others do not count. COCO names its images itself.
+        polygons_only: Drop what has no outline: points, and boxes without a polygon.
         extra_steps: Further steps (frame -> frame), run on centres and diameters in px before boxes
             are made of them where a table gives those in px, and otherwise on the boxes in px.
     """
@@ -476,6 +479,7 @@ class ReadingOptions:
     default_label: str | None = None
     drop_duplicates: bool = False
     image_column: str | None = None
+    polygons_only: bool = False
     extra_steps: Sequence[Step] = ()
 
 
@@ -608,6 +612,11 @@ def _plan_reading(path: Path, raster: fileio.Raster, o: ReadingOptions) -> _Read
     boxed = o.box_source == "auto" and set(BOX_COLUMNS) <= set(raw.columns)
     from_columns = is_table and (boxed or o.box_source == "columns")
     numeric = BOX_COLUMNS if from_columns else [o.x_column, o.y_column, o.diameter_column]
+    if o.polygons_only and "geometry" not in raw.columns:
+        raise InputError(
+            f"{path} holds no polygons, only {list(raw.columns)}; give a vector file, COCO with "
+            "segmentations, or a mask raster"
+        )
     _check_columns(path, file, o, [*(numeric if is_table else ()), label])
     crs = _find_crs(path, file, raster, o.coordinates)
     if label not in raw.columns:
@@ -633,6 +642,8 @@ def _plan_reading(path: Path, raster: fileio.Raster, o: ReadingOptions) -> _Read
             boxes_from = "swapped corners" if is_table else None
             if not is_table and "geometry" in raw.columns:
                 steps["invalid geometry repaired"] = geometries.repair
+            if o.polygons_only:
+                steps[NO_POLYGON] = geometries.drop_all_but_polygons
             steps["swapped corners"] = correct_bounding_boxes
         else:
             has_points = not from_columns
@@ -643,7 +654,8 @@ def _plan_reading(path: Path, raster: fileio.Raster, o: ReadingOptions) -> _Read
                 )
             else:
                 kinds = shapely.get_type_id(raw["geometry"].to_numpy())
-                has_points = bool(np.isin(kinds, (geometries.POINT, geometries.MULTIPOINT)).any())
+                points = np.isin(kinds, (geometries.POINT, geometries.MULTIPOINT))
+                has_points = bool(points.any()) and not o.polygons_only
                 if has_points and o.diameter_column not in raw.columns:
                     log.warning(
                         "%s has no attribute %r, only %s; its points are taken for objects of "
@@ -674,7 +686,9 @@ def _check_columns(
                 "Set X_COLUMN_NAME, Y_COLUMN_NAME, DIAMETER_COLUMN_NAME and LABEL_COLUMN_NAME, or "
                 f"BOX_SOURCE = 'columns' for a table of boxes {BOX_COLUMNS}"
             )
-        raise InputError(f"{path} lacks the columns {missing}; it has {columns}. {remedy}")
+        near = [n for name in missing for n in difflib.get_close_matches(name, columns, n=1)]
+        meant = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+        raise InputError(f"{path} lacks the columns {missing}; it has {columns}{meant} {remedy}")
 
 
 def _find_crs(
@@ -786,7 +800,10 @@ def _geometry_steps(
         steps["no geometry"] = geometries.drop_empty
         steps["coordinates not finite"] = geometries.drop_infinite
         steps["invalid geometry repaired"] = geometries.repair
-        steps["neither point nor polygon"] = geometries.drop_other
+        if o.polygons_only:
+            steps[NO_POLYGON] = geometries.drop_all_but_polygons
+        else:
+            steps["neither point nor polygon"] = geometries.drop_other
     if unit is not None:
         steps["point without a diameter"] = partial(
             geometries.measure_points, column_name=o.diameter_column,
@@ -1045,7 +1062,37 @@ def _read_polygons(
 ) -> tuple[shapely.Geometry, ...]:
     """Return the parts of a file's polygons that touch a raster, in px."""
     name, _, layer = str(path).partition("|")
-    file = fileio.read_annotation_file(Path(name), raster, layer=layer or None)
+    df, rows = read_shapes(Path(name), raster, coordinates=coordinates, layer=layer or None)
+    polygons = geometries.polygons_of(df)
+    polygons = polygons[~shapely.is_missing(polygons)]
+    if len(polygons) < rows:
+        log.warning(
+            "%s: %d of %d features are no polygons that can be placed on %s",
+            path.name, rows - len(polygons), rows, raster.path.name,
+        )  # fmt: skip
+    parts = shapely.get_parts(polygons)
+    return tuple(parts[shapely.intersects(parts, shapely.box(0, 0, raster.width, raster.height))])
+
+
+def read_shapes(
+    path: Path, raster: fileio.Raster, *, coordinates: str = "auto", layer: str | None = None
+) -> tuple[pd.DataFrame, int]:
+    """Read the geometries of a file, of any kind, as they lie on a raster.
+
+    Args:
+        path: The file, of any format that has geometries.
+        raster: The raster.
+        coordinates: "pixel", or the CRS of files that declare none, see `ReadingOptions`.
+        layer: Layer of a vector file with several.
+
+    Returns:
+        The columns of the file with `geometry` (px), without the rows whose geometry is empty, not
+        finite or None on the raster's map; and how many rows the file has.
+
+    Raises:
+        InputError: The file cannot be used.
+    """
+    file = fileio.read_annotation_file(path, raster, layer=layer)
     if "geometry" not in file.df.columns:
         raise InputError(f"{path} holds no polygons, only {list(file.df.columns)}")
     declared = file.crs is not None or file.kind == "boxes"
@@ -1053,16 +1100,8 @@ def _read_polygons(
     crs = _find_crs(path, file, raster, place)
     df = geometries.drop_empty(file.df).pipe(geometries.drop_infinite).pipe(geometries.repair)
     if crs is not None:
-        df = geometries.move_to_pixels(df, raster, crs)
-    polygons = geometries.polygons_of(df)
-    polygons = polygons[~shapely.is_missing(polygons)]
-    if len(polygons) < len(file.df):
-        log.warning(
-            "%s: %d of %d features are no polygons that can be placed on %s",
-            path.name, len(file.df) - len(polygons), len(file.df), raster.path.name,
-        )  # fmt: skip
-    parts = shapely.get_parts(polygons)
-    return tuple(parts[shapely.intersects(parts, shapely.box(0, 0, raster.width, raster.height))])
+        df = geometries.move_to_pixels(df, raster, crs).pipe(geometries.drop_empty)
+    return df, len(file.df)
 
 
 def _ignore_real(raster: fileio.Raster, real: pd.DataFrame) -> fileio.Raster:

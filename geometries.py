@@ -66,6 +66,11 @@ def drop_other(df: pd.DataFrame) -> pd.DataFrame:
     return df[np.isin(kinds, (POINT, POLYGON, MULTIPOLYGON))]
 
 
+def drop_all_but_polygons(df: pd.DataFrame) -> pd.DataFrame:
+    """Drop the rows whose geometry is missing, or is no polygons."""
+    return df[~shapely.is_missing(polygons_of(df))]
+
+
 def measure_points(
     df: pd.DataFrame, column_name: str, default_diameter: float, scale: float
 ) -> pd.DataFrame:

@@ -28,7 +28,9 @@ LAYERS = [
     ["layout"],
     ["fileio"],
     ["geometries"],
-    ["sampledata", "annotations", "tiling", "splits", "catalogue"],
+    ["sampledata", "annotations", "tiling", "catalogue"],
+    ["masks", "balance"],
+    ["splits"],
     ["explore", "ranks"],
     ["review", "mapview"],
     ["datasets", "metrics", "logger", "implot"],
@@ -39,7 +41,7 @@ LAYERS = [
     ["gridsearch"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-WITHOUT_TORCH = LEVEL["tiling"]  # the highest layer that worker processes import
+WITHOUT_TORCH = LEVEL["splits"]  # the highest layer that worker processes import
 DISK = {"artefacts", "rasters", "formats", "layout"}
 TORCH = {"torch", "torchvision", "torchmetrics", "pytorch_lightning", "lightning"}
 MODULES = sorted(path.stem for path in PROJECT.glob("*.py"))
