@@ -28,6 +28,10 @@ from ImageData import InputError
 Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 Geometry = Literal["box", "circle"]
+Optimizer = Literal[  # torch's
+    "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "asgd", "nadam", "radam",
+    "rmsprop", "sgd",
+]  # fmt: skip
 Views = Literal["none", "flips", "turns", "all"]
 Search = Literal["grid", "random", "tpe"]
 CatalogueFormat = Literal["gpkg", "geojson", "parquet", "csv", "json", "txt"]
@@ -114,10 +118,13 @@ class TrainConfig:
 
     epochs: Positive = 3
     lr: PositiveFloat = 1e-3  # peak learning rate, reached after the warm-up
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Optimizer = "adamw"
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    momentum: Share = 0.9  # SGD only
+    momentum: Share = 0.9  # SGD and RMSprop only
     warmup_share: Share = 0.1  # of all steps, learning rate rising linearly
+    # epochs after each of which the rate is multiplied by gamma; None: it falls along half a cosine
+    step_size: Positive | None = None
+    gamma: SampleShare = 0.9  # with step_size only
     gradient_clip: PositiveFloat = 5.0  # largest L2 norm of all gradients together
     max_minutes: PositiveFloat | None = None  # training ends then, its rate falls accordingly
     patience: Positive | None = None  # measurements without a better one after which it ends
@@ -327,7 +334,7 @@ class RunParameters:
     WEIGHTS: str | None
     INIT_FROM: str | None
     FPN_CHANNELS: Annotated[int, Field(ge=8, multiple_of=8)]
-    OPTIMIZER: Literal["adamw", "sgd"]
+    OPTIMIZER: Optimizer
     VIEWS: Views
     MODEL_OPTIONS: dict[str, Any]
     PR_COMPUTE_INTERVAL: Positive

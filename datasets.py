@@ -509,10 +509,10 @@ class HardTiles(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: Batch,
         batch_idx: int,
     ) -> None:  # fmt: skip
-        """Pass on the loss of the background, of the batches of all ranks."""
+        """Pass on how wrong it was, on the batches of all ranks."""
         if self.sampler.hard_negatives:
             rows = [int(target["tile"]) for target in batch[1]]
-            losses = pl_module.network.background_loss.tolist()
+            losses = pl_module.tile_difficulty().tolist()
             pairs = itertools.chain.from_iterable(ranks.gathered([*zip(rows, losses, strict=True)]))
             self.sampler.update(*zip(*pairs, strict=True))
 
