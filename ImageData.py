@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 BOX_COLUMNS = ["xmin", "ymin", "xmax", "ymax"]
 TRUE_BOX_COLUMNS = [f"true_{name}" for name in BOX_COLUMNS]  # of what a detection is compared with
 CENTER_COLUMNS = ["pixel_x", "pixel_y"]
+IGNORE = 255  # in masks of class ids, where no class is known
 
 
 class InputError(ValueError):
@@ -48,6 +49,15 @@ class RasterHandle(Protocol):
         """Read a window as an array (bands, height, width)."""
 
 
+class LabelSource(Protocol):
+    """The class of every pixel of a raster, read window by window; it can be pickled."""
+
+    made_from: Any
+
+    def read(self, window: Window) -> np.ndarray:
+        """Read a window as class ids, uint8 (height, width); `IGNORE` where none is known."""
+
+
 @dataclass(frozen=True)
 class ImageData:
     """An annotated raster: a handle to it (never its pixels), its identifier, its objects.
@@ -57,8 +67,10 @@ class ImageData:
         image_identifier: Name of the raster in every table and file, unique within a run.
         df: One row per object: `pixel_x, pixel_y, diameter, label, xmin, ymin, xmax, ymax`, in
             pixels of the raster, boxes half-open.
+        labels: The class of every pixel, for segmentation.
     """
 
     raster: RasterHandle
     image_identifier: str
     df: pd.DataFrame
+    labels: LabelSource | None = None

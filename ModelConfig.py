@@ -110,6 +110,14 @@ class AugmentConfig:
     blur_share: Share = 0.1  # of the tiles that are blurred
     band_dropout: Share = 0.02  # of the bands, set to their mean, never all of a tile; 0: none
     mosaic: Share = 0.0  # of the tiles, put together of four random windows at half scale; 0: none
+    flip_share: Share = 0.5  # of the tiles that are mirrored, with flips
+    # degrees, either way, what is then unknown marked so; 0: none; with masks only, as boxes swell
+    rotate_limit: Annotated[float, Field(ge=0, le=180)] = 0.0
+    rotate_share: Share = 0.5  # of the tiles that are rotated so
+    # tiles are trimmed at a percentile drawn from it, at both ends of each band; None: none
+    trim_range: (
+        tuple[Annotated[float, Field(ge=0, lt=50)], Annotated[float, Field(ge=0, lt=50)]] | None
+    ) = None
 
 
 @dataclass(config=_STRICT)
@@ -160,13 +168,34 @@ class ValidationConfig(EvaluationConfig):
 
 
 @dataclass(config=_STRICT)
+class SegmentationConfig:
+    """The network that names the class of every pixel, and what it learns by."""
+
+    architecture: str = "unet"  # of segmentation-models-pytorch
+    encoder: str = "resnet18"  # of it, or tu- with a name of timm's; WEIGHTS names its weights
+    allow_non_commercial: bool = False  # encoders and weights whose licences forbid other use
+    dropout: Share | None = None  # before the last layers; None: as the architecture has it
+    loss: str = "cross_entropy"  # a name, or a sum such as 0.5*cross_entropy+0.5*dice
+    class_weights: tuple[NotNegative, ...] | None = None  # by class id, in the loss; None: all 1
+    ignore_index: Annotated[int, Field(ge=0, le=253)] | None = None  # class that does not count
+    focal_gamma: NotNegative = 2.0  # how little an easy pixel weighs; focal only
+    tversky_alpha: NotNegative = 0.3  # weight of false positives; tversky only
+    tversky_beta: NotNegative = 0.7  # of false negatives; tversky only
+    ohem_share: SampleShare = 0.25  # of the pixels, the hardest, that are learnt; ohem only
+    target_size: Annotated[int, Field(ge=32)] | None = None  # px, random crops of training tiles
+
+
+@dataclass(config=_STRICT)
 class ModelConfig:
     """Everything that decides how a model is built, trained and measured.
 
     `train`, `validation` and `test` hold the parts that belong to one stage.
     """
 
+    # objects and their boxes, or the class of every pixel
+    task: Literal["detection", "segmentation"] = "detection"
     batch_size: Positive = 4  # tiles per optimiser step, of each device
+    eval_batch_size: Positive | None = None  # tiles measured at once; None: as in training
     workers: Annotated[int, Field(ge=0)] = 0  # processes that read tiles; 0 reads in the main one
     accelerator: str = "auto"  # Lightning's: auto, cpu, gpu, mps, ...
     devices: Devices = 1  # of this machine: how many, or which; "auto": all GPUs
@@ -196,6 +225,7 @@ class ModelConfig:
     box_loss_weight: PositiveFloat = 1.0  # against the classification's
     focal_alpha: Share = 0.25  # weight of objects against background
     focal_gamma: Annotated[float, Field(ge=0)] = 2.0  # how little an easy anchor weighs; 0: as any
+    segmentation: SegmentationConfig = field(default_factory=SegmentationConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     test: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -203,6 +233,9 @@ class ModelConfig:
     def architecture(self) -> dict[str, Any]:
         """Return the fields that decide which weights fit."""
         norm = self.norm if self.norm != "auto" else "frozen" if self.weights else "group"
+        if self.task == "segmentation":
+            known = self.segmentation
+            return {"architecture": known.architecture, "encoder": known.encoder}
         names = ("backbone", "fpn_channels", "head_depth", "anchors_per_level")
         return {name: getattr(self, name) for name in names} | {"norm": norm}
 
