@@ -282,6 +282,11 @@ class LargeRasterORModel(TileModel):
             self.operating_threshold.fill_(values["score_threshold"])
 
     @override
+    def learnt_values(self) -> dict[str, float]:
+        right, down = self.network.offset.tolist()
+        return {"offset_x": right, "offset_y": down}
+
+    @override
     def describe(self) -> str:
         fitted = self.contract.anchors
         return (

@@ -186,6 +186,10 @@ class TileModel(pl.LightningModule):
         """Return how wrong the network was on each tile of the last training batch, (B,)."""
         raise NotImplementedError
 
+    def learnt_values(self) -> dict[str, float]:
+        """Return numbers that the network has learnt of the data, by name."""
+        return {}
+
     def describe(self) -> str:
         """Say in a line what the network is."""
         raise NotImplementedError
