@@ -8,31 +8,32 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import time
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, WeightAveraging
-from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 from typing_extensions import override
 
-import fileio
 import imutils
 import metrics
 import ranks
 from catalogue import Detections, fuse_views
 from datasets import Batch
 from ImageData import InputError
-from ModelConfig import ModelConfig, TrainConfig
+from learning import (
+    VIEWS,
+    DivergedError,
+    ProgressLines,
+    TileModel,
+    __version__,
+    autocast,
+    resolve_precision,
+)
+from ModelConfig import ModelConfig
 from networks import (
+    LAST_LEVEL,
     Anchors,
     DataContract,
     TileRetinaNet,
@@ -43,87 +44,22 @@ from networks import (
     read_checkpoint,
 )
 
+__all__ = [  # with what users of the detector need beside it
+    "BEST_BY",
+    "VIEWS",
+    "DivergedError",
+    "LargeRasterORModel",
+    "ProgressLines",
+    "__version__",
+    "autocast",
+    "detect_views",
+    "resolve_precision",
+]
+
 log = logging.getLogger(__name__)
 
-# Lightning asks torch for tree leaves in a way torch is about to change; nothing a user can mend.
-warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-# What is logged at the end of an epoch is the same on all ranks already.
-warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
-
-__version__ = "0.1.0"
-
 BEST_BY = "val_AP50"  # the epoch and the trial that are kept; never by the test's
-SWA_SHARE = 0.25  # of the training, at its end
-LINE_SECONDS = 60  # s, least time between two lines of progress within an epoch or a measurement
-DIVERGED = 1e4  # a loss that no network in its senses has
-VIEWS = {  # of tiles -> quarter turns, mirrored
-    "none": ((0, False),),
-    "flips": ((0, False), (0, True), (2, True), (2, False)),
-    "turns": ((0, False), (1, False), (2, False), (3, False)),
-    "all": tuple((turns, mirrored) for mirrored in (False, True) for turns in range(4)),
-}
 FUSE_IOU = 0.55  # above which views show the same object; that of the method's authors
-STAGES = {"train": "train_", "validation": "val_", "test": "test_"}  # -> prefix of logged names
-LOSSES = ("loss", "classification_loss", "bbox_regression_loss")  # the sum, and its parts
-
-
-class DivergedError(RuntimeError):
-    """Training cannot go on: the loss is no number any more.
-
-    Attributes:
-        tiles: Rows of the training index that the batch was made of; those that alone give no
-            number, or all of them.
-    """
-
-    def __init__(self, message: str, tiles: Sequence[int]) -> None:
-        """Keep both."""
-        super().__init__(message)
-        self.tiles = list(tiles)
-
-
-def resolve_precision(precision: str, accelerator: str, *, measured: bool = True) -> str:
-    """Turn "auto" into "bf16-mixed" where the hardware gains by it, else "32-true".
-
-    A processor says whether it computes in bfloat16; whether it learns faster so is measured, once,
-    unless the choice is to be the same whenever it is made.
-    """
-    if precision != "auto":
-        return precision
-    if accelerator not in ("cpu", "auto", "gpu", "cuda"):
-        return "32-true"
-    if accelerator != "cpu" and torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        flags = torch.cpu.get_capabilities()
-        native = bool(flags.get("avx512_bf16") or flags.get("amx_bf16"))
-        native = native and (not measured or _bf16_gain() > 1.1)
-    return "bf16-mixed" if native else "32-true"
-
-
-@lru_cache(maxsize=1)
-def _bf16_gain() -> float:
-    """Measure how many times faster a convolution learns in bfloat16 than in float32."""
-    with torch.random.fork_rng(devices=[]):
-        convolution = nn.Conv2d(64, 64, 3, padding=1).to(memory_format=torch.channels_last)
-        images = torch.rand(4, 64, 64, 64).to(memory_format=torch.channels_last)
-    seconds = {"bf16-mixed": [], "32-true": []}
-    for _ in range(5):
-        for precision, times in seconds.items():
-            start = time.perf_counter()
-            with autocast("cpu", precision):
-                loss = convolution(images).float().mean()
-            loss.backward()
-            times.append(time.perf_counter() - start)
-    # the least of each: what others run meanwhile is not ours
-    gain = min(seconds["32-true"]) / min(seconds["bf16-mixed"])
-    log.info("this processor learns %.1f times as fast in bfloat16 as in float32", gain)
-    return gain
-
-
-def autocast(device_type: str, precision: str) -> torch.autocast:
-    """Return the context in which a precision that `resolve_precision` gave computes."""
-    kind = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-    return torch.autocast(device_type, kind or torch.bfloat16, enabled=kind is not None)
 
 
 def detect_views(
@@ -170,7 +106,7 @@ def detect_views(
     return [fuse_views(found, FUSE_IOU) for found in of_tiles], most
 
 
-class LargeRasterORModel(pl.LightningModule):
+class LargeRasterORModel(TileModel):
     """A detector and how it learns.
 
     Args:
@@ -182,6 +118,12 @@ class LargeRasterORModel(pl.LightningModule):
     `LargeRasterORModel.load_from_checkpoint(path)` needs nothing else.
     """
 
+    TASK = "detection"
+    BEST_BY = BEST_BY
+    RANK_BY = "AP50"
+    LOSSES = ("loss", "classification_loss", "bbox_regression_loss")
+    SHOWN = ("val_AP50", "val_box_f1")
+
     def __init__(
         self,
         label_set: Iterable[str],
@@ -190,22 +132,12 @@ class LargeRasterORModel(pl.LightningModule):
         code_version: str = __version__,
     ) -> None:
         """Build the network with random weights; see `load_pretrained`."""
-        super().__init__()
-        self.labels = sorted(label_set)
-        self.conf = conf if isinstance(conf, ModelConfig) else ModelConfig.from_dict(conf)
-        self.contract = contract if isinstance(contract, DataContract) else DataContract(**contract)
-        self.save_hyperparameters(
-            {"label_set": self.labels, "conf": self.conf.to_dict(),
-             "contract": _plain(asdict(self.contract)), "code_version": code_version}
-        )  # fmt: skip
+        super().__init__(sorted(label_set), conf, contract, code_version)
         self.network = TileRetinaNet(len(self.labels), self.conf, self.contract)
         self.network = self.network.to(memory_format=torch.channels_last)
         # Score from which a detection counts, found on validation ground; NaN until then.
         self.register_buffer("operating_threshold", torch.tensor(float("nan")))
         self.collector = metrics.GroundCollector()
-        # of an epoch, by stage: the sums over its tiles of `LOSSES`, tiles, and full ones of those
-        self.sums = {stage: torch.zeros(len(LOSSES) + 2, dtype=torch.float64) for stage in STAGES}
-        self.seconds = 0.0  # of training, until the last step began; the same on all ranks
         # the last evaluation, and what it was computed on; of rank 0 only
         self.evaluation: metrics.Evaluation | None = None
         self.grounds: dict[int, metrics.Ground] = {}
@@ -299,124 +231,18 @@ class LargeRasterORModel(pl.LightningModule):
             full = sum(count >= self.network.detections_per_img for count in most)
         return loss, torch.cat([values, torch.tensor([len(images), full])])
 
-    def _add_to_epoch(self, stage: str, losses: Tensor, tiles: Tensor) -> None:
-        self.sums[stage] += torch.cat([losses * tiles[0], tiles])
-
-    def _mean_losses(self, stage: str, after: str = "") -> int:
-        """Log the mean losses of the tiles of an epoch; return how many were full."""
-        sums = ranks.summed(self.sums[stage].clone()) if stage != "train" else self.sums[stage]
-        self.sums[stage] = torch.zeros_like(sums)
-        means = (sums[: len(LOSSES)] / sums[-2]).tolist()
-        names = (f"{STAGES[stage]}{name}{after}" for name in LOSSES)
-        self.log_dict(dict(zip(names, means, strict=True)))
-        return int(sums[-1])
-
-    def _measures(self, stage: str) -> bool:
-        if stage == "validation" and self.trainer.state.fn == "fit":
-            epoch = self.current_epoch + 1
-            # the first, so that there is a best one; the last, whatever ends the training
-            outermost = epoch in (1, self.trainer.max_epochs) or self.trainer.should_stop
-            return outermost or epoch % self.conf.validation.pr_compute_interval == 0
-        return stage != "train"
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of a batch.
-
-        Raises:
-            DivergedError: It is no number, or grew beyond all measure, on whichever rank.
-        """
-        loss, values = self._common_step(batch, "train")
-        # what ranks must agree on, in one go: losses, so that all stop, and the clock of rank 0
-        seconds = 0.0 if ranks.rank() else time.monotonic() - self._started
-        values = ranks.summed(torch.cat([values, torch.tensor([seconds], dtype=torch.float64)]))
-        self.seconds = float(values[-1])
-        ranks.average(self._moving_buffers())
-        losses, tiles = values[:-3] / ranks.count(), values[-3:-1]
-        if not losses[0] < DIVERGED:
-            raise self._diverged(batch, float(losses[0]))
-        self._add_to_epoch("train", losses, tiles)
-        named = dict(zip(LOSSES, losses.tolist(), strict=True))
-        self.log_dict({f"train_{name}_step": value for name, value in named.items()})
-        return loss
-
+    @override
     def _moving_buffers(self) -> list[Tensor]:
-        """Return what a network learns from its batches without gradients."""
-        norms = [m for m in self.network.modules() if isinstance(m, nn.BatchNorm2d)]
-        statistics = [b for norm in norms for b in (norm.running_mean, norm.running_var)]
-        return [self.network.offset, *statistics]
+        return [self.network.offset, *super()._moving_buffers()]
 
-    @torch.no_grad()
-    def _diverged(self, batch: Batch, loss: float) -> DivergedError:
-        images, targets = batch
-        self.network.eval()  # ranks look on their own
-        guilty = []
-        for i, target in enumerate(targets):
-            losses, _ = self.network(images[i : i + 1], [target], detect=False)
-            if not sum(losses.values()) < DIVERGED:
-                guilty.append(i)
-        bad_pixels = [i for i in guilty if not images[i].isfinite().all()]
-        rows = [int(target.get("tile", i)) for i, target in enumerate(targets)]
-        shares = ranks.gathered(
-            ([rows[i] for i in bad_pixels], [rows[i] for i in guilty], rows)
-        )  # fmt: skip
-        bad, guilty, rows = (list(itertools.chain(*part)) for part in zip(*shares, strict=True))
-        why = "some pixels are no numbers" if bad else "the learning rate may be too high"
-        rate = self.optimizers().param_groups[0]["lr"]
-        return DivergedError(
-            f"the loss is {loss:.3g} in training step {self.global_step + 1}, at a learning rate "
-            f"of {rate:.2g}: {why}",
-            bad or guilty or rows,
-        )
+    @override
+    def _loss_of_tile(self, images: Tensor, target: Mapping[str, Tensor]) -> Tensor:
+        losses, _ = self.network(images, [target], detect=False)
+        return torch.stack(list(losses.values())).sum()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Take note of the loss of a batch and collect its detections."""
-        self._evaluation_step(batch, "validation")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Take note of the loss of a batch and collect its detections."""
-        self._evaluation_step(batch, "test")
-
-    def _evaluation_step(self, batch: Batch, stage: str) -> None:
-        if batch[1]:  # of few tiles, a rank gets none
-            _, values = self._common_step(batch, stage)
-            self._add_to_epoch(stage, *values.split([len(LOSSES), 2]))
-
-    def on_train_start(self) -> None:
-        """Say where the training runs, and start the clock of its progress lines."""
-        limit = self.conf.train.max_minutes
-        log.info(
-            "training on %s in %s: %d steps%s",
-            self.device, self.trainer.precision, self.trainer.estimated_stepping_batches,
-            f", or {limit:g} minutes" if limit else "",
-        )  # fmt: skip
-        self._started = time.monotonic() - self.seconds
-
-    def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
-        """Stop when the time is over; validation follows."""
-        if self.share_done() >= 1:
-            self.trainer.should_stop = True
-
-    def share_done(self, step: int | None = None) -> float:
-        """Tell how much of the training is done at a step, by steps or by the clock."""
-        step = self.global_step if step is None else step
-        done = step / max(1, int(self.trainer.estimated_stepping_batches))
-        if limit := self.conf.train.max_minutes:
-            done = max(done, self.seconds / (60 * limit))
-        return done
-
-    def on_train_epoch_end(self) -> None:
-        """Log the losses and a line of progress, and agree on whether to stop."""
-        self._mean_losses("train", "_epoch")
-        self.trainer.should_stop = ranks.told(self.trainer.should_stop)  # a callback of rank 0's
-        done, epochs = self.current_epoch + 1, self.trainer.max_epochs
-        elapsed = time.monotonic() - self._started
-        known = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-        names = ["val_loss", *(["val_AP50", "val_box_f1"] if self._measures("validation") else [])]
-        shown = [f"{name} {known[name]:.3f}" for name in names if name in known]
-        log.info(
-            "epoch %d of %d: %s; %.0f s, about %.0f s to go", done, epochs, ", ".join(shown),
-            elapsed, elapsed / self.share_done() * (1 - min(1, self.share_done())),
-        )  # fmt: skip
+    @override
+    def tile_difficulty(self) -> Tensor:
+        return self.network.background_loss
 
     def on_validation_start(self) -> None:
         """Keep detections from the validation's score threshold on."""
@@ -426,19 +252,9 @@ class LargeRasterORModel(pl.LightningModule):
         """Keep detections from the test's score threshold on."""
         self.network.score_thresh = self.conf.test.score_threshold
 
-    def on_validation_epoch_end(self) -> None:
-        """Measure the validation ground, every `pr_compute_interval` epochs and when asked to."""
-        self._mean_losses("validation")
-        if not self._measures("validation"):
-            return
-        values = self._evaluate("validation", self.conf.validation.iou_threshold, None)
-        if self.trainer.state.fn != "fit":
-            self.operating_threshold.fill_(values["score_threshold"])
-
     def on_test_epoch_end(self) -> None:
         """Measure the test ground at the threshold found on validation."""
-        threshold = float(self.operating_threshold)
-        if np.isnan(threshold):
+        if np.isnan(float(self.operating_threshold)):
             raise InputError(
                 "the model has no operating threshold yet; validate it before testing, so that the "
                 "threshold does not come from the test itself"
@@ -449,238 +265,34 @@ class LargeRasterORModel(pl.LightningModule):
                 "and no more are kept; set detections_per_tile in MODEL_OPTIONS",
                 full, self.network.detections_per_img,
             )  # fmt: skip
-        self._evaluate("test", self.conf.test.iou_threshold, threshold)
+        self._measure("test")
 
-    def _evaluate(
-        self, stage: str, iou_threshold: float, score_threshold: float | None
-    ) -> dict[str, float]:
-        """Measure what all ranks collected on rank 0, and log it on all of them."""
+    @override
+    def _measure(self, stage: str) -> None:
+        threshold = float(self.operating_threshold) if stage == "test" else None
+        measured = {"validation": self.conf.validation, "test": self.conf.test}[stage]
         self.grounds, self.evaluation = self.collector.merge(self.conf.nms_threshold), None
         if ranks.rank() == 0:
             self.evaluation = metrics.evaluate(
-                self.grounds, self.labels, iou_threshold, score_threshold,
+                self.grounds, self.labels, measured.iou_threshold, threshold,
                 resamples=metrics.RESAMPLES if stage == "test" else 0,  # intervals are of the test
             )  # fmt: skip
-        values = ranks.told(self.evaluation and self.evaluation.values)
-        prefix = "" if stage == "test" else STAGES[stage]  # the test's names are the product's
-        self.log_dict({f"{prefix}{name}": value for name, value in values.items()})
-        return values
+        values = self._log_values(stage, self.evaluation and self.evaluation.values)
+        if stage == "validation" and self.trainer.state.fn != "fit":
+            self.operating_threshold.fill_(values["score_threshold"])
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW or SGD, the rate rising linearly, then falling along a half cosine, per step."""
-        train = self.conf.train
-        weights = [p for p in self.parameters() if p.requires_grad and p.ndim > 1]
-        others = [p for p in self.parameters() if p.requires_grad and p.ndim <= 1]
-        # biases and norms are not decayed, they carry no capacity to shrink
-        groups = [
-            {"params": weights, "weight_decay": train.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        # one kernel for all weights; with gradient scaling it would unscale after the clipping
-        fused = self.trainer.precision != "16-mixed"
-        if train.optimizer == "adamw":
-            optimizer = torch.optim.AdamW(groups, lr=train.lr, fused=fused)
-        else:
-            optimizer = torch.optim.SGD(groups, train.lr, train.momentum, fused=fused)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: warm_up_and_cosine(self.share_done(step + 1), train.warmup_share),
+    @override
+    def learnt_values(self) -> dict[str, float]:
+        right, down = self.network.offset.tolist()
+        return {"offset_x": right, "offset_y": down}
+
+    @override
+    def describe(self) -> str:
+        fitted = self.contract.anchors
+        return (
+            f"{self.conf.backbone}, norm {self.conf.architecture()['norm']}, "
+            f"P{fitted.finest_level}-P{LAST_LEVEL} of {self.conf.fpn_channels} channels, input "
+            f"enlarged by {fitted.input_scale:g}; anchors of {fitted.sizes} px, ratios "
+            f"{fitted.aspect_ratios}; up to {self.contract.detections_per_tile} detections per "
+            f"tile, of {self.network.topk_candidates} candidates per level"
         )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip by the norm; Lightning's own way refuses fused optimisers in mixed precision."""
-        nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
-
-    def create_trainer(
-        self,
-        logger: Any = None,  # noqa: ANN401 - whatever Lightning takes
-        callbacks: Sequence[pl.Callback] = (),
-        *,
-        progress: bool = False,
-        root_dir: Path | None = None,
-    ) -> pl.Trainer:
-        """Return a trainer set up by the configuration, for the ranks that there are.
-
-        Args:
-            logger: One or several Lightning loggers, or None.
-            callbacks: Further callbacks.
-            progress: Show bars.
-            root_dir: Where Lightning may write.
-        """
-        # measured where it is "auto", and so perhaps not the same on every rank
-        precision = ranks.told(resolve_precision(self.conf.precision, self.conf.accelerator))
-        train = self.conf.train
-        own = [RunningAverage(train)] if train.averaging != "none" else []
-        own += [] if progress else [ProgressLines()]
-        if train.patience is not None:
-            # Lightning counts epochs, in which the last measurement still stands
-            epochs = train.patience * self.conf.validation.pr_compute_interval
-            own.append(EarlyStopping(BEST_BY, mode="max", patience=epochs))
-        where = ranks.lightning_devices(self.conf.devices)
-        where["plugins"].append(AtomicCheckpoints())
-        trainer = pl.Trainer(
-            **where,
-            max_epochs=self.conf.train.epochs,
-            accelerator=self.conf.accelerator,
-            precision=precision,
-            gradient_clip_val=self.conf.train.gradient_clip,
-            logger=logger or False,
-            callbacks=[*own, *callbacks],
-            deterministic="warn",
-            num_sanity_val_steps=0,
-            log_every_n_steps=1,
-            enable_progress_bar=progress,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            default_root_dir=root_dir,
-        )
-        # Lightning's would wait for the end of a step, for other ranks, and for Slurm
-        trainer._signal_connector.register_signal_handlers = lambda: None
-        return trainer
-
-
-def warm_up_and_cosine(done: float, warmup: float) -> float:
-    """Return the learning rate, as a share of its peak, when a share of the training is done.
-
-    It rises linearly during the warm-up (a share of the training), then falls along half a cosine
-    to 0.01.
-    """
-    if done < warmup:
-        return done / warmup
-    falling = min(1.0, (done - warmup) / max(1 - warmup, 1e-9))
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * falling))
-
-
-class AtomicCheckpoints(TorchCheckpointIO):
-    """Writes checkpoints whole or not at all, beside where they are to be."""
-
-    @override
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Path | str, storage_options: object = None
-    ) -> None:
-        with fileio.atomic_path(Path(path)) as temporary:
-            torch.save(checkpoint, temporary)
-
-
-class RunningAverage(WeightAveraging):
-    """Measures and keeps an average of the weights of many steps, which is better than the last.
-
-    `ema`: exponential, reaching over a share of all steps, less at the beginning. `swa`: equal
-    weights, over the last quarter of the training.
-
-    References:
-        Izmailov et al. 2018, Averaging weights leads to wider optima; Tarvainen and Valpola 2017,
-        Mean teachers, for the exponential one.
-    """
-
-    def __init__(self, train: TrainConfig) -> None:
-        """Keep what to average."""
-        self.ema, self.share = train.averaging == "ema", train.averaging_share
-        self.steps, self.weight = 0, 1.0  # how many are averaged; what the next one weighs
-        super().__init__(multi_avg_fn=self._update)
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Keep the average where the module will be, and know the module."""
-        self._device, self.module = trainer.strategy.root_device, pl_module
-        super().setup(trainer, pl_module, stage)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"steps": self.steps}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self.steps = state_dict["steps"]
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the module the average, and forget it: what is saved later is the module."""
-        super().on_train_end(trainer, pl_module)
-        self._average_model = None
-
-    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Take part after every step, and find out what it weighs."""
-        if step_idx is None:
-            return False
-        done = max(self.module.share_done(), 1e-6)
-        if self.ema:
-            reach = self.share * (step_idx + 1) / done  # steps that the share of the training has
-            self.weight = 1 / max(1.0, min(reach, (step_idx + 10) / 10))
-        else:
-            self.steps += done > 1 - SWA_SHARE  # until then, what is measured is the last step
-            self.weight = 1 / max(1, self.steps)
-        return True
-
-    def _update(self, average: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
-        if average[0].is_floating_point():
-            torch._foreach_lerp_(average, current, self.weight)
-        else:  # counters
-            torch._foreach_copy_(average, current)
-
-
-class ProgressLines(pl.Callback):
-    """Log how far a long training or measurement is, at about every tenth of it."""
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Start the clock."""
-        self._start(0, 0.0)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: LargeRasterORModel) -> None:
-        """Start the clock of a training, which may go on from where it was stopped."""
-        self._start(trainer.global_step, pl_module.share_done())
-
-    def _start(self, done: int, share: float) -> None:
-        self.started = self.told = time.monotonic()
-        self.first, self.first_share, self.tenth = done, share, int(10 * share)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: LargeRasterORModel, *_: object
-    ) -> None:
-        """Count steps, of which the clock may allow less than all."""
-        total = int(trainer.estimated_stepping_batches)
-        self._tell("training", trainer.global_step, total, min(1.0, pl_module.share_done()))
-
-    def on_validation_batch_end(
-        self, trainer: pl.Trainer, model: pl.LightningModule, outputs: object, batch: Batch,
-        batch_idx: int, *_: object,
-    ) -> None:  # fmt: skip
-        """Count batches, but not those within a training."""
-        if trainer.state.fn == "validate":
-            self._tell("validation", batch_idx + 1, int(sum(trainer.num_val_batches)))
-
-    def on_test_batch_end(
-        self, trainer: pl.Trainer, model: pl.LightningModule, outputs: object, batch: Batch,
-        batch_idx: int, *_: object,
-    ) -> None:  # fmt: skip
-        """Count batches."""
-        self._tell("test", batch_idx + 1, int(sum(trainer.num_test_batches)))
-
-    def _tell(self, stage: str, done: int, total: int, share: float | None = None) -> None:
-        share = done / total if share is None else share
-        now, tenth = time.monotonic(), int(10 * share)
-        if tenth == self.tenth or now - self.told < LINE_SECONDS or share <= self.first_share:
-            return
-        self.told, self.tenth = now, tenth
-        elapsed = now - self.started
-        log.info(
-            "%s: %d of %d batches, %.3g per second, about %.0f s to go", stage, done, total,
-            (done - self.first) / elapsed, elapsed * (1 - share) / (share - self.first_share),
-        )  # fmt: skip
-
-
-def _plain(value: object) -> object:
-    # checkpoints hold plain containers only, so that they load without running code
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value

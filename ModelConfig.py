@@ -30,6 +30,10 @@ Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 Geometry = Literal["box", "circle"]
 Task = Literal["detection", "segmentation"]
+Optimizer = Literal[  # torch's
+    "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "asgd", "nadam", "radam",
+    "rmsprop", "sgd",
+]  # fmt: skip
 Views = Literal["none", "flips", "turns", "all"]
 Search = Literal["grid", "random", "tpe"]
 CatalogueFormat = Literal["gpkg", "geojson", "parquet", "csv", "json", "txt"]
@@ -108,6 +112,14 @@ class AugmentConfig:
     blur_share: Share = 0.1  # of the tiles that are blurred
     band_dropout: Share = 0.02  # of the bands, set to their mean, never all of a tile; 0: none
     mosaic: Share = 0.0  # of the tiles, put together of four random windows at half scale; 0: none
+    flip_share: Share = 0.5  # of the tiles that are mirrored, with flips
+    # degrees, either way, what is then unknown marked so; 0: none; with masks only, as boxes swell
+    rotate_limit: Annotated[float, Field(ge=0, le=180)] = 0.0
+    rotate_share: Share = 0.5  # of the tiles that are rotated so
+    # tiles are trimmed at a percentile drawn from it, at both ends of each band; None: none
+    trim_range: (
+        tuple[Annotated[float, Field(ge=0, lt=50)], Annotated[float, Field(ge=0, lt=50)]] | None
+    ) = None
 
 
 @dataclass(config=_STRICT)
@@ -116,10 +128,13 @@ class TrainConfig:
 
     epochs: Positive = 3
     lr: PositiveFloat = 1e-3  # peak learning rate, reached after the warm-up
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Optimizer = "adamw"
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    momentum: Share = 0.9  # SGD only
+    momentum: Share = 0.9  # SGD and RMSprop only
     warmup_share: Share = 0.1  # of all steps, learning rate rising linearly
+    # epochs after each of which the rate is multiplied by gamma; None: it falls along half a cosine
+    step_size: Positive | None = None
+    gamma: SampleShare = 0.9  # with step_size only
     gradient_clip: PositiveFloat = 5.0  # largest L2 norm of all gradients together
     max_minutes: PositiveFloat | None = None  # training ends then, its rate falls accordingly
     patience: Positive | None = None  # measurements without a better one after which it ends
@@ -155,13 +170,34 @@ class ValidationConfig(EvaluationConfig):
 
 
 @dataclass(config=_STRICT)
+class SegmentationConfig:
+    """The network that names the class of every pixel, and what it learns by."""
+
+    architecture: str = "unet"  # of segmentation-models-pytorch
+    encoder: str = "resnet18"  # of it, or tu- with a name of timm's; WEIGHTS names its weights
+    allow_non_commercial: bool = False  # encoders and weights whose licences forbid other use
+    dropout: Share | None = None  # before the last layers; None: as the architecture has it
+    loss: str = "cross_entropy"  # a name, or a sum such as 0.5*cross_entropy+0.5*dice
+    class_weights: tuple[NotNegative, ...] | None = None  # by class id, in the loss; None: all 1
+    ignore_index: Annotated[int, Field(ge=0, le=253)] | None = None  # class that does not count
+    focal_gamma: NotNegative = 2.0  # how little an easy pixel weighs; focal only
+    tversky_alpha: NotNegative = 0.3  # weight of false positives; tversky only
+    tversky_beta: NotNegative = 0.7  # of false negatives; tversky only
+    ohem_share: SampleShare = 0.25  # of the pixels, the hardest, that are learnt; ohem only
+    target_size: Annotated[int, Field(ge=32)] | None = None  # px, random crops of training tiles
+
+
+@dataclass(config=_STRICT)
 class ModelConfig:
     """Everything that decides how a model is built, trained and measured.
 
     `train`, `validation` and `test` hold the parts that belong to one stage.
     """
 
+    # objects and their boxes, or the class of every pixel
+    task: Literal["detection", "segmentation"] = "detection"
     batch_size: Positive = 4  # tiles per optimiser step, of each device
+    eval_batch_size: Positive | None = None  # tiles measured at once; None: as in training
     workers: Annotated[int, Field(ge=0)] = 0  # processes that read tiles; 0 reads in the main one
     accelerator: str = "auto"  # Lightning's: auto, cpu, gpu, mps, ...
     devices: Devices = 1  # of this machine: how many, or which; "auto": all GPUs
@@ -191,6 +227,7 @@ class ModelConfig:
     box_loss_weight: PositiveFloat = 1.0  # against the classification's
     focal_alpha: Share = 0.25  # weight of objects against background
     focal_gamma: Annotated[float, Field(ge=0)] = 2.0  # how little an easy anchor weighs; 0: as any
+    segmentation: SegmentationConfig = field(default_factory=SegmentationConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     test: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -198,6 +235,9 @@ class ModelConfig:
     def architecture(self) -> dict[str, Any]:
         """Return the fields that decide which weights fit."""
         norm = self.norm if self.norm != "auto" else "frozen" if self.weights else "group"
+        if self.task == "segmentation":
+            known = self.segmentation
+            return {"architecture": known.architecture, "encoder": known.encoder}
         names = ("backbone", "fpn_channels", "head_depth", "anchors_per_level")
         return {name: getattr(self, name) for name in names} | {"norm": norm}
 
@@ -353,7 +393,7 @@ class RunParameters:
     WEIGHTS: str | None
     INIT_FROM: str | None
     FPN_CHANNELS: Annotated[int, Field(ge=8, multiple_of=8)]
-    OPTIMIZER: Literal["adamw", "sgd"]
+    OPTIMIZER: Optimizer
     VIEWS: Views
     MODEL_OPTIONS: dict[str, Any]
     PR_COMPUTE_INTERVAL: Positive

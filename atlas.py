@@ -1,6 +1,6 @@
 """The error atlas: every error on the test ground, as a table, on the map, for pictures.
 
-It is made from the tables of an evaluation alone, see `trials.write_evaluation`, at any time
+It is made from the tables of an evaluation alone, see `trials.write_detections`, at any time
 and without the model. Each error is of one kind, and the kinds add up:
 
     objects that count = right + mislabelled + mislocalised + missed

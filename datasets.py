@@ -15,6 +15,9 @@ and which objects it knows:
     truth_ids     int64 (M,)       row of the object in its raster's table
     truth_owned   bool (M,)        the tile owns the object, or merely shows it
 
+Of a segmentation the target holds `mask` int64 (size, size), class ids and `IGNORE`, in place of
+boxes and all that is of objects; the rest is the same.
+
 Training draws its items with `TileSampler`, which gives each a seed. All that is random in an item
 follows from that seed, so that it is the same whichever process reads it.
 """
@@ -35,13 +38,14 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+from typing_extensions import override
 
 import fileio
 import imutils
 import ranks
 import splits
 import tiling
-from ImageData import InputError, Window
+from ImageData import IGNORE, InputError, LabelSource, Window
 from ModelConfig import AugmentConfig, ModelConfig
 
 Target = dict[str, Tensor]
@@ -175,17 +179,15 @@ def _frames(count: int, angle: int) -> np.ndarray:
     return np.tile(imutils.turn_matrix(angle).astype(np.float32), (count, 1, 1))
 
 
-class BboxDataset(Dataset):
-    """The tiles of one split, read window by window.
+class TileDataset(Dataset):
+    """The tiles of one split, read window by window; base of those with boxes and with masks.
 
     An index gives the tile as it lies. An index with a seed, as `TileSampler` draws it, gives a
     random view of it: moved, zoomed and transformed.
 
     Args:
         tiles: Rows of a tile index, see `tiling.read_tiles`.
-        boxes: Its boxes.
         rasters: Identifier -> raster.
-        ids: Label -> class id.
         radiometry: How raw values become model input.
         transform: `torchvision.transforms.v2` transform of (image, target), or None; it draws from
             torch's generator.
@@ -196,29 +198,19 @@ class BboxDataset(Dataset):
     def __init__(
         self,
         tiles: pd.DataFrame,
-        boxes: pd.DataFrame,
         rasters: Mapping[str, fileio.Raster],
-        ids: Mapping[str, int],
         radiometry: imutils.Radiometry,
         *,
         transform: Callable | None = None,
         views: RandomViews | None = None,
         evaluation: bool = False,
     ) -> None:
-        """Keep the tables as arrays, boxes sorted by window, so that items are slices."""
-        boxes = boxes[boxes["window"].isin(tiles["window"])].sort_values("window", kind="stable")
+        """Keep the table as arrays."""
         self.tiles = tiles.reset_index(drop=True)
         self.windows = self.tiles[tiling.WINDOW_COLUMNS].to_numpy(dtype=np.int64)
         self.cores = self.tiles[tiling.CORE_COLUMNS].to_numpy(dtype=np.float64, copy=True)
         self.blocks, self.angles = self.tiles["block"].tolist(), self.tiles["angle"].tolist()
         self.raster_names = self.tiles["raster"].tolist()
-        self.first = np.searchsorted(boxes["window"], self.tiles["window"], side="left")
-        self.last = np.searchsorted(boxes["window"], self.tiles["window"], side="right")
-        self.boxes = boxes[tiling.BOX_COLUMNS].to_numpy(dtype=np.float64)
-        self.ground_boxes = boxes[tiling.GROUND_BOX_COLUMNS].to_numpy(dtype=np.float32, copy=True)
-        self.labels = boxes["label"].astype(str).map(ids).to_numpy(dtype=np.int64, copy=True)
-        self.objects = boxes["object"].to_numpy(dtype=np.int64, copy=True)
-        self.owned = boxes["owned"].to_numpy(dtype=bool, copy=True)
         self.rasters, self.radiometry = dict(rasters), radiometry
         self.transform, self.views, self.evaluation = transform, views, evaluation
 
@@ -247,19 +239,34 @@ class BboxDataset(Dataset):
         References: Gupta et al. 2019, LVIS, section 4.2; their t is 0.001 for a thousand labels.
         """
         factors = np.ones(len(self))
-        for label in np.unique(self.labels):
-            before = np.concatenate([[0], np.cumsum(self.labels == label)])
-            shows = before[self.last] > before[self.first]
+        for shows in self._showing():
             factors[shows] = np.maximum(factors[shows], math.sqrt(threshold / shows.mean()))
         return factors
 
-    def _tile(self, index: int) -> Parts:
+    def _showing(self) -> Iterator[np.ndarray]:
+        """Tell for each label that there is which tiles show it, bool (N,)."""
+        raise NotImplementedError
+
+    def _tile(self, index: int) -> Parts | MaskParts:
         """Read a tile."""
-        window, angle = Window(*self.windows[index].tolist()), self.angles[index]
-        rows = slice(self.first[index], self.last[index])
-        boxes = tiling.boxes_of_tile(self.boxes[rows], angle, window.width, window.height)
-        image, counted = self._read(index, window, window.width)
-        return Parts(image, counted, boxes, self.labels[rows], _frames(len(boxes), angle))
+        raise NotImplementedError
+
+    def _window(self, index: int, size: int) -> Parts | MaskParts:
+        """Read a random window about a tile, as an image of `size` px."""
+        raise NotImplementedError
+
+    def _join(self, parts: Sequence, size: int, places: Sequence[tuple[int, int]]) -> object:
+        """Put four parts together, at these places (x, y)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _item(parts: Parts | MaskParts) -> tuple[Tensor, Target]:
+        """Make an item of its parts."""
+        raise NotImplementedError
+
+    def _transformed(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        """Apply the transform to an item."""
+        raise NotImplementedError
 
     def _read(self, index: int, window: Window, size: int) -> tuple[Tensor, np.ndarray]:
         """Read a square window at the angle of a tile, as an image of `size` px, and `counted`."""
@@ -270,9 +277,7 @@ class BboxDataset(Dataset):
             image = functional.interpolate(
                 image[None], size=(size, size), mode="bilinear", antialias=True
             )[0]
-            nearest = ((np.arange(size) + 0.5) * window.width / size).astype(int)
-            counted = counted[np.ix_(nearest, nearest)]
-        return image, counted
+        return image, _resized(counted, size)
 
     def _view(self, index: int) -> tuple[Tensor, Target]:
         """Read a random view of a tile, drawn from torch's generator."""
@@ -284,13 +289,135 @@ class BboxDataset(Dataset):
         else:
             parts = self._window(index, size)
         image, target = self._item(parts)
-        if self.transform is None:
-            return image, target
+        return (image, target) if self.transform is None else self._transformed(image, target)
+
+    def _draw(self, index: int) -> Window:
+        """Draw a random window about a tile."""
+        tile = Window(*self.windows[index].tolist())
+        return self.views.draw(self.blocks[index], self.cores[index], tile)
+
+    def _mosaic(self, index: int, size: int) -> Parts | MaskParts:
+        """Put random windows about a tile and three others together.
+
+        References: Bochkovskiy et al. 2020, YOLOv4, section 3.3; our four parts are of equal size.
+        """
+        half = math.ceil(size / 2)
+        others = torch.randint(len(self), (3,)).tolist()
+        parts = [self._window(row, half) for row in (index, *others)]
+        places = [((size - half) * (i % 2), (size - half) * (i // 2)) for i in range(4)]
+        return self._join(parts, size, places)
+
+    def _place(self, index: int) -> Target:
+        x, y, width, height = self.windows[index].tolist()
+        return {
+            "ground": torch.tensor(self.blocks[index]),
+            "window": torch.tensor([x, y, x + width, y + height]).float(),
+            "core": torch.from_numpy(self.cores[index]).float(),
+        }
+
+
+def _resized(mask: np.ndarray, size: int) -> np.ndarray:
+    """Return a square mask in another size, each pixel that of the nearest place."""
+    if len(mask) == size:
+        return mask
+    nearest = ((np.arange(size) + 0.5) * len(mask) / size).astype(int)
+    return mask[np.ix_(nearest, nearest)]
+
+
+def _joined(
+    parts: Sequence[np.ndarray], size: int, places: Sequence[tuple[int, int]]
+) -> np.ndarray:
+    """Put arrays (..., H, W) together in one of (..., size, size), at places (x, y)."""
+    whole = np.empty((*parts[0].shape[:-2], size, size), dtype=parts[0].dtype)
+    for part, (x, y) in zip(parts, places, strict=True):
+        whole[..., y : y + part.shape[-2], x : x + part.shape[-1]] = part
+    return whole
+
+
+class BboxDataset(TileDataset):
+    """The tiles of one split with their boxes; see `TileDataset`.
+
+    Args:
+        tiles: Rows of a tile index, see `tiling.read_tiles`.
+        boxes: Its boxes.
+        rasters: Identifier -> raster.
+        ids: Label -> class id.
+        radiometry: How raw values become model input.
+        options: See `TileDataset`.
+    """
+
+    def __init__(
+        self,
+        tiles: pd.DataFrame,
+        boxes: pd.DataFrame,
+        rasters: Mapping[str, fileio.Raster],
+        ids: Mapping[str, int],
+        radiometry: imutils.Radiometry,
+        **options: object,
+    ) -> None:
+        """Keep the boxes sorted by window, so that items are slices."""
+        super().__init__(tiles, rasters, radiometry, **options)
+        boxes = boxes[boxes["window"].isin(tiles["window"])].sort_values("window", kind="stable")
+        self.first = np.searchsorted(boxes["window"], self.tiles["window"], side="left")
+        self.last = np.searchsorted(boxes["window"], self.tiles["window"], side="right")
+        self.boxes = boxes[tiling.BOX_COLUMNS].to_numpy(dtype=np.float64)
+        self.ground_boxes = boxes[tiling.GROUND_BOX_COLUMNS].to_numpy(dtype=np.float32, copy=True)
+        self.labels = boxes["label"].astype(str).map(ids).to_numpy(dtype=np.int64, copy=True)
+        self.objects = boxes["object"].to_numpy(dtype=np.int64, copy=True)
+        self.owned = boxes["owned"].to_numpy(dtype=bool, copy=True)
+
+    @override
+    def _showing(self) -> Iterator[np.ndarray]:
+        for label in np.unique(self.labels):
+            before = np.concatenate([[0], np.cumsum(self.labels == label)])
+            yield before[self.last] > before[self.first]
+
+    @override
+    def _tile(self, index: int) -> Parts:
+        window, angle = Window(*self.windows[index].tolist()), self.angles[index]
+        rows = slice(self.first[index], self.last[index])
+        boxes = tiling.boxes_of_tile(self.boxes[rows], angle, window.width, window.height)
+        image, counted = self._read(index, window, window.width)
+        return Parts(image, counted, boxes, self.labels[rows], _frames(len(boxes), angle))
+
+    @override
+    def _window(self, index: int, size: int) -> Parts:
+        angle, window = self.angles[index], self._draw(index)
+        boxes, labels = self.views.boxes_in(self.blocks[index], window)
+        scale = size / window.width
+        boxes = tiling.boxes_of_tile(boxes * scale, angle, size, size)
+        image, counted = self._read(index, window, size)
+        return Parts(image, counted, boxes, labels, scale * _frames(len(boxes), angle))
+
+    @override
+    def _join(self, parts: Sequence[Parts], size: int, places: Sequence[tuple[int, int]]) -> Parts:
+        image = torch.from_numpy(_joined([part.image.numpy() for part in parts], size, places))
+        counted = _joined([part.counted for part in parts], size, places)
+        boxes = [
+            part.boxes + np.array([x, y, x, y], dtype=np.float32)
+            for part, (x, y) in zip(parts, places, strict=True)
+        ]
+        labels, frames = (np.concatenate([getattr(p, n) for p in parts]) for n in ITEM_TENSORS[1:])
+        return Parts(image, counted, np.concatenate(boxes), labels, frames)
+
+    @staticmethod
+    @override
+    def _item(parts: Parts) -> tuple[Tensor, Target]:
+        boxes = parts.boxes
+        thick = (boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all(axis=1)
+        target = {n: torch.from_numpy(getattr(parts, n)[thick]) for n in ITEM_TENSORS}
+        if not parts.counted.all():
+            target["counted"] = torch.from_numpy(np.ascontiguousarray(parts.counted))
+        return parts.image, target
+
+    @override
+    def _transformed(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        canvas = tuple(image.shape[-2:])
         target["boxes"] = tv_tensors.BoundingBoxes(
-            target["boxes"], format="XYXY", canvas_size=(size, size)
+            target["boxes"], format="XYXY", canvas_size=canvas
         )
         target["steps"] = tv_tensors.KeyPoints(
-            [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], canvas_size=(size, size)
+            [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], canvas_size=canvas
         )
         if "counted" in target:
             target["counted"] = tv_tensors.Mask(target["counted"])
@@ -300,57 +427,92 @@ class BboxDataset(Dataset):
         plain["frames"] = (torch.stack(steps, dim=1) - origin[:, None]) @ plain["frames"]
         return image.as_subclass(Tensor).contiguous(), plain
 
-    def _window(self, index: int, size: int) -> Parts:
-        """Read a random window about a tile, as an image of `size` px."""
-        block, angle = self.blocks[index], self.angles[index]
-        tile = Window(*self.windows[index].tolist())
-        window = self.views.draw(block, self.cores[index], tile)
-        boxes, labels = self.views.boxes_in(block, window)
-        scale = size / window.width
-        boxes = tiling.boxes_of_tile(boxes * scale, angle, size, size)
-        image, counted = self._read(index, window, size)
-        return Parts(image, counted, boxes, labels, scale * _frames(len(boxes), angle))
-
-    def _mosaic(self, index: int, size: int) -> Parts:
-        """Put random windows about a tile and three others together.
-
-        References: Bochkovskiy et al. 2020, YOLOv4, section 3.3; our four parts are of equal size.
-        """
-        half = math.ceil(size / 2)
-        others = torch.randint(len(self), (3,)).tolist()
-        parts = [self._window(row, half) for row in (index, *others)]
-        image = torch.empty(len(parts[0][0]), size, size)
-        counted = np.empty((size, size), dtype=bool)
-        boxes = []
-        for place, part in enumerate(parts):
-            y, x = (size - half) * (place // 2), (size - half) * (place % 2)
-            image[:, y : y + half, x : x + half] = part.image
-            counted[y : y + half, x : x + half] = part.counted
-            boxes.append(part.boxes + np.array([x, y, x, y], dtype=np.float32))
-        labels, frames = (np.concatenate([getattr(p, n) for p in parts]) for n in ITEM_TENSORS[1:])
-        return Parts(image, counted, np.concatenate(boxes), labels, frames)
-
-    @staticmethod
-    def _item(parts: Parts) -> tuple[Tensor, Target]:
-        boxes = parts.boxes
-        thick = (boxes[:, 2:] - boxes[:, :2] >= LEAST_SIDE).all(axis=1)
-        target = {n: torch.from_numpy(getattr(parts, n)[thick]) for n in ITEM_TENSORS}
-        if not parts.counted.all():
-            target["counted"] = torch.from_numpy(np.ascontiguousarray(parts.counted))
-        return parts.image, target
-
+    @override
     def _place(self, index: int) -> Target:
-        x, y, width, height = self.windows[index].tolist()
         rows = slice(self.first[index], self.last[index])
-        return {
-            "ground": torch.tensor(self.blocks[index]),
-            "window": torch.tensor([x, y, x + width, y + height]).float(),
-            "core": torch.from_numpy(self.cores[index]).float(),
+        return super()._place(index) | {
             "truth_boxes": torch.from_numpy(self.ground_boxes[rows]),
             "truth_labels": torch.from_numpy(self.labels[rows]),
             "truth_ids": torch.from_numpy(self.objects[rows]),
             "truth_owned": torch.from_numpy(self.owned[rows]),
         }
+
+
+class MaskParts(NamedTuple):
+    """What an item with a mask is made of.
+
+    Attributes:
+        image: float32 (bands, size, size), stretched.
+        mask: uint8 (size, size), class ids and `IGNORE`.
+    """
+
+    image: Tensor
+    mask: np.ndarray
+
+
+class MaskDataset(TileDataset):
+    """The tiles of one split with the class of every pixel; see `TileDataset`.
+
+    Args:
+        tiles: Rows of a tile index, see `tiling.read_tiles`.
+        rasters: Identifier -> raster.
+        labels: Identifier -> the classes of its pixels.
+        radiometry: How raw values become model input.
+        options: See `TileDataset`.
+    """
+
+    def __init__(
+        self,
+        tiles: pd.DataFrame,
+        rasters: Mapping[str, fileio.Raster],
+        labels: Mapping[str, LabelSource],
+        radiometry: imutils.Radiometry,
+        **options: object,
+    ) -> None:
+        """Keep the labels beside the rasters."""
+        super().__init__(tiles, rasters, radiometry, **options)
+        self.labels = dict(labels)
+
+    @override
+    def _showing(self) -> Iterator[np.ndarray]:
+        counts = self.tiles.filter(regex=splits.CLASS_COLUMN).to_numpy() > 0
+        yield from counts[:, counts.any(axis=0)].T
+
+    def _parts(self, index: int, window: Window, size: int) -> MaskParts:
+        """Read a square window at the angle of a tile; ground that does not count is unknown."""
+        image, counted = self._read(index, window, size)
+        mask = self.labels[self.raster_names[index]].read(window)
+        mask = _resized(np.rot90(mask, self.angles[index] // 90), size)
+        return MaskParts(image, np.where(counted, mask, np.uint8(IGNORE)))
+
+    @override
+    def _tile(self, index: int) -> MaskParts:
+        window = Window(*self.windows[index].tolist())
+        return self._parts(index, window, window.width)
+
+    @override
+    def _window(self, index: int, size: int) -> MaskParts:
+        return self._parts(index, self._draw(index), size)
+
+    @override
+    def _join(
+        self, parts: Sequence[MaskParts], size: int, places: Sequence[tuple[int, int]]
+    ) -> MaskParts:
+        image = _joined([part.image.numpy() for part in parts], size, places)
+        mask = _joined([part.mask for part in parts], size, places)
+        return MaskParts(torch.from_numpy(image), mask)
+
+    @staticmethod
+    @override
+    def _item(parts: MaskParts) -> tuple[Tensor, Target]:
+        return parts.image, {"mask": torch.from_numpy(parts.mask.astype(np.int64))}
+
+    @override
+    def _transformed(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        target = {"mask": tv_tensors.Mask(target["mask"])}
+        image, target = self.transform(tv_tensors.Image(image), target)
+        mask = target["mask"].as_subclass(Tensor).contiguous()
+        return image.as_subclass(Tensor).contiguous(), {"mask": mask}
 
 
 class TileSampler(Sampler[tuple[int, int]]):
@@ -509,10 +671,10 @@ class HardTiles(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: Batch,
         batch_idx: int,
     ) -> None:  # fmt: skip
-        """Pass on the loss of the background, of the batches of all ranks."""
+        """Pass on how wrong it was, on the batches of all ranks."""
         if self.sampler.hard_negatives:
             rows = [int(target["tile"]) for target in batch[1]]
-            losses = pl_module.network.background_loss.tolist()
+            losses = pl_module.tile_difficulty().tolist()
             pairs = itertools.chain.from_iterable(ranks.gathered([*zip(rows, losses, strict=True)]))
             self.sampler.update(*zip(*pairs, strict=True))
 
@@ -648,22 +810,73 @@ class BandDropout(PixelTransform):
         return torch.where(dropped[:, None, None], self.mean, image) if dropped.any() else image
 
 
+class RandomTrim(PixelTransform):
+    """Trim both ends of each band at a percentile, and stretch what is left to its old range.
+
+    Args:
+        low: Least percentile, 0 <= low <= high.
+        high: Largest, < 50.
+    """
+
+    def __init__(self, low: float, high: float) -> None:
+        """Keep the range."""
+        super().__init__()
+        self.low, self.high = low, high
+
+    def make_params(self, flat_inputs: list) -> dict[str, float]:
+        """Draw the percentile, the same for all bands and both ends."""
+        return {"percentile": self.low + (self.high - self.low) * float(torch.rand(()))}
+
+    def change(self, image: Tensor, percentile: float) -> Tensor:
+        """Trim and stretch; a band of one value stays."""
+        values = image.numpy()
+        at = [0, percentile, 100 - percentile, 100]
+        ends = np.percentile(values, at, axis=(1, 2), keepdims=True)
+        least, low, high, most = ends.astype(np.float32)
+        room = np.where(high > low, high - low, 1)
+        trimmed = least + (np.clip(values, low, high) - low) / room * (most - least)
+        return torch.from_numpy(np.where(high > low, trimmed, values).astype(np.float32))
+
+
 def training_transform(
-    augment: AugmentConfig, radiometry: imutils.Radiometry
+    augment: AugmentConfig,
+    radiometry: imutils.Radiometry,
+    *,
+    masks: bool = False,
+    target_size: int | None = None,
 ) -> v2.Transform | None:
     """Return what happens to the tensors of training tiles, or None if nothing does.
 
     Args:
         augment: What to draw from which range; windows are zoomed when they are read.
         radiometry: Mean and standard deviation of the input, per band.
+        masks: Whether tiles have masks, not boxes.
+        target_size: Side of random crops, px; None: none.
+
+    Raises:
+        InputError: Boxes are to be rotated by any angle.
     """
+    if augment.rotate_limit and not masks:
+        raise InputError(
+            "train.augment.rotate_limit needs masks: turned boxes would no longer fit their "
+            "objects; set it to 0, and see train.augment.turns"
+        )
+    crop = [v2.RandomCrop(target_size)] if target_size else []
     if not augment.enabled:
-        return None
+        return v2.Compose(crop) if crop else None
     steps: list[v2.Transform] = []
     if augment.flips:
-        steps.append(v2.RandomHorizontalFlip(0.5))
+        steps.append(v2.RandomHorizontalFlip(augment.flip_share))
     if augment.turns:
         steps.append(RandomQuarterTurn())
+    if augment.rotate_limit and augment.rotate_share:
+        fill = {tv_tensors.Image: list(radiometry.mean), tv_tensors.Mask: IGNORE}
+        bilinear = v2.InterpolationMode.BILINEAR
+        rotation = v2.RandomRotation(augment.rotate_limit, interpolation=bilinear, fill=fill)
+        steps.append(v2.RandomApply([rotation], augment.rotate_share))
+    steps += crop
+    if augment.trim_range:
+        steps.append(RandomTrim(*sorted(augment.trim_range)))
     if augment.gamma > 1:
         steps.append(RandomGamma(augment.gamma))
     if augment.contrast or augment.brightness:
@@ -720,6 +933,7 @@ class TileDataModule(pl.LightningDataModule):
         radiometry: How raw values become model input.
         conf: Batch size, worker processes, seed, sampling, augmentation.
         sample_size: Share of the training and validation windows to use.
+        labels: Of a segmentation, identifier -> the classes of its raster's pixels.
 
     Attributes:
         sampler: Draws the training tiles; a training loop tells it how difficult they were.
@@ -736,13 +950,27 @@ class TileDataModule(pl.LightningDataModule):
         conf: ModelConfig,
         *,
         sample_size: float = 1.0,
+        labels: Mapping[str, LabelSource] | None = None,
     ) -> None:
         """Select the tiles; nothing is read yet."""
         super().__init__()
-        self.conf = conf
+        self.conf, masks = conf, labels is not None
         train, validation, test = splits.split_dataset_train_test(tiles, sample_size, conf.seed)
         _, full_validation, _ = splits.split_dataset_train_test(tiles, 1.0, conf.seed)
-        common = (boxes, rasters, ids, radiometry)
+        target_size = conf.segmentation.target_size if masks else None
+        if target_size and target_size > train["width"].min():
+            raise InputError(
+                f"segmentation.target_size must be <= the side of the tiles "
+                f"({train['width'].min()} px), got {target_size}; lower it"
+            )
+        if masks:
+            boxes = boxes.iloc[:0]  # of the objects that masks were made of, if any
+
+        def dataset(part: pd.DataFrame, **options: object) -> TileDataset:
+            if masks:
+                return MaskDataset(part, rasters, labels, radiometry, **options)
+            return BboxDataset(part, boxes, rasters, ids, radiometry, **options)
+
         augment, views, seen = conf.train.augment, None, train
         if conf.train.random_windows:
             views = RandomViews(
@@ -753,16 +981,16 @@ class TileDataModule(pl.LightningDataModule):
             )  # fmt: skip
             seen = views.reach(train)
         splits.audit_splits(pd.concat([seen, full_validation, test]), rasters)
-        transform = training_transform(augment, radiometry)
-        self.train = BboxDataset(train, *common, transform=transform, views=views)
+        transform = training_transform(augment, radiometry, masks=masks, target_size=target_size)
+        self.train = dataset(train, transform=transform, views=views)
         self.sampler = TileSampler(
             self.train.repeat_factors(conf.train.repeat_threshold),
             seed=conf.seed, hard_negatives=conf.train.hard_negatives,
         )  # fmt: skip
         self.batches = TileBatches(self.sampler, conf.batch_size)
-        self.validation = BboxDataset(validation, *common, evaluation=True)
-        self.full_validation = BboxDataset(full_validation, *common, evaluation=True)
-        self.test = BboxDataset(test, *common, evaluation=True)
+        self.validation = dataset(validation, evaluation=True)
+        self.full_validation = dataset(full_validation, evaluation=True)
+        self.test = dataset(test, evaluation=True)
 
     def train_dataloader(self) -> DataLoader:
         """Return the training batches, in the order and of the tiles that `sampler` draws."""
@@ -780,13 +1008,14 @@ class TileDataModule(pl.LightningDataModule):
         """Return all test tiles."""
         return self._evaluation_loader(self.test)
 
-    def _evaluation_loader(self, dataset: BboxDataset) -> DataLoader:
-        rows, size = range(len(dataset)), self.conf.batch_size
+    def _evaluation_loader(self, dataset: TileDataset) -> DataLoader:
+        rows = range(len(dataset))
+        size = self.conf.eval_batch_size or self.conf.batch_size
         batches = [list(rows[first : first + size]) for first in rows[::size]]
         # ranks take them in turn; one without any sees an empty one, and so the end of the epoch
         return self._loader(dataset, batches[ranks.rank() :: ranks.count()] or [[]])
 
-    def _loader(self, dataset: BboxDataset, batches: Iterable[list]) -> DataLoader:
+    def _loader(self, dataset: TileDataset, batches: Iterable[list]) -> DataLoader:
         return DataLoader(
             dataset, batch_sampler=batches, num_workers=self.conf.workers,
             persistent_workers=self.conf.workers > 0, collate_fn=collate,

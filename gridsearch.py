@@ -9,12 +9,12 @@ the search, and workers, on any machine that has the run's folder:
 A trial that is finished is never repeated, one that was interrupted is; a failed one is recorded
 with its traceback and the search goes on.
 
-    <run>/search/                    all that a worker needs: settings, ground
+    <run>/search/                    all that a worker needs: settings, ground, labels of pixels
     <run>/study.journal              the queue, unless a database holds it
     <run>/trials/.<key>~<claim>/     where a worker trains; one that lost its trial is alone there
     <run>/trials/<key>/              record, checkpoints, detections of one training, ended
-    <run>/leaderboard.csv            all trials, best test AP50 first
-    <run>/best.ckpt, metrics.json    the trial with the best validation AP50
+    <run>/leaderboard.csv            all trials, best on the test first
+    <run>/best.ckpt, metrics.json    the trial that is best on validation
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import argparse
 import copy
 import json
 import logging
+import pickle
 import secrets
 import shutil
 import sys
@@ -49,14 +50,16 @@ import ranks
 import study
 import tiling
 from ImageData import ImageData, InputError
-from LargeRasterOR import BEST_BY, __version__
+from LargeRasterOR import LargeRasterORModel
+from learning import TileModel, __version__
 from logger import configure_logger, make_model_logger
 from ModelConfig import HYPERPARAMETERS, ModelConfig, Search
 from study import Claim, LostTrialError, Queue
-from trials import EVALUATION_FILES, LAST_CHECKPOINT, SearchData, train_iteration
+from trials import LAST_CHECKPOINT, SearchData, task_of, train_iteration
 
 log = logging.getLogger(__name__)
 
+LABELS = Path("search", "labels.pickle")  # in a run's folder, of a segmentation
 TRASH = ".trash-"  # prefix of folders that are being deleted
 FAILED, INCOMPLETE, INTERRUPTED = 1, 3, 130  # exit codes
 
@@ -165,7 +168,7 @@ def run_search(
     ranks.processes(conf.accelerator, conf.devices, conf.num_nodes)  # several machines join in
     queue = _open_queue(plan, conf.seed, run_dir, storage, retry_failed=retry_failed)
     _work(queue, plan, data, conf, run_dir, marks, wait=True, progress=progress)
-    return _finish(queue, run_dir)
+    return _finish(queue, run_dir, conf)
 
 
 def join_search(
@@ -208,7 +211,7 @@ def join_search(
     )
     done = _work(queue, plan, data, conf, run_dir, marks, wait=wait, max_trials=max_trials)
     if all(map(study.outcome_of, queue.latest().values())):
-        _finish(queue, run_dir)
+        _finish(queue, run_dir, conf)
     return done
 
 
@@ -272,7 +275,7 @@ def _do_trial(
     progress: bool,
 ) -> str:
     """Bring a trial to its end, whichever that is; return it."""
-    mark = marks[claim.hyperparams["patch_size"]]
+    mark, best_by = marks[claim.hyperparams["patch_size"]], task_of(conf).model.BEST_BY
     try:
         try:
             result = _known_result(run_dir, claim.key, mark, plan)
@@ -286,10 +289,10 @@ def _do_trial(
         else:
             if pruned := result.get("pruned"):
                 outcome = "pruned"
-                claim.end(TrialState.PRUNED, "pruned", pruned, pruned[BEST_BY])
+                claim.end(TrialState.PRUNED, "pruned", pruned, pruned[best_by])
             else:
                 outcome, values = "complete", result["values"]
-                claim.end(TrialState.COMPLETE, "values", values, values[BEST_BY])
+                claim.end(TrialState.COMPLETE, "values", values, values[best_by])
         _publish(run_dir, claim.key, claim.folder)
     except LostTrialError as lost:
         log.warning("%s; what was made of it here is dropped", lost)
@@ -363,7 +366,7 @@ def _train_trial(
             )
         status = "success"
     except optuna.TrialPruned:
-        record["pruned"] = {"epoch": judge.epoch, BEST_BY: judge.score}
+        record["pruned"] = {"epoch": judge.epoch, task_of(conf).model.BEST_BY: judge.score}
         log.info("trial %s is stopped after epoch %d, hopeless", key, judge.epoch)
     except (LostTrialError, fileio.FullDiskError):
         name = ""
@@ -398,7 +401,7 @@ class _Judge(pl.Callback):
         if trainer.state.fn != "fit" or not pl_module._measures("validation"):
             return
         self.epoch = trainer.current_epoch + 1
-        self.score = float(trainer.callback_metrics[BEST_BY])
+        self.score = float(trainer.callback_metrics[pl_module.BEST_BY])
         try:
             self.claim.report(self.epoch, self.score)
             hopeless = self.pruning and self.claim.is_hopeless()
@@ -482,13 +485,20 @@ def _settle(queue: Queue, run_dir: Path) -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def read_leaderboard(queue: Queue, run_dir: Path) -> pd.DataFrame:
-    """Tabulate the trials that have ended, best test AP50 first, stopped and failed ones last.
+def read_leaderboard(
+    queue: Queue, run_dir: Path, model: type[TileModel] = LargeRasterORModel
+) -> pd.DataFrame:
+    """Tabulate the trials that have ended, best on the test first, stopped and failed ones last.
+
+    Args:
+        queue: Of the search.
+        run_dir: The run's folder.
+        model: Says by which value trials are ranked, and one is selected.
 
     Returns:
         `trial, state` (complete, pruned, fail), the hyperparameters, the test's and validation's
-        values, `training_time` (s), `selected` (highest validation AP50), `checkpoint, error`; if
-        trials were stopped, `pruned_epoch` and `pruned_val_AP50`, measured then.
+        values, `training_time` (s), `selected` (highest `BEST_BY`), `checkpoint, error`; if
+        trials were stopped, `pruned_epoch` and `pruned_val_...`, measured then.
     """
     rows = []
     for slot, trial in queue.latest().items():
@@ -512,11 +522,11 @@ def read_leaderboard(queue: Queue, run_dir: Path) -> pd.DataFrame:
     board = pd.DataFrame(rows, columns=None if rows else always)
     # by what they are, for numbers depend on who trained what when, and on what was interrupted
     board = board.sort_values(list(HYPERPARAMETERS), ignore_index=True)
-    if "AP50" in board:
+    if model.RANK_BY in board:
         # before the test has a say: of equals, the first
-        board.loc[board[BEST_BY].idxmax(), "selected"] = True
+        board.loc[board[model.BEST_BY].idxmax(), "selected"] = True
         board = board.sort_values(
-            "AP50", ascending=False, ignore_index=True, na_position="last", kind="stable"
+            model.RANK_BY, ascending=False, ignore_index=True, na_position="last", kind="stable"
         )
     return board
 
@@ -536,7 +546,7 @@ def read_evaluation(run_dir: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Read what the best model found on the test ground, at any score, and what was to be found.
 
     Returns:
-        `detections.csv` and `objects.csv`, see `trials.write_evaluation`; labels and rasters as
+        `detections.csv` and `objects.csv`, see `trials.write_detections`; labels and rasters as
         they are written, so that the label 01 is not 1.
     """
     found, objects = (
@@ -562,11 +572,12 @@ def fullest_test_block(
     return best[1:]
 
 
-def _finish(queue: Queue, run_dir: Path) -> pd.DataFrame:
+def _finish(queue: Queue, run_dir: Path, conf: ModelConfig) -> pd.DataFrame:
     """Rank the trials, and give the best one's files their place in the run's folder."""
+    task = task_of(conf)
     _settle(queue, run_dir)
     with fileio.exclusive(run_dir, wait=True):
-        board = read_leaderboard(queue, run_dir)
+        board = read_leaderboard(queue, run_dir, task.model)
         fileio.write_table(run_dir / "leaderboard.csv", board)
         if not board["selected"].any():
             raise InputError(
@@ -575,12 +586,12 @@ def _finish(queue: Queue, run_dir: Path) -> pd.DataFrame:
             )
         best = board[board["selected"]].iloc[0]
         checkpoint, trial_dir = Path(best["checkpoint"]), trial_dir_of(best)
-        for source in (checkpoint, *(trial_dir / name for name in EVALUATION_FILES)):
+        for source in (checkpoint, *(trial_dir / name for name in task.files)):
             with fileio.atomic_path(run_dir / source.name) as temporary:
                 shutil.copyfile(source, temporary)
         summary = {
             "best_trial": trial_dir.name,
-            "ranked_by": BEST_BY,
+            "ranked_by": task.model.BEST_BY,
             **_read_json(trial_dir / "result.json"),
             "trials": board["state"].value_counts().to_dict(),
         }
@@ -636,6 +647,8 @@ def _check_same_input(
         "radiometry": asdict(data.radiometry),
         "configuration": configuration,
     }
+    if data.labels:
+        common["labels"] = fileio.fingerprint(_label_marks(data))
     tiles = {str(size): mark for size, mark in data.tile_marks.items()}
     now = json.loads(json.dumps(common | {"tiles": tiles}))
     ranked = record.exists() and (joining or any(trials.glob("*/result.json")))
@@ -724,6 +737,9 @@ def _write_search(run_dir: Path, plan: Plan, data: SearchData, conf: ModelConfig
     `search/blocks.parquet`: the ground blocks. `search/search.json`: `plan, conf`, and of `data`
     the paths of rasters and tile indexes, with fingerprints of what they held.
     """
+    if data.labels:
+        with fileio.atomic_path(run_dir / LABELS) as temporary:
+            temporary.write_bytes(pickle.dumps(dict(data.labels)))
     rasters = {}
     for name, raster in data.rasters.items():
         local = raster.path.is_file()
@@ -743,12 +759,17 @@ def _write_search(run_dir: Path, plan: Plan, data: SearchData, conf: ModelConfig
         "ids": dict(data.ids),
         "radiometry": asdict(data.radiometry),
         "evaluation_overlap": data.evaluation_overlap,
+        "labels": data.labels and fileio.fingerprint(_label_marks(data)),
     }
     fileio.write_table(run_dir / "search" / "blocks.parquet", data.blocks)
     fileio.write_json(
         run_dir / "search" / "search.json",
         {"plan": asdict(plan), "conf": conf.to_dict(), "data": shared},
     )
+
+
+def _label_marks(data: SearchData) -> dict[str, Any]:
+    return {name: source.made_from for name, source in data.labels.items()}
 
 
 def _load_search(run_dir: Path) -> dict[str, Any]:
@@ -789,6 +810,9 @@ def _read_search(run_dir: Path) -> tuple[Plan, SearchData, ModelConfig]:
                 fileio.Regions(aoi, tuple(shapely.from_wkb(regions["ignored"])))
             )
         rasters[name] = raster
+    labels = None
+    if shared.get("labels"):
+        labels = pickle.loads((run_dir / LABELS).read_bytes())  # of whoever may write to the run
     data = SearchData(
         tilings={int(size): Path(folder) for size, folder in shared["tilings"].items()},
         rasters=rasters,
@@ -799,7 +823,13 @@ def _read_search(run_dir: Path) -> tuple[Plan, SearchData, ModelConfig]:
         blocks=pd.read_parquet(run_dir / "search" / "blocks.parquet"),
         evaluation_overlap=shared["evaluation_overlap"],
         tile_marks={int(size): mark for size, mark in shared["tile_marks"].items()},
+        labels=labels,
     )
+    if labels and fileio.fingerprint(_label_marks(data)) != shared["labels"]:
+        raise InputError(
+            f"the labels of the search in {run_dir} are others here; a worker must find the same "
+            "files under the same paths"
+        )
     return Plan(**known["plan"]), data, ModelConfig.from_dict(known["conf"])
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ import fileio
 import imutils
 import ranks
 import tiling
-from ImageData import BOX_COLUMNS, CENTER_COLUMNS, InputError
+from ImageData import BOX_COLUMNS, CENTER_COLUMNS, IGNORE, InputError
 
 UNMATCHED = -1
 IGNORED = -2  # a detection on an ignored object, or on ground that does not count: neither way
@@ -881,6 +882,167 @@ def _intervals(
         f"{name}_{end}": value
         for end, row in zip(("low", "high"), ends, strict=True)
         for name, value in zip(("AP50", *BOX_VALUES), row, strict=True)
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# Masks
+# ---------------------------------------------------------------------------------------------
+
+
+class ConfusionCollector:
+    """Counts pixels by true and predicted class while tiles are evaluated, block by block.
+
+    Of a tile its core counts, so that ground is counted once. A block has parts, for resampling
+    where blocks are few; a tile belongs to one by its place, whoever counts it.
+
+    Args:
+        classes: Number of classes.
+    """
+
+    PARTS = 8  # of a block
+
+    def __init__(self, classes: int) -> None:
+        """Start empty."""
+        self.classes = classes
+        self.counts: dict[tuple[int, int], np.ndarray] = {}
+
+    def add(
+        self,
+        predicted: torch.Tensor,
+        truth: torch.Tensor,
+        targets: Iterable[Mapping[str, torch.Tensor]],
+    ) -> None:
+        """Count a batch.
+
+        Args:
+            predicted: Class ids (B, H, W).
+            truth: Likewise, and `IGNORE`.
+            targets: Per tile `ground`, `window`, `core`, see `datasets`.
+        """
+        for found, known, target in zip(predicted, truth, targets, strict=True):
+            window, core = target["window"].tolist(), target["core"].tolist()
+            # a pixel lies where its centre does
+            left, top, right, bottom = (math.ceil(core[i] - window[i % 2] - 0.5) for i in range(4))
+            inside = (slice(max(top, 0), bottom), slice(max(left, 0), right))
+            found, known = found[inside], known[inside].long()
+            counted = known != IGNORE
+            pairs = known[counted] * self.classes + found[counted]
+            count = torch.bincount(pairs, minlength=self.classes**2).cpu().numpy()
+            part = hash((int(window[0]), int(window[1]))) % self.PARTS
+            key = int(target["ground"]), part
+            before = self.counts.get(key, np.zeros((self.classes,) * 2, dtype=np.int64))
+            self.counts[key] = before + count.reshape(before.shape)
+
+    def merge(self) -> dict[int, np.ndarray]:
+        """Return what all ranks counted, and start anew; nothing on ranks above 0.
+
+        Returns:
+            Block -> int64 (parts, C, C), rows are true classes, columns predicted ones; one part
+            where there are blocks enough to resample them.
+        """
+        shares, self.counts = ranks.collected(self.counts), {}
+        totals: dict[tuple[int, int], np.ndarray] = {}
+        for key, count in chain.from_iterable(share.items() for share in shares or []):
+            totals[key] = totals.get(key, 0) + count
+        blocks: dict[int, list[np.ndarray]] = {}
+        for (block, _), count in sorted(totals.items(), key=lambda item: item[0]):
+            blocks.setdefault(block, []).append(count)
+        stacked = {block: np.stack(parts) for block, parts in blocks.items()}
+        if len(stacked) < FEW_BLOCKS:
+            return stacked
+        return {block: parts.sum(axis=0, keepdims=True) for block, parts in stacked.items()}
+
+
+@dataclass(frozen=True)
+class MaskEvaluation:
+    """What `evaluate_masks` returns.
+
+    Attributes:
+        values: Name -> number; see `evaluate_masks`.
+        confusion: int64 (C, C), pixels; rows are true classes, columns predicted ones.
+        blocks: Block -> its confusion.
+    """
+
+    values: dict[str, float]
+    confusion: np.ndarray
+    blocks: dict[int, np.ndarray]
+
+
+def evaluate_masks(
+    blocks: Mapping[int, np.ndarray],
+    labels: Sequence[str],
+    *,
+    resamples: int = RESAMPLES,
+    rng: np.random.Generator | None = None,
+) -> MaskEvaluation:
+    """Measure classes of pixels on all ground together.
+
+    Args:
+        blocks: Block -> pixels by true and predicted class, see `ConfusionCollector.merge`.
+        labels: Names of the classes, by class id.
+        resamples: Number of resamples for the confidence interval; 0 for none.
+        rng: Of the resamples; None gives equal intervals to equal input.
+
+    Returns:
+        Values, shares in 0-1:
+
+        - `pixel_accuracy`: share of the pixels that have their class.
+        - `IoU_<label>`, `F1_<label>`, `precision_<label>`, `recall_<label>` of the classes that the
+          ground shows, and `mean_IoU, mean_F1, mean_precision, mean_recall` over these; what is
+          predicted of others counts against those whose ground it is. A class that is never
+          predicted has the precision 0.
+        - `mean_IoU_low, mean_IoU_high`: 95 % confidence interval, by resampling blocks of ground
+          (or their parts) with replacement; absent where there is only one.
+        - `pixels`: how many were counted.
+
+        Where no pixel has a class, only the last.
+
+    References:
+        Everingham et al. 2010, PASCAL VOC, for IoU over all ground; Efron 1979, Bootstrap methods.
+    """
+    none = np.zeros((0, len(labels), len(labels)), dtype=np.int64)
+    parts = np.concatenate([none, *blocks.values()])
+    confusion = parts.sum(axis=0)
+    hit, known, found = _class_counts(parts)
+    shares = _class_shares(hit.sum(axis=0), known.sum(axis=0), found.sum(axis=0))
+    pixels = int(confusion.sum())
+    values: dict[str, float] = {"pixels": float(pixels)}
+    if pixels:
+        values["pixel_accuracy"] = float(np.trace(confusion) / pixels)
+        for name, of_classes in shares.items():
+            values[f"mean_{name}"] = float(np.nanmean(of_classes))
+            values |= {
+                f"{name}_{label}": float(value)
+                for label, value in zip(labels, of_classes, strict=True)
+                if not np.isnan(value)
+            }
+    if pixels and resamples and len(parts) > 1:
+        rng = rng or np.random.default_rng(0)
+        drawn = rng.multinomial(len(parts), np.full(len(parts), 1 / len(parts)), resamples)
+        drawn = drawn[drawn @ known.sum(axis=1) > 0]
+        samples = _class_shares(drawn @ hit, drawn @ known, drawn @ found)["IoU"]
+        ends = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+        low, high = np.quantile(np.nanmean(samples, axis=1), ends)
+        values |= {"mean_IoU_low": float(low), "mean_IoU_high": float(high)}
+    of_blocks = {block: counts.sum(axis=0) for block, counts in blocks.items()}
+    return MaskEvaluation(values, confusion, of_blocks)
+
+
+def _class_counts(confusions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return right, true and predicted pixels (N, C) per class of confusions (N, C, C)."""
+    right = np.diagonal(confusions, axis1=1, axis2=2)
+    return right, confusions.sum(axis=2), confusions.sum(axis=1)
+
+
+def _class_shares(hit: np.ndarray, known: np.ndarray, found: np.ndarray) -> dict[str, np.ndarray]:
+    """Return measures (..., C) of counts; NaN of classes that the ground does not show."""
+    shown = np.where(known > 0, 1.0, np.nan)
+    return {
+        "IoU": shown * hit / np.maximum(known + found - hit, 1),
+        "F1": shown * 2 * hit / np.maximum(known + found, 1),
+        "precision": shown * hit / np.maximum(found, 1),
+        "recall": shown * hit / np.maximum(known, 1),
     }
 
 

@@ -22,6 +22,7 @@ from ImageData import InputError, RasterHandle
 
 log = logging.getLogger(__name__)
 
+CLASS_COLUMN = r"^class_\d+$"  # of tiles with masks: pixels of that class id
 SPLITS = ("train", "validation", "test")
 REPROJECTION_SLACK = 0.01  # share of a tile; edges that were straight are curved in another CRS
 MIN_BLOCKS = 12  # below this many blocks, the derived block size shrinks
@@ -287,7 +288,13 @@ def split_dataset_train_test(
                 "or EMPTY_TILE_RATIO, lower MIN_VALID, widen the area of interest, or relax your "
                 "tile filters"
             )
-        if not part["objects"].sum():
+        pixels = part.filter(regex=CLASS_COLUMN)
+        if len(pixels.columns) and not pixels.to_numpy().any():
+            raise InputError(
+                f"the {name} split has {len(part)} tiles but no labelled pixel; change SEED or "
+                "BLOCK_SIZE, raise its proportion or SAMPLE_SIZES, or label more ground"
+            )
+        if not len(pixels.columns) and not part["objects"].sum():
             raise InputError(
                 f"the {name} split has {len(part)} tiles but no object; change SEED or BLOCK_SIZE, "
                 "raise its proportion or SAMPLE_SIZES, or annotate more ground"
@@ -322,3 +329,31 @@ def check_labels(tiles: pd.DataFrame, boxes: pd.DataFrame) -> pd.DataFrame:
             "labels into Unknown"
         )
     return counts
+
+
+def check_classes(tiles: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
+    """Count the pixels per class and split, and refuse classes that the training never sees.
+
+    Args:
+        tiles: The tiles of a trial with masks, of all splits.
+        labels: Names of the classes, by class id.
+
+    Returns:
+        One row per class, one column per split: pixels of windows, where these overlap more than
+        once.
+
+    Raises:
+        InputError: A class that other ground shows has no pixel on training ground.
+    """
+    windows = tiles.drop_duplicates("window")
+    columns = [f"class_{i}" for i in range(len(labels))]
+    counts = windows.groupby("split")[columns].sum().T.reindex(columns=list(SPLITS), fill_value=0)
+    counts.index = pd.Index(labels, name="label")
+    unseen = counts.index[(counts["train"] == 0) & (counts.sum(axis=1) > 0)]
+    if len(unseen):
+        places = {label: counts.loc[label].drop("train").to_dict() for label in unseen}
+        raise InputError(
+            f"classes without a pixel on training ground: {places}; change SEED or BLOCK_SIZE, "
+            "raise SAMPLE_SIZES, or label more of them"
+        )
+    return counts.astype(int)

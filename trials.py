@@ -6,7 +6,7 @@ import copy
 import logging
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,13 +25,14 @@ import ranks
 import splits
 import tiling
 from datasets import HardTiles, TileDataModule, class_ids
-from ImageData import BOX_COLUMNS, CENTER_COLUMNS, ImageData, InputError
-from LargeRasterOR import BEST_BY, DivergedError, LargeRasterORModel
+from ImageData import BOX_COLUMNS, CENTER_COLUMNS, ImageData, InputError, LabelSource
+from LargeRasterOR import LargeRasterORModel
+from LargeRasterSeg import LargeRasterSegModel
+from learning import DivergedError, TileModel
 from logger import LoggerProtocol
 from ModelConfig import ModelConfig
 from networks import (
     GOOD_ANCHOR,
-    LAST_LEVEL,
     DataContract,
     detections_limit,
     fit_anchors,
@@ -42,7 +43,27 @@ from resume import LastCheckpoint, read_last, set_progress
 log = logging.getLogger(__name__)
 
 LAST_CHECKPOINT = "checkpoints/last.ckpt"  # in a trial's folder, while it is not done
-EVALUATION_FILES = ("detections.csv", "objects.csv", "curve.csv", "confusion.csv")
+EVALUATION_FILES = ("detections.csv", "objects.csv", "curve.csv", "confusion.csv")  # a detector's
+MASK_OVERLAP = 64  # px that neighbouring tiles share at least where their edges know too little
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is of one task.
+
+    Attributes:
+        model: Its model.
+        contract: Gives its part of the contract of a trial's tiles.
+        describe: Says what a trained model is like.
+        write: Writes the model's last evaluation to a folder, given the ground blocks.
+        files: What it writes.
+    """
+
+    model: type[TileModel]
+    contract: Callable[[TileDataModule], dict[str, Any]]
+    describe: Callable[[TileModel, Mapping[str, float]], str]
+    write: Callable[[Path, TileModel, pd.DataFrame], None]
+    files: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -57,6 +78,7 @@ class SearchData:
         blocks: Ground blocks.
         evaluation_overlap: Overlap of evaluation windows in px.
         tile_marks: Tile size -> fingerprint of its index.
+        labels: Of a segmentation, identifier -> the classes of its raster's pixels.
     """
 
     tilings: Mapping[int, Path]
@@ -66,6 +88,7 @@ class SearchData:
     blocks: pd.DataFrame
     evaluation_overlap: int
     tile_marks: Mapping[int, str]
+    labels: Mapping[str, LabelSource] | None = None
 
 
 def prepare_search(
@@ -78,6 +101,7 @@ def prepare_search(
     stretch: str = "auto",
     percentiles: tuple[float, float] = (0.5, 99.5),
     scheduler: str | None = None,
+    classes: Sequence[str] | None = None,
 ) -> tuple[SearchData, pd.DataFrame]:
     """Fix what all trials share, and refuse what would fail after hours of training.
 
@@ -90,10 +114,11 @@ def prepare_search(
         stretch: See `imutils.measure_radiometry`.
         percentiles: See there.
         scheduler: Of a Dask cluster that is to read the pixels for it.
+        classes: Of a segmentation, the names of the classes, by class id.
 
     Returns:
-        The shared data, and the number of objects per label and split (of the last tile size and
-        the largest sample).
+        The shared data, and the number of objects, or pixels, per label and split (of the last tile
+        size and the largest sample).
 
     Raises:
         InputError: Splits share ground, a split has no tile or object, a label is never seen in
@@ -103,14 +128,21 @@ def prepare_search(
     indexes = {size: tiling.read_tiles(directory) for size, directory in tilings.items()}
     ground = blocks[blocks["split"] == "train"]
     pixels = tiling.sample_pixels(ground, rasters, seed=conf.seed, scheduler=scheduler)
+    labels, overlap = None, MASK_OVERLAP
+    if conf.task == "segmentation":
+        ids, labels = _mask_classes(images, classes)
+    else:
+        ids = class_ids([label for image in images for label in image.df["label"].unique()])
+        overlap = tiling.evaluation_overlap(images)
     data = SearchData(
         tilings=dict(tilings),
         rasters=rasters,
-        ids=class_ids([label for image in images for label in image.df["label"].unique()]),
+        ids=ids,
         radiometry=imutils.measure_radiometry(pixels, stretch, percentiles),
         blocks=blocks,
-        evaluation_overlap=tiling.evaluation_overlap(images),
+        evaluation_overlap=overlap,
         tile_marks={size: fileio.fingerprint(index) for size, index in indexes.items()},
+        labels=labels,
     )
     counts = None
     for size, (tiles, boxes) in indexes.items():
@@ -118,12 +150,16 @@ def prepare_search(
             try:
                 module = _module(data, tiles, boxes, conf, sample_size)
                 used = [module.train.tiles, module.full_validation.tiles, module.test.tiles]
-                counts = splits.check_labels(pd.concat(used), boxes)
+                used = pd.concat(used)
+                counts = (
+                    splits.check_labels(used, boxes) if labels is None
+                    else splits.check_classes(used, list(ids))
+                )  # fmt: skip
             except InputError as error:
                 raise InputError(
                     f"tiles of {size} px, sample size {sample_size}: {error}"
                 ) from error
-    model = LargeRasterORModel(data.ids, conf, make_contract(data, module, size))
+    model = task_of(conf).model(data.ids, conf, make_contract(data, module, size))
     model.load_pretrained()
     model.create_trainer()
     ranks.processes(conf.accelerator, conf.devices)
@@ -134,8 +170,24 @@ def _module(
     data: SearchData, tiles: pd.DataFrame, boxes: pd.DataFrame, conf: ModelConfig, sample: float
 ) -> TileDataModule:
     return TileDataModule(
-        tiles, boxes, data.rasters, data.ids, data.radiometry, conf, sample_size=sample
-    )
+        tiles, boxes, data.rasters, data.ids, data.radiometry, conf, sample_size=sample,
+        labels=data.labels,
+    )  # fmt: skip
+
+
+def _mask_classes(
+    images: Sequence[ImageData], classes: Sequence[str] | None
+) -> tuple[dict[str, int], dict[str, LabelSource]]:
+    """Return the class ids, and the labels of the rasters, which must all have some."""
+    labels = {image.image_identifier: image.labels for image in images}
+    if without := [name for name, source in labels.items() if source is None]:
+        raise InputError(
+            f"segmentation needs the class of every pixel, and rasters {without} have no labels; "
+            "give polygons or a mask raster of each, or set task to 'detection'"
+        )
+    if classes is None:
+        raise InputError("segmentation needs the names of its classes, by class id, got none")
+    return {name: i for i, name in enumerate(classes)}, labels
 
 
 def train_iteration(
@@ -150,8 +202,8 @@ def train_iteration(
 ) -> dict[str, float]:
     """Train one model, choose its threshold on all validation ground, test it on the test ground.
 
-    Writes to `trial_dir`: `checkpoints/best.ckpt` (highest `val_AP50`, with the threshold);
-    `detections.csv`, `objects.csv`, `curve.csv`, `confusion.csv` of the test. While
+    Writes to `trial_dir`: `checkpoints/best.ckpt` (highest `BEST_BY` of the task's model, with the
+    threshold of a detector); of the test what `write_detections` or `write_masks` says. While
     `checkpoints/last.ckpt` is there, the same training goes on where it was interrupted, or, if
     training itself was done, with the rest; who keeps the result deletes the file.
 
@@ -226,32 +278,32 @@ def _train(
         )
     module = _module(data, tiles, boxes, conf, hyperparams["sample_size"])
     contract = make_contract(data, module, size)
-    model = LargeRasterORModel(data.ids, conf, contract)
+    task = task_of(conf)
+    model = task.model(data.ids, conf, contract)
     model.load_pretrained()
     best, last = trial_dir / "checkpoints" / "best.ckpt", trial_dir / LAST_CHECKPOINT
     made_from = _made_from(hyperparams, data, conf)
     known = _known_progress(last, best, made_from, logger) if logger else None
     known = ranks.told(known)
     checkpoint = ModelCheckpoint(
-        best.parent, filename=best.stem, monitor=BEST_BY, mode="max", enable_version_counter=False
-    )
+        best.parent, filename=best.stem, monitor=task.model.BEST_BY, mode="max",
+        enable_version_counter=False,
+    )  # fmt: skip
     trainer = model.create_trainer(
         logger,
         [LastCheckpoint(last, made_from, module.batches), HardTiles(module.sampler), checkpoint,
          *callbacks],
         progress=progress, root_dir=trial_dir,
     )  # fmt: skip
-    fitted = contract.anchors
-    covered = good_anchor_share(fitted, module.train.boxes[module.train.owned])
     log.info(
-        "%d training tiles, %d of validation, %d of test; network: %s, norm %s, P%d-P%d of %d "
-        "channels, input enlarged by %g; anchors of %s px, ratios %s (%.0f %% of the objects have "
-        "one of IoU above %g); up to %d detections per tile, of %d candidates per level",
-        len(module.train), len(module.validation), len(module.test), conf.backbone,
-        conf.architecture()["norm"], fitted.finest_level, LAST_LEVEL, conf.fpn_channels,
-        fitted.input_scale, fitted.sizes, fitted.aspect_ratios, 100 * covered, GOOD_ANCHOR,
-        contract.detections_per_tile, model.network.topk_candidates,
+        "%d training tiles, %d of validation, %d of test; network: %s",
+        len(module.train), len(module.validation), len(module.test), model.describe(),
     )  # fmt: skip
+    if contract.anchors:
+        covered = good_anchor_share(contract.anchors, module.train.boxes[module.train.owned])
+        log.info(
+            "%.0f %% of the objects have an anchor of IoU above %g", 100 * covered, GOOD_ANCHOR
+        )
     if known and known["finished"]:
         set_progress(trainer, known["epoch"], known["step"])
         model.seconds = known["seconds"]
@@ -281,7 +333,9 @@ def _train(
     # the other ranks take the weights from the first, as Lightning begins to measure
     (validated,) = trainer.validate(model, module.full_validation_dataloader(), verbose=False)
     if logger:
-        state["state_dict"]["operating_threshold"] = model.operating_threshold.cpu()
+        # what was found on all validation ground, such as a threshold
+        own = dict(model.named_buffers(recurse=False))
+        state["state_dict"] |= {name: value.cpu() for name, value in own.items()}
         state |= {"optimizer_states": [], "lr_schedulers": []}  # most of a file that only detects
         for training in ("current_model_state", "averaging_state"):
             state.pop(training, None)
@@ -291,24 +345,35 @@ def _train(
     if not logger:
         return None
 
-    right, down = model.network.offset.tolist()
-    log.info(
-        "annotated boxes lie %.2f px %s and %.2f px %s what shows objects",
-        abs(right), "right of" if right > 0 else "left of",
-        abs(down), "below" if down > 0 else "above",
-    )  # fmt: skip
-    values = {**tested, **validated, "offset_x": right, "offset_y": down,
-              "training_time": training_time}  # fmt: skip
-    write_evaluation(trial_dir, model, data.blocks)
-    for name in EVALUATION_FILES:
+    values = {**tested, **validated, **model.learnt_values(), "training_time": training_time}
+    task.write(trial_dir, model, data.blocks)
+    for name in task.files:
         logger.log_artifact(trial_dir / name, name, "evaluation", "of the test ground")
     log.info(
-        "test, views %r: AP50 %.3f, F1 %.3f (precision %.3f, recall %.3f at score %.2f), "
-        "%.0f s of training",
-        conf.views, values["AP50"], values["box_f1"], values["box_precision"], values["box_recall"],
-        values["score_threshold"], training_time,
+        "test, views %r: %s; %.0f s of training", conf.views, task.describe(model, values),
+        training_time,
     )  # fmt: skip
     return values
+
+
+def _describe_detector(model: LargeRasterORModel, values: Mapping[str, float]) -> str:
+    right, down = values["offset_x"], values["offset_y"]
+    return (
+        f"AP50 {values['AP50']:.3f}, F1 {values['box_f1']:.3f} (precision "
+        f"{values['box_precision']:.3f}, recall {values['box_recall']:.3f} at score "
+        f"{values['score_threshold']:.2f}); annotated boxes lie {abs(right):.2f} px "
+        f"{'right of' if right > 0 else 'left of'} and {abs(down):.2f} px "
+        f"{'below' if down > 0 else 'above'} what shows objects"
+    )
+
+
+def _describe_masks(model: LargeRasterSegModel, values: Mapping[str, float]) -> str:
+    known = [(name, values.get(f"IoU_{name}")) for name in model.labels]
+    of_classes = ", ".join(f"{name} {value:.3f}" for name, value in known if value is not None)
+    return (
+        f"mean IoU {values['mean_IoU']:.3f} ({of_classes}), pixel accuracy "
+        f"{values['pixel_accuracy']:.3f}"
+    )
 
 
 def _made_from(hyperparams: Mapping[str, Any], data: SearchData, conf: ModelConfig) -> str:
@@ -318,6 +383,8 @@ def _made_from(hyperparams: Mapping[str, Any], data: SearchData, conf: ModelConf
         settings.pop(name)
     tiles = data.tile_marks[hyperparams["patch_size"]]
     ground = [dict(data.ids), asdict(data.radiometry), data.blocks]
+    if data.labels:
+        ground.append({name: source.made_from for name, source in data.labels.items()})
     return fileio.fingerprint([hyperparams, settings, tiles, ground, ranks.count()])
 
 
@@ -343,25 +410,31 @@ def _known_progress(
 def make_contract(data: SearchData, module: TileDataModule, tile_size: int) -> DataContract:
     """Derive what depends on the training tiles of a trial, for its model and its checkpoint."""
     raster = next(iter(data.rasters.values()))
-    # of all tiles, so that no limit cuts what is measured; their labels are not looked at
-    tiles = (module.train, module.full_validation, module.test)
-    densest = max(int(np.max(t.last - t.first, initial=0)) for t in tiles)
     return DataContract(
         tile_size=tile_size,
         bands=raster.bands,
         band_count=raster.band_count,
         dtype=raster.dtype,
         radiometry=data.radiometry,
-        # neighbours are cut
-        anchors=fit_anchors(module.train.boxes[module.train.owned], module.conf),
-        detections_per_tile=module.conf.detections_per_tile or detections_limit(densest),
         resolution=raster.resolution,
         split_hash=fileio.fingerprint(data.blocks),
         evaluation_overlap=min(data.evaluation_overlap, tile_size // 2),
+        **task_of(module.conf).contract(module),
     )
 
 
-def write_evaluation(trial_dir: Path, model: LargeRasterORModel, blocks: pd.DataFrame) -> None:
+def _detector_contract(module: TileDataModule) -> dict[str, Any]:
+    # of all tiles, so that no limit cuts what is measured; their labels are not looked at
+    tiles = (module.train, module.full_validation, module.test)
+    densest = max(int(np.max(t.last - t.first, initial=0)) for t in tiles)
+    return {
+        # neighbours are cut
+        "anchors": fit_anchors(module.train.boxes[module.train.owned], module.conf),
+        "detections_per_tile": module.conf.detections_per_tile or detections_limit(densest),
+    }
+
+
+def write_detections(trial_dir: Path, model: LargeRasterORModel, blocks: pd.DataFrame) -> None:
     """Write the model's last evaluation as tables; places are in px of the raster.
 
     `detections.csv`, of all scores: `raster, block, pixel_x, pixel_y, diameter, label, score, xmin,
@@ -396,3 +469,44 @@ def write_evaluation(trial_dir: Path, model: LargeRasterORModel, blocks: pd.Data
     confusion = pd.DataFrame(model.evaluation.confusion, columns=[*model.labels, "(missed)"])
     confusion.insert(0, "(truth)", [*model.labels, "(background)"])
     fileio.write_table(trial_dir / "confusion.csv", confusion)
+
+
+def write_masks(trial_dir: Path, model: LargeRasterSegModel, blocks: pd.DataFrame) -> None:
+    """Write the model's last evaluation as tables of pixels.
+
+    `confusion.csv`: a row per true class, a column per predicted one. `blocks.csv`: of each block
+    of ground `raster, block, x, y, width, height` (px), and per class that it shows or was found
+    there `label, truth, predicted, right`.
+    """
+    labels = np.asarray(model.labels, dtype=object)
+    confusion = pd.DataFrame(model.evaluation.confusion, columns=model.labels)
+    confusion.insert(0, "(truth)", model.labels)
+    fileio.write_table(trial_dir / "confusion.csv", confusion)
+    places, rows = blocks.set_index("block"), []
+    for block, counts in model.evaluation.blocks.items():
+        place = places.loc[block]
+        table = pd.DataFrame(
+            {"raster": place["raster"], "block": block, "x": place["x"], "y": place["y"],
+             "width": place["width"], "height": place["height"], "label": labels,
+             "truth": counts.sum(axis=1), "predicted": counts.sum(axis=0),
+             "right": np.diag(counts)}
+        )  # fmt: skip
+        rows.append(table[(table["truth"] > 0) | (table["predicted"] > 0)])
+    fileio.write_table(trial_dir / "blocks.csv", pd.concat(rows, ignore_index=True))
+
+
+TASKS = {
+    "detection": Task(
+        LargeRasterORModel, _detector_contract, _describe_detector, write_detections,
+        EVALUATION_FILES,
+    ),
+    "segmentation": Task(
+        LargeRasterSegModel, lambda module: {}, _describe_masks, write_masks,
+        ("blocks.csv", "confusion.csv"),
+    ),
+}  # fmt: skip
+
+
+def task_of(conf: ModelConfig) -> Task:
+    """Return what is of the task that a configuration is for."""
+    return TASKS[conf.task]

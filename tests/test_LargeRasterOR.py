@@ -180,11 +180,11 @@ def test_a_batch_system_does_not_decide_how_a_training_runs(monkeypatch):
 def test_precision_is_decided_by_the_hardware(monkeypatch):
     assert resolve_precision("16-mixed", "cpu") == "16-mixed"
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    monkeypatch.setattr("LargeRasterOR._bf16_gain", lambda: 1.5)
+    monkeypatch.setattr("learning._bf16_gain", lambda: 1.5)
     assert resolve_precision("auto", "cpu") == "bf16-mixed"
-    monkeypatch.setattr("LargeRasterOR._bf16_gain", lambda: 0.9)
+    monkeypatch.setattr("learning._bf16_gain", lambda: 0.9)
     assert resolve_precision("auto", "cpu") == "32-true"
-    monkeypatch.setattr("LargeRasterOR._bf16_gain", lambda: 1.5)
+    monkeypatch.setattr("learning._bf16_gain", lambda: 1.5)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     assert resolve_precision("auto", "cpu") == "32-true"
 
@@ -287,7 +287,7 @@ def test_the_clock_ends_a_training_and_its_rate_falls_until_then(prepared, tmp_p
 def test_long_work_tells_at_every_tenth_how_far_it_is(prepared, tmp_path, monkeypatch, caplog):
     conf = small_conf(batch_size=4)
     conf.train.epochs = 2
-    monkeypatch.setattr("LargeRasterOR.LINE_SECONDS", 0)
+    monkeypatch.setattr("learning.LINE_SECONDS", 0)
     with caplog.at_level("INFO"):
         model, module, trainer = fit(prepared, tmp_path, conf, sample_size=0.5)
         trainer.validate(model, module.full_validation_dataloader(), verbose=False)
@@ -301,7 +301,7 @@ def test_long_work_tells_at_every_tenth_how_far_it_is(prepared, tmp_path, monkey
 
 def test_progress_counts_from_where_a_training_goes_on_and_by_its_clock(monkeypatch, caplog):
     now = [100.0]
-    monkeypatch.setattr("LargeRasterOR.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("learning.time.monotonic", lambda: now[0])
     share = {"done": 0.5}
     model = SimpleNamespace(share_done=lambda: share["done"])
     trainer = SimpleNamespace(global_step=50, estimated_stepping_batches=1000)

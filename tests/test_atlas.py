@@ -21,7 +21,7 @@ THRESHOLD, IOU = 0.5, 0.5
 
 
 def tables_of(boxes, scores, labels, truth, truth_labels, counted=None, block=0, raster="r"):
-    """Match as an evaluation does, and tabulate as `trials.write_evaluation` does."""
+    """Match as an evaluation does, and tabulate as `trials.write_detections` does."""
     boxes, truth = (np.asarray(b, float).reshape(-1, 4) for b in (boxes, truth))
     counted = np.ones(len(truth), bool) if counted is None else np.asarray(counted)
     place = {"raster": raster, "block": block}

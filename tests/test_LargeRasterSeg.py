@@ -1,0 +1,195 @@
+"""Segmentation: it learns two textures, describes itself, and takes any bands and sizes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from segments import LABELS, make_segments, seg_conf
+from test_LargeRasterOR import contract_of
+
+import trials
+from ImageData import InputError
+from LargeRasterSeg import LargeRasterSegModel, check_encoder, load_encoder, segment_views
+from logger import DefaultModelLogger
+from ModelConfig import SegmentationConfig
+
+
+@pytest.fixture(scope="module")
+def segments(tmp_path_factory):
+    made = make_segments(tmp_path_factory.mktemp("segments"))
+    made.data, made.counts = trials.prepare_search(
+        made.images, made.blocks, made.tilings, [1.0], seg_conf(), classes=LABELS
+    )
+    return made
+
+
+HYPERPARAMETERS = {
+    "patch_size": 64, "n_epochs": 3, "sample_size": 1.0, "learning_rate": 3e-3, "batch_size": 8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(segments, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    values = trials.train_iteration(
+        HYPERPARAMETERS, segments.data, seg_conf(), folder, DefaultModelLogger(folder)
+    )
+    return SimpleNamespace(values=values, folder=folder)
+
+
+def model_of(labels=("a", "b", "c"), bands=1, **options):
+    return LargeRasterSegModel(
+        list(labels), seg_conf(**options), contract_of(bands, anchors=None, detections_per_tile=None)
+    )
+
+
+def test_two_textures_are_told_apart(trained):
+    values = trained.values
+    assert values["mean_IoU"] > 0.8
+    assert values["IoU_rough"] > 0.75
+    assert values["val_mean_IoU"] > 0.8
+    assert values["mean_IoU_low"] < values["mean_IoU"] < values["mean_IoU_high"]
+
+
+def test_the_tables_of_a_test_say_what_was_measured(trained, segments):
+    confusion = pd.read_csv(trained.folder / "confusion.csv")
+    assert confusion["(truth)"].tolist() == LABELS
+    counts = confusion[LABELS].to_numpy()
+    assert np.trace(counts) / counts.sum() == pytest.approx(trained.values["pixel_accuracy"])
+    # every labelled pixel of test ground once
+    labelled = 0
+    for image in segments.images:
+        mine = segments.blocks[segments.blocks["raster"] == image.image_identifier]
+        for b in mine[mine["split"] == "test"].itertuples():
+            part = image.labels.mask[b.y : b.y + b.height, b.x : b.x + b.width]
+            labelled += int((part != 255).sum())
+    assert counts.sum() == labelled == trained.values["pixels"]
+    blocks = pd.read_csv(trained.folder / "blocks.csv")
+    assert blocks["truth"].sum() == labelled
+    assert blocks["right"].sum() == np.trace(counts)
+
+
+def test_a_checkpoint_describes_itself_and_says_the_same(trained):
+    path = trained.folder / "checkpoints" / "best.ckpt"
+    known = torch.load(path, weights_only=True)["hyper_parameters"]
+    assert known["task"] == "segmentation"
+    assert known["label_set"] == LABELS
+    model = LargeRasterSegModel.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    model.eval()
+    assert model.labels == LABELS
+    assert model.contract.anchors is None
+    again = model_of(LABELS, **{"init_from": str(path)})
+    again.load_pretrained()
+    images = torch.rand(2, 1, 50, 70)
+    with torch.inference_mode():
+        torch.testing.assert_close(again.eval()(images).shape, torch.Size((2, 2, 50, 70)))
+    torch.testing.assert_close(again.network.state_dict(), model.network.state_dict())
+
+
+def test_a_start_keeps_classes_by_name_and_fits_the_bands(trained):
+    path = str(trained.folder / "checkpoints" / "best.ckpt")
+    old = LargeRasterSegModel.load_from_checkpoint(path, map_location="cpu")
+    new = model_of(["new", "rough", "calm"], bands=3, init_from=path)
+    new.load_pretrained()
+    theirs = old.network.body.segmentation_head[0].bias.detach()
+    mine = new.network.body.segmentation_head[0].bias.detach()
+    torch.testing.assert_close(mine[1:], theirs[[1, 0]])
+    first = next(p for n, p in new.network.named_parameters() if n.endswith("0.0.weight"))
+    assert first.shape[1] == 3
+    assert (first[:, 1:] == 0).all()  # further bands change nothing yet
+    with pytest.raises(InputError, match="INIT_FROM has 'fpn'"):
+        model_of(LABELS, init_from=path, **{"segmentation.architecture": "unet"}).load_pretrained()
+
+
+@pytest.mark.parametrize("architecture", ["unet", "linknet", "pan", "deeplabv3plus", "segformer"])
+def test_any_size_and_a_lone_tile_are_learnt_from(architecture):
+    model = model_of(bands=2, **{"segmentation.architecture": architecture})
+    images = torch.rand(1, 2, 45, 70)
+    logits = model.train()(images)
+    assert logits.shape == (1, 3, 45, 70)
+    logits.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_what_is_padded_changes_nothing_away_from_it():
+    torch.manual_seed(0)
+    model = model_of().eval()
+    images = torch.rand(1, 1, 96, 96)
+    with torch.inference_mode():
+        assert model(images).shape == (1, 3, 96, 96)
+        assert model(images[..., :90, :90]).shape == (1, 3, 90, 90)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"segmentation.architecture": "unett"}, "no 'unett'; did you mean unet"),
+        ({"segmentation.encoder": "resnet19"}, "no 'resnet19'; did you mean resnet18"),
+        ({"segmentation.encoder": "tu-resnet19"}, "did you mean tu-resnet"),
+        ({"segmentation.encoder": "mit_b0"}, "NVIDIA Source Code License"),
+        ({"segmentation.architecture": "unet", "segmentation.dropout": 0.3}, "unet has none"),
+        ({"segmentation.loss": "dise"}, "'dise' is none; did you mean dice"),
+        ({"segmentation.class_weights": (1.0, 2.0)}, "each of the 3 classes, got 2"),
+        ({"segmentation.ignore_index": 3}, "ignore_index must be < 3"),
+        ({"freeze_stages": 1}, "freeze_stages is an option of detection"),
+        ({"segmentation.architecture": "dpt"}, "cannot be built on the encoder"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_built_is_refused_with_a_remedy(options, message):
+    with pytest.raises(InputError, match=message):
+        model_of(**options)
+
+
+def test_licences_that_forbid_commercial_use_need_to_be_allowed():
+    conf = seg_conf(**{"segmentation.encoder": "resnet18", "weights": "swsl"})
+    with pytest.raises(InputError, match="swsl of resnet18 may not be used .* CC BY-NC 4.0"):
+        load_encoder(conf, 3)
+    conf = seg_conf(**{"segmentation.encoder": "tu-convnextv2_atto", "weights": "DEFAULT"})
+    with pytest.raises(InputError, match="cc-by-nc-4.0"):
+        load_encoder(conf, 3)
+    check_encoder(SegmentationConfig(encoder="mit_b0", allow_non_commercial=True))
+    with pytest.raises(InputError, match=r"one of \['DEFAULT', 'imagenet', 'ssl', 'swsl'\]"):
+        load_encoder(seg_conf(**{"segmentation.encoder": "resnet18", "weights": "none"}), 3)
+
+
+def test_weights_of_an_encoder_come_from_a_file(tmp_path):
+    known = model_of(bands=3)
+    path = tmp_path / "encoder.pth"
+    torch.save({f"encoder.{n}": v for n, v in known.network.body.encoder.state_dict().items()}, path)
+    model = model_of(bands=1, weights=str(path))
+    model.load_pretrained()
+    theirs = next(known.network.body.encoder.parameters())
+    mine = next(model.network.body.encoder.parameters())
+    torch.testing.assert_close(mine, theirs.sum(dim=1, keepdim=True))
+    other = model_of(weights=str(path), **{"segmentation.encoder": "resnet18"})
+    with pytest.raises(InputError, match="do not fit resnet18"):
+        other.load_pretrained()
+
+
+def test_dropout_is_set_where_the_architecture_has_it():
+    model = model_of(**{"segmentation.dropout": 0.6})
+    shares = [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout2d)]
+    assert shares == [0.6]
+
+
+def test_views_are_fused_as_the_tiles_lie():
+    class Brightness(torch.nn.Module):
+        def forward(self, images):
+            return torch.cat([images, -images], dim=1)
+
+    tiles = torch.rand(2, 1, 8, 8)
+    views = [(turns, mirrored) for turns in range(4) for mirrored in (False, True)]
+    fused = segment_views(Brightness(), tiles, views)
+    torch.testing.assert_close(fused, Brightness()(tiles).softmax(dim=1))
+
+
+def test_classes_of_no_training_ground_and_rasters_without_labels_are_refused(segments):
+    conf = seg_conf()
+    arguments = segments.blocks, segments.tilings, [1.0], conf
+    with pytest.raises(InputError, match="needs the names of its classes"):
+        trials.prepare_search(segments.images, *arguments)
+    assert segments.counts.loc[LABELS].to_numpy().min() > 0
