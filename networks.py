@@ -129,11 +129,11 @@ class DataContract:
         band_count: Number of bands of the files, without alpha.
         dtype: Type of the raw pixels.
         radiometry: How they become input.
-        anchors: See `fit_anchors`.
-        detections_per_tile: Most detections kept of a tile.
         resolution: Side of a pixel on the ground in metres, None without a CRS.
         split_hash: Fingerprint of the ground blocks; the test ground of the same hash is unseen.
         evaluation_overlap: Overlap of neighbouring tiles that fits the largest object, px.
+        anchors: See `fit_anchors`; of detectors.
+        detections_per_tile: Most detections kept of a tile; of detectors.
     """
 
     tile_size: Annotated[int, Field(ge=1)]
@@ -141,11 +141,11 @@ class DataContract:
     band_count: int
     dtype: str
     radiometry: Radiometry
-    anchors: Anchors
-    detections_per_tile: Annotated[int, Field(ge=1)]
     resolution: float | None
     split_hash: str
     evaluation_overlap: int
+    anchors: Anchors | None = None
+    detections_per_tile: Annotated[int, Field(ge=1)] | None = None
 
 
 def detections_limit(densest: int) -> int:
