@@ -57,6 +57,7 @@ TOLERANCE = 1e-6  # px; a polygon whose bounds differ by more from its box does 
 # SQLite rolls back by itself where it runs out of space, which GDAL then cannot
 FULL_DISK = re.compile(r"disk I/O error|disk is full|No space left|cannot rollback", re.IGNORECASE)
 SHOWN = 5  # names that a message lists
+COLORMAP_COLUMNS, COLORMAP_TOP = 3, 254  # value, name, colour; 255 is nodata
 MOST_MASKED = 2**28  # px of a run-length mask that are unpacked, a byte each
 SHAPES = ("own", "box", "circle")
 CIRCLE_SIDES = 32

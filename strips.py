@@ -268,7 +268,9 @@ class TilePredictor:
                     predicted, batch = predicted + len(tiles), []
                 if tile.window is None:
                     if gaps:
-                        log.warning("strip %d has %d gaps; the last: %s", tile.strip, len(gaps), why)
+                        log.warning(
+                            "strip %d has %d gaps; the last: %s", tile.strip, len(gaps), why
+                        )
                     found = np.array(gaps, dtype=np.int64).reshape(-1, 4)
                     yield collector.finish(predicted, empty, found)
                     collector, predicted, empty, gaps = None, 0, 0, []
