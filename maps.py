@@ -9,9 +9,8 @@ beside the settled rows of each, as sums, and is settled when both are there.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -299,6 +298,10 @@ class _Columns:
         self.cells[:] = self.fill
 
 
+class _DroppedError(Exception):
+    """A strip is not to be left."""
+
+
 class _MappedStrip:
     """The sums of a strip's tiles, from left to right."""
 
@@ -385,7 +388,8 @@ class _MappedStrip:
         return path
 
     def drop(self) -> None:
-        self.files.__exit__(*sys.exc_info())
+        with suppress(_DroppedError), self.files:
+            raise _DroppedError  # so that no file takes its name
 
 
 def _span(axis: Axis, start: int) -> tuple[int, int, np.ndarray]:

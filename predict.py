@@ -471,7 +471,7 @@ def predict_raster(
     progress: bool = False,
     **options: object,
 ) -> Prediction:
-    """Find every object of a raster and write the catalogue, or classify its pixels and write a map.
+    """Find every object of a raster, or the class of every pixel, and write the catalogue or map.
 
     The call goes on where an earlier one with the same model, raster and options was stopped; its
     journal lies beside the first output, and is deleted when that is complete.
