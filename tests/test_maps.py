@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from painter import CLASSES, Painter, paint
 from test_LargeRasterOR import contract_of
 
 import fileio
+import implot
 import maps
 import predict
 import strips
@@ -254,7 +256,7 @@ def test_regions_are_the_same_however_the_rows_come(seed, height, width, cuts):
     whole = RegionFront("abc", (0, 1)).push(classes, chances, last=True)
     front, parts = RegionFront("abc", (0, 1)), []
     edges = sorted({0, *(cut for cut in cuts if cut < height), height})
-    for top, end in zip(edges, edges[1:], strict=False):
+    for top, end in itertools.pairwise(edges):
         parts.append(front.push(classes[top:end], chances[top:end], last=end == height))
     joined = pd.concat([part for part in parts if len(part)] or parts[:1])
     order = ["ymin", "xmin", "ymax", "xmax", "area_px", "label"]
@@ -383,6 +385,37 @@ def test_errors_of_a_colormap_name_the_line(tmp_path, text, message):
 def test_a_colormap_of_other_classes_is_refused(colormap, message):
     with pytest.raises(InputError, match=message):
         maps.name_colors(CLASSES, colormap, ("#000000",) * 3)
+
+
+def test_the_picture_of_a_map_has_its_classes_shares_and_colours(tmp_path):
+    path = paint(tmp_path / "a.tif", 1500, 900, hole=(0, 0, 300, 300), nodata=0)
+    predict_map(path, tmp_path)
+    figure = implot.plot_class_map(fileio.read_raster(path), tmp_path / "map.tif")
+    figure.canvas.draw()
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    found = read(tmp_path / "map.tif")[0]
+    share = (found == 1).sum() / (found < 255).sum()
+    assert [text.split(" (")[0] for text in texts] == [*CLASSES, "no class"]
+    assert float(texts[1].split("(")[1].rstrip("%)")) == pytest.approx(100 * share, abs=0.5)
+    shown = figure.axes[1].images[-1].get_array()
+    assert {tuple(color) for color in shown.reshape(-1, 4).tolist()} == {
+        (200, 200, 200, 255), (230, 159, 0, 255), (86, 180, 233, 255), (0, 0, 0, 0),
+    }  # fmt: skip
+    assert [image.get_alpha() for image in figure.axes[2].images][1] == 0.5
+
+
+def test_a_map_of_another_raster_is_not_drawn(tmp_path, scenes):
+    predict_map(scenes[0], tmp_path)
+    with pytest.raises(InputError, match="101 x 67 px of uint8, but a class map of"):
+        implot.plot_class_map(fileio.read_raster(scenes[1]), tmp_path / "map.tif")
+
+
+def test_an_array_of_classes_is_drawn_with_the_colours_given(scenes):
+    classes = unsplit(scenes[0]).argmax(axis=0).astype(np.uint8)
+    colormap = {0: ("none", "#FFFFFF"), 1: ("grass", "#00FF00"), 2: ("sea", "#0000FF")}
+    figure = implot.plot_class_map(fileio.read_raster(scenes[0]), classes, colormap=colormap)
+    assert figure.legends[0].get_texts()[1].get_text().startswith("grass (")
+    assert tuple(figure.axes[1].images[-1].get_array()[classes == 2][0]) == (0, 0, 255, 255)
 
 
 # -- what is stopped goes on ------------------------------------------------------------------
