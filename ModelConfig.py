@@ -195,7 +195,7 @@ class ModelConfig:
     """
 
     # objects and their boxes, or the class of every pixel
-    task: Literal["detection", "segmentation"] = "detection"
+    task: Task = "detection"
     batch_size: Positive = 4  # tiles per optimiser step, of each device
     eval_batch_size: Positive | None = None  # tiles measured at once; None: as in training
     workers: Annotated[int, Field(ge=0)] = 0  # processes that read tiles; 0 reads in the main one

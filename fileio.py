@@ -39,6 +39,7 @@ from formats import (
     annotation_writer,
     files_of,
     read_annotation_file,
+    read_colormap,
     read_table,
     write_annotations,
 )
@@ -51,8 +52,8 @@ __all__ = [
     "Regions", "annotation_writer", "append_line", "atomic_path", "check_layout",
     "content_fingerprint", "create_raster", "diagnose", "exclusive", "files_of", "fingerprint",
     "hash_rows", "identifier_from_tilename", "is_finished", "main", "mark_finished",
-    "raster_fingerprint", "read_annotation_file", "read_raster", "read_rasters", "read_table",
-    "recreate_directory", "remove_strays", "rewrite", "terminable", "this_machine",
+    "raster_fingerprint", "read_annotation_file", "read_colormap", "read_raster", "read_rasters",
+    "read_table", "recreate_directory", "remove_strays", "rewrite", "terminable", "this_machine",
     "write_annotations", "write_json", "write_table", "write_text", "writing",
 ]  # fmt: skip
 

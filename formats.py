@@ -57,6 +57,7 @@ TOLERANCE = 1e-6  # px; a polygon whose bounds differ by more from its box does 
 # SQLite rolls back by itself where it runs out of space, which GDAL then cannot
 FULL_DISK = re.compile(r"disk I/O error|disk is full|No space left|cannot rollback", re.IGNORECASE)
 SHOWN = 5  # names that a message lists
+COLORMAP_COLUMNS, COLORMAP_TOP = 3, 254  # value, name, colour; 255 is nodata
 MOST_MASKED = 2**28  # px of a run-length mask that are unpacked, a byte each
 SHAPES = ("own", "box", "circle")
 CIRCLE_SIDES = 32
@@ -335,6 +336,55 @@ def _entries(path: Path, data: dict[str, Any], key: str, *required: str) -> list
         if "id" in required and _id(entry["id"]) is None:
             raise InputError(f"{path}: {key}[{index}] has no usable id, got {entry['id']!r:.80}")
     return data[key]
+
+
+def read_colormap(path: Path | str) -> dict[int, tuple[str, str]]:
+    """Read names and colours of classes from a CSV of three columns: value, name, HTML colour.
+
+    The first line may be a heading. Commas, semicolons, tabs or bars separate the columns.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Pixel value (0 to 254) of a class -> its name and its colour (`#RRGGBB`), in the file's
+        order.
+
+    Raises:
+        InputError: The file cannot be read, or a line is not understood (names it).
+    """
+    path = Path(path)
+    with _parsing(path, "a table of colours", "give a CSV of value, name, colour"):
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    classes: dict[int, tuple[str, str]] = {}
+    for number, line in enumerate(lines, start=1):
+        cells = [cell.strip() for cell in re.split(r"[,;\t|]", line)]
+        if number == 1 and not cells[0].isdigit() and len(cells) == COLORMAP_COLUMNS:
+            continue
+        if not any(cells):
+            continue
+        try:
+            value, name, color = cells
+        except ValueError:
+            raise InputError(
+                f"{path}, line {number}: expected 3 columns (value, name, colour such as "
+                f"1,roads,#990000), got {len(cells)}: {line!r}"
+            ) from None
+        wrong = None
+        if not value.isdecimal() or int(value) > COLORMAP_TOP:
+            wrong = f"the value must be a whole number from 0 to {COLORMAP_TOP}, got {value!r}"
+        elif int(value) in classes:
+            wrong = f"the value {value} was given before; each class needs one line"
+        elif not name:
+            wrong = "the name is empty; give one"
+        elif not re.fullmatch(r"#[0-9A-Fa-f]{6}", color):
+            wrong = f"the colour must be of the form #RRGGBB, got {color!r}"
+        if wrong:
+            raise InputError(f"{path}, line {number}: {wrong}")
+        classes[int(value)] = (name, color.upper())
+    if not classes:
+        raise InputError(f"{path} names no class; give a CSV of value, name, colour")
+    return classes
 
 
 def _id(value: object) -> int | str | None:

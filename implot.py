@@ -26,16 +26,17 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from rasterio.enums import ColorInterp
 
 import fileio
 import imutils
 import tiling
 from explore import explore as explore  # with the other pictures
 from explore import outlines, preview
-from ImageData import BOX_COLUMNS, ImageData, Window
-from imutils import COLORS, OTHER, label_colors
+from ImageData import BOX_COLUMNS, ImageData, InputError, Window
+from imutils import COLORS, OTHER, class_colors, label_colors
 from mapview import map_view as map_view
 from ModelConfig import HYPERPARAMETERS
 from review import review as review
@@ -59,6 +60,9 @@ CONTEXT = 3.0  # side of an error's cut-out, in sides of what it shows
 LEAST_CUTOUT = 32  # px
 CAPTION = 28  # letters of a caption's line
 MOST_TICKS = 6  # values of a hyperparameter, above which they are taken for a range
+NO_CLASS = 255  # of class maps
+OVERLAY = 0.5  # of a class map over its raster
+PANORAMA = 3  # times as wide as high, from which on pictures lie below each other
 PLACE = 24  # letters of a raster's name below a picture
 
 
@@ -1157,3 +1161,99 @@ def plot_catalogue(raster: fileio.Raster, catalogue: pd.DataFrame, max_side: int
     _legend_below(figure, _handles(colors, catalogue["label"].value_counts()))
     figure.suptitle(f"{_cut(raster.path.name)}: {len(catalogue):,} objects", fontsize="medium")
     return figure
+
+
+def plot_class_map(
+    raster: fileio.Raster,
+    class_map: Path | str | np.ndarray,
+    *,
+    labels: Sequence[str] | None = None,
+    colormap: Mapping[int, tuple[str, str]] | None = None,
+    window: Window | None = None,
+) -> Figure:
+    """Draw a raster, its class map, and half of each over the other.
+
+    Args:
+        raster: The raster.
+        class_map: A GeoTIFF that `predict` wrote, of the raster's size, read decimated where it is
+            large; or class ids, uint8 (H, W), of the window or of all of the raster; 255 is
+            ground that has no class.
+        labels: Names of the classes by class id; None takes those that the file has.
+        colormap: Class id -> name and colour (#RRGGBB), see `fileio.read_colormap`; None takes the
+            file's colours, or `imutils.class_colors`.
+        window: Part of the raster to show, px; None shows all of it.
+    """
+    window = window or Window(0, 0, raster.width, raster.height)
+    if isinstance(class_map, np.ndarray):
+        classes, known = class_map, {}
+    else:
+        classes, known = _read_class_map(Path(class_map), raster, window)
+    count = max([classes[classes < NO_CLASS].max(initial=0) + 1, len(labels or ())])
+    names = [str(i) for i in range(count)] if labels is None else list(labels)
+    paint = dict(enumerate(zip(names, class_colors(names), strict=True)))
+    paint |= {i: (names[i] if labels else name, color) for i, (name, color) in known.items()}
+    paint |= dict(colormap or {})
+    pixels = np.bincount(classes.ravel(), minlength=NO_CLASS + 1)
+    known_pixels = max(pixels[:NO_CLASS].sum(), 1)
+    table = np.full((NO_CLASS + 1, 4), 0, np.uint8)
+    for number, (_, color) in paint.items():
+        table[number] = (*bytes.fromhex(color[1:]), 255)
+    picture = table[classes]
+    slope = window.height / window.width
+    wide = slope < 1 / PANORAMA  # one above the other
+    shape, high = ((3, 1), 3 * slope * WIDTH + 2) if wide else ((1, 3), slope * WIDTH / 3 + 1.2)
+    figure, axes = plt.subplots(
+        *shape, figsize=(WIDTH, min(high, 2 * WIDTH)), layout="constrained",
+        sharex=True, sharey=True,
+    )  # fmt: skip
+    extent = (window.x, window.x + window.width, window.y + window.height, window.y)
+    for ax, title, alpha in zip(
+        axes, ("raster", "classes", "both"), (0.0, 1.0, OVERLAY), strict=True
+    ):
+        if alpha < 1:
+            show_window(ax, raster, window, gray=alpha > 0)
+        else:
+            ax.set_facecolor("white")
+        if alpha > 0:
+            ax.imshow(picture, extent=extent, alpha=alpha, interpolation="nearest")
+        ax.set_title(title, fontsize="medium")
+        ax.label_outer()
+        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    handles = [
+        Patch(facecolor=paint[i][1], edgecolor="0.3", linewidth=0.5,
+              label=f"{_cut(paint[i][0])} ({pixels[i] / known_pixels:.1%})")
+        for i in sorted(paint) if pixels[i] or i < count
+    ]  # fmt: skip
+    if pixels[NO_CLASS]:
+        handles.append(Patch(facecolor="white", edgecolor="0.3", linewidth=0.5, label="no class"))
+    _legend_below(figure, handles)
+    figure.suptitle(_cut(raster.path.name), fontsize="medium")
+    return figure
+
+
+def _read_class_map(
+    path: Path, raster: fileio.Raster, window: Window
+) -> tuple[np.ndarray, dict[int, tuple[str, str]]]:
+    """Return the classes of a window, perhaps decimated, and what the file calls and paints them.
+
+    Raises:
+        InputError: The map is not one of that raster.
+    """
+    handle = fileio.Raster.open(path)
+    if (handle.width, handle.height) != (raster.width, raster.height) or handle.dtype != "uint8":
+        raise InputError(
+            f"{path} has {handle.width} x {handle.height} px of {handle.dtype}, but a class map of "
+            f"{raster.path} has {raster.width} x {raster.height} px of uint8; give that raster's"
+        )
+    scale = max(1.0, max(window.width, window.height) / MAX_SIDE)
+    shape_hw = tuple(max(1, round(side / scale)) for side in (window.height, window.width))
+    image, valid = handle.read_decimated(window, shape_hw)
+    with handle.anew() as src:
+        names = {k: v for k, v in src.tags(1).items() if k.startswith("class_")}
+        colors = src.colormap(1) if ColorInterp.palette in src.colorinterp else {}
+    known = {}
+    for key, name in names.items():
+        number = int(key.removeprefix("class_"))
+        if number in colors:
+            known[number] = (name, "#{:02X}{:02X}{:02X}".format(*colors[number]))
+    return np.where(valid, image[0], np.uint8(NO_CLASS)), known

@@ -8,8 +8,9 @@ image *before* it turns. The colours of labels, on pictures and on the map, stan
 
 from __future__ import annotations
 
+import colorsys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,8 @@ COLORS = (  # of Okabe and Ito, which colour-blind people tell apart
     "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442",
 )  # fmt: skip
 OTHER = "#808080"  # of labels beyond the colours
+BACKGROUND_NAME, BACKGROUND_COLOR = "background", "#C8C8C8"  # of maps
+GOLDEN = 0.618034  # of the circle of hues, between two colours
 STRETCHES = ("none", "minmax", "percentile", "log")
 LOG_STEEPNESS = 1000.0
 
@@ -228,6 +231,34 @@ def label_colors(labels: Iterable[str], known: Mapping[str, str] | None = None) 
     common = sorted(label for label, _ in counts.most_common(len(free)))
     colors |= dict(zip(common, free, strict=False))
     return colors | {label: OTHER for label in sorted(counts) if label not in colors}
+
+
+def class_colors(names: Sequence[str]) -> tuple[str, ...]:
+    """Give the classes of a map their colours (#RRGGBB), by class id.
+
+    The background is gray, the others take `COLORS`, then dark and light shades of them, and beyond
+    those hues around the circle: no eye tells so many apart, but neighbours in the list differ.
+    """
+    shades = [*COLORS]
+    for share, end in ((0.45, 0), (0.5, 255)):  # how far to black, and to white
+        shades += [_mix(color, end, share) for color in COLORS]
+    colors = []
+    for name in names:
+        number = sum(other != BACKGROUND_NAME for other in names[: len(colors)])
+        if name == BACKGROUND_NAME:
+            colors.append(BACKGROUND_COLOR)
+        elif number < len(shades):
+            colors.append(shades[number])
+        else:
+            rgb = colorsys.hsv_to_rgb(number * GOLDEN % 1, 0.6, 0.85)
+            colors.append("#" + "".join(f"{round(255 * v):02X}" for v in rgb))
+    return tuple(colors)
+
+
+def _mix(color: str, end: int, share: float) -> str:
+    return "#" + "".join(
+        f"{round(v + share * (end - v)):02X}" for v in bytes.fromhex(color.removeprefix("#"))
+    )
 
 
 def shorten(text: object, most: int) -> str:

@@ -27,13 +27,19 @@ from rasterio.windows import Window as RasterioWindow
 import parallel
 from artefacts import FullDiskError, atomic_path, fingerprint, remove_strays, write_json
 from ImageData import InputError, Window
-from rasters import GDAL_ERRORS, Raster, check_whole, create_raster, read_bands
+from rasters import (
+    GDAL_ERRORS,
+    Raster,
+    add_overviews,
+    check_whole,
+    create_raster,
+    read_bands,
+)
 
 log = logging.getLogger(__name__)
 
 SEQUENTIAL = {"PNG", "JPEG", "GIF", "WEBP"}  # drivers that decode from the start of the file
 OVERVIEWS_FROM = 4096  # px, longest side; smaller rasters are looked at whole
-SMALLEST_OVERVIEW = 512  # px, longest side; halving ends below it
 MANY_BLOCKS = 16  # a block of more windows than this is a giant
 WIDE_STRIP = 8  # strips wider than this many windows cost more than tiles
 WORTH_IT = 2.0  # least gain that pays for a copy
@@ -276,7 +282,7 @@ def rewrite(raster: Raster | Path | str, out: Path | str, *, block_size: int = 2
             with rasterio.Env(**settings), atomic_path(out) as temporary:
                 try:
                     rasterio.shutil.copy(src, temporary, driver="GTiff", **options)
-                    _add_overviews(temporary, average=average)
+                    add_overviews(temporary, Resampling.average if average else Resampling.nearest)
                     check_whole(temporary)
                     _take_sidecar(temporary, out)
                 finally:
@@ -299,15 +305,6 @@ def _creation_options(dtype: str, count: int, block_size: int = 256) -> dict[str
         "interleave": "pixel" if count <= 8 else "band",
         "num_threads": "all_cpus",
     }  # fmt: skip
-
-
-def _add_overviews(path: Path, *, average: bool) -> None:
-    with rasterio.open(path, "r+") as dst:
-        longest, factors = max(dst.width, dst.height), []
-        while longest / (2 ** len(factors)) > SMALLEST_OVERVIEW:
-            factors.append(2 ** (len(factors) + 1))
-        if factors:
-            dst.build_overviews(factors, Resampling.average if average else Resampling.nearest)
 
 
 def _sidecar(path: Path) -> Path:

@@ -1,11 +1,13 @@
-"""Whole rasters: the catalogue of every object that a trained model finds in them.
+"""Whole rasters: the catalogue of every object in them, or the map of their classes.
 
 A raster is covered with overlapping tiles, whose rows form strips. What the tiles of a strip find
 is left in a journal beside the output, so that a prediction that was stopped goes on; strips may be
 predicted in any order, by any number of processes or machines. They are merged from top to bottom,
-and the catalogue takes its name when it is complete.
+and the catalogue or the map takes its name when it is complete. What the model was trained for
+decides which of them is made.
 
 python predict.py RASTER --checkpoint runs/quickstart/best.ckpt --output catalogue.gpkg
+python predict.py RASTER --checkpoint runs/landcover/best.ckpt --output map.tif regions.gpkg
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ from torch import nn
 import annotations
 import catalogue
 import fileio
+import imutils
+import maps
 import parallel
 import strips
 import tiling
@@ -52,6 +56,16 @@ CHECKS = ("bands", "dtype", "resolution", "radiometry")
 Scale = Annotated[float, Field(ge=0.1, le=8)]
 MANIFEST = "manifest.json"
 CHUNK = 20_000  # objects written at once: larger ones write faster, but take more memory
+TASK_OPTIONS = {  # of `PredictionOptions`, those that only one task has
+    strips.DETECTION: ("score_threshold", "views", "scales", "geometry", "density_cell"),
+    strips.SEGMENTATION: (
+        "smooth_prediction", "probabilities", "uncertainty", "least_area", "colormap",
+    ),
+}  # fmt: skip
+BESIDE = {  # further files, named after the first output
+    strips.DETECTION: ("density",), strips.SEGMENTATION: ("probabilities", "uncertainty"),
+}  # fmt: skip
+MAP_SUFFIXES, POLYGON_SUFFIXES = (".tif", ".tiff"), (".gpkg", ".geojson", ".parquet")
 FAILED, INCOMPLETE, INTERRUPTED = 1, 3, 130  # exit codes; 0: complete, 2: not understood
 
 
@@ -168,7 +182,7 @@ class PredictionOptions:
     Attributes:
         tile_size: Side of the tiles in px; None takes the training's.
         overlap: Minimum overlap of neighbouring tiles in px; None takes the longest side of any
-            object of the training, at most half a tile.
+            object of the training, at most half a tile; for a map at least an eighth of a tile.
         batch_size: Tiles that the model sees at once; None: 2 on a CPU, 16 on a GPU.
         precision: See `resolve_precision`; "auto" takes bfloat16 where the hardware has it.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
@@ -181,6 +195,14 @@ class PredictionOptions:
         geometry: "box", or "circle" around the centre, in the files that hold polygons.
         density_cell: Side in px of the cells of a density map, written beside the first output with
             the ending `_density.tif`; None: no map.
+        smooth_prediction: Of a map: blend overlapping tiles; otherwise each pixel is taken from the
+            tile whose core owns it. None: blend.
+        probabilities: Of a map: write the probability of each class, as a GeoTIFF of bytes beside
+            the map with the ending `_probabilities.tif`; 0 to 254 stand for 0 to 1, 255 is nodata.
+        uncertainty: Of a map: write how much overlapping tiles disagree, likewise with the ending
+            `_uncertainty.tif`: the root of the weighted variances of all classes' probabilities.
+        least_area: Of a map: smaller regions are left out of the files of polygons, px.
+        colormap: Of a map: CSV of value, name and colour of its classes.
         readers: Threads that read ahead.
         workers: Processes that share the strips; None: one for each GPU in use, or one.
         scheduler: Address of a Dask scheduler whose workers share the strips.
@@ -202,6 +224,11 @@ class PredictionOptions:
     scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0,)
     geometry: Geometry = "box"
     density_cell: Positive | None = None
+    smooth_prediction: bool | None = None
+    probabilities: bool = False
+    uncertainty: bool = False
+    least_area: Positive = 1
+    colormap: Path | None = None
     readers: Positive = 2
     workers: Positive | None = None
     scheduler: str | None = None
@@ -222,6 +249,18 @@ def _options_of(values: dict[str, object]) -> PredictionOptions:
         raise InputError(f"options of the prediction: {'; '.join(lines)}") from None
 
 
+def _check_options(wanted: PredictionOptions, task: str) -> None:
+    """Refuse what the task does not have."""
+    defaults = PredictionOptions()
+    other = next(name for name in TASK_OPTIONS if name != task)
+    strange = [n for n in TASK_OPTIONS[other] if getattr(wanted, n) != getattr(defaults, n)]
+    if strange:
+        raise InputError(
+            f"{', '.join(strange)}: the checkpoint is for {task}, which has no such option (it is "
+            f"of {other}); leave it out"
+        )
+
+
 # ---------------------------------------------------------------------------------------------
 # A raster from header to catalogue
 # ---------------------------------------------------------------------------------------------
@@ -233,13 +272,14 @@ class Prediction:
 
     Attributes:
         raster: The raster.
-        outputs: The files that hold the catalogue.
+        outputs: The files that hold the catalogue or the map.
         provenance: The record of how it was made.
-        objects: Label -> number of objects.
+        objects: Label -> number of objects, or of the regions that a map's polygons outline.
         predicted: Number of tiles that the model saw.
         empty: Number of tiles without ground that counts.
         gaps: Ground that could not be read: `x, y, width, height`, px.
         seconds: Time that this call took.
+        pixels: Label -> number of pixels, of a map.
     """
 
     raster: fileio.Raster = field(repr=False)
@@ -250,6 +290,7 @@ class Prediction:
     empty: int
     gaps: pd.DataFrame
     seconds: float
+    pixels: dict[str, int] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -266,7 +307,7 @@ class Prediction:
 class Task:
     """A prediction that was checked and can begin."""
 
-    predictor: strips.StripPredictor
+    predictor: strips.TilePredictor
     labels: tuple[str, ...]
     outputs: tuple[Path, ...]
     options: PredictionOptions
@@ -278,14 +319,43 @@ class Task:
         return self.outputs[0].with_name(f"{self.outputs[0].name}.provenance.json")
 
     @property
-    def density(self) -> Path | None:
-        """Where the density map goes, if there is to be one."""
-        return _density_path(self.outputs[0]) if self.options.density_cell else None
-
-    @property
     def files(self) -> list[Path]:
         """All files that it leaves."""
-        return [*self.outputs, self.provenance, *([self.density] if self.density else [])]
+        return [*self.outputs, self.provenance, *self.further]
+
+    @property
+    def further(self) -> list[Path]:
+        """Files beside the outputs, named after the first."""
+        raise NotImplementedError
+
+    @property
+    def form(self) -> dict[str, object]:
+        """What is written, and how."""
+        raise NotImplementedError
+
+    def merge(self, made: Iterator[int]) -> dict[str, object]:
+        """Write the outputs from top to bottom; return what they hold, for the record.
+
+        Args:
+            made: Comes to its next item when the next strip is there, in order.
+        """
+        raise NotImplementedError
+
+
+class DetectionTask(Task):
+    """The catalogue of a raster."""
+
+    predictor: strips.StripPredictor
+
+    @property
+    def density(self) -> Path | None:
+        """Where the density map goes, if there is to be one."""
+        return _beside(self.outputs[0], "density") if self.options.density_cell else None
+
+    @property
+    def further(self) -> list[Path]:
+        """Files beside the outputs, named after the first."""
+        return [self.density] if self.density else []
 
     @property
     def form(self) -> dict[str, object]:
@@ -294,30 +364,125 @@ class Task:
         wanted = self.options
         return {"outputs": names, "geometry": wanted.geometry, "density_cell": wanted.density_cell}
 
+    def merge(self, made: Iterator[int]) -> dict[str, object]:
+        """Write the catalogue; see `Task`."""
+        predictor, raster = self.predictor, self.predictor.raster
+        tops = predictor.strip_tops
+        counts, gaps = {"predicted": 0, "empty": 0, "full": 0}, []
+        numbers = np.zeros(len(self.labels), dtype=np.int64)
+        front, certain = catalogue.SeamFront(predictor.nms_threshold), []
+        cell = self.options.density_cell
+        density = catalogue.DensityMap(raster, cell) if cell else None
+        with ExitStack() as stack:
+            appends = [
+                stack.enter_context(
+                    fileio.annotation_writer(path, raster, self.labels, shape=self.options.geometry)
+                )
+                for path in self.outputs
+            ]
+            for strip, next_y in zip(made, [*tops[1:], np.inf], strict=True):
+                part = strips.Part.read(predictor.part_path(strip))
+                certain.append(front.push(part.found, next_y))
+                counts = {name: number + getattr(part, name) for name, number in counts.items()}
+                gaps += part.gaps.tolist()
+                if sum(map(len, certain)) < CHUNK and strip < len(tops) - 1:
+                    continue
+                found, certain = Detections.concatenate(certain), []
+                numbers += np.bincount(found.ids, minlength=len(numbers))
+                for start in range(0, max(len(found), 1), CHUNK):  # no row is a chunk, too
+                    df = catalogue.to_table(found[start : start + CHUNK], self.labels, raster)
+                    for append in appends:
+                        append(df)
+                    if density is not None:
+                        density.add(df)
+        if density is not None:
+            density.write(self.density)
+        objects = dict(zip(self.labels, numbers.tolist(), strict=True))
+        return {"gaps": gaps, "objects": objects, **counts}
 
-def _density_path(output: Path) -> Path:
-    return output.with_name(f"{output.stem}_density.tif")
+
+class MapTask(Task):
+    """The class map of a raster."""
+
+    predictor: maps.MapPredictor
+
+    @property
+    def map_files(self) -> maps.MapFiles:
+        """What is written of the map."""
+        path, wanted = self.outputs[0], self.options
+        return maps.MapFiles(
+            path, self.outputs[1:],
+            _beside(path, "probabilities") if wanted.probabilities else None,
+            _beside(path, "uncertainty") if wanted.uncertainty else None,
+            wanted.least_area, *_names_and_colors(self.labels, wanted),
+        )  # fmt: skip
+
+    @property
+    def further(self) -> list[Path]:
+        """Files beside the outputs, named after the first."""
+        files = self.map_files
+        return [path for path in (files.probabilities, files.uncertainty) if path is not None]
+
+    @property
+    def form(self) -> dict[str, object]:
+        """What is written of the map, and how."""
+        files = self.map_files
+        return {
+            "outputs": [str(path) for path in self.outputs],
+            "further": [str(path) for path in self.further],
+            "least_area": files.least_area,
+            "classes": [list(pair) for pair in zip(files.names, files.colors, strict=True)],
+        }
+
+    def merge(self, made: Iterator[int]) -> dict[str, object]:
+        """Write the map and what goes with it; see `Task`."""
+        numbers = {"predicted": 0, "empty": 0}
+        gaps: list[list[int]] = []
+
+        def counted() -> Iterator[int]:
+            for strip in made:
+                counts = self.predictor.read_counts(strip)
+                for name in numbers:
+                    numbers[name] += int(counts[name])
+                gaps.extend(counts["gaps"].tolist())
+                yield strip
+
+        found = maps.write_map(self.predictor, self.map_files, counted())
+        return {"gaps": gaps, **found, **numbers}
+
+
+def _names_and_colors(
+    labels: Sequence[str], wanted: PredictionOptions
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what the classes of a map are called and how they are painted."""
+    known = fileio.read_colormap(wanted.colormap) if wanted.colormap else {}
+    return maps.name_colors(labels, known, imutils.class_colors(labels))
+
+
+def _beside(output: Path, what: str) -> Path:
+    return output.with_name(f"{output.stem}_{what}.tif")
 
 
 def predict_raster(
-    checkpoint: Path | str | LargeRasterORModel,
+    checkpoint: Path | str | nn.Module,
     raster: Path | str,
     outputs: Path | str | Sequence[Path | str],
     *,
     progress: bool = False,
     **options: object,
 ) -> Prediction:
-    """Find every object of a raster and write the catalogue.
+    """Find every object of a raster, or the class of every pixel, and write the catalogue or map.
 
     The call goes on where an earlier one with the same model, raster and options was stopped; its
-    journal lies beside the first output, and is deleted when the catalogue is complete.
+    journal lies beside the first output, and is deleted when that is complete.
 
     Args:
         checkpoint: A checkpoint, or a model, which is put into evaluation mode, on the device, and
             keeps the limits that the prediction sets; several processes get copies of it.
         raster: File or address.
-        outputs: Files to write, of any suffix that `fileio.write_annotations` knows; a file named
-            as the first one and `.provenance.json` tells how they were made.
+        outputs: Files to write, of any suffix that `fileio.write_annotations` knows; of a map first
+            the GeoTIFF, and perhaps files for the polygons of its regions. A file named as the
+            first one and `.provenance.json` tells how they were made.
         progress: Show a bar.
         options: See `PredictionOptions`.
 
@@ -328,7 +493,7 @@ def predict_raster(
 
 
 def prepare(
-    checkpoint: Path | str | LargeRasterORModel,
+    checkpoint: Path | str | nn.Module,
     raster: Path | str,
     outputs: Path | str | Sequence[Path | str],
     **options: object,
@@ -339,7 +504,8 @@ def prepare(
     if not isinstance(checkpoint, nn.Module):
         model, checkpoint = strips.load_model(checkpoint), Path(checkpoint).absolute()
     model.eval()
-    contract = model.contract
+    contract, kind = model.contract, strips.task_of(model)
+    _check_options(wanted, kind)
     if Path(raster).exists():
         raster = Path(raster).absolute()  # other processes may work elsewhere
     opened = open_raster(
@@ -348,18 +514,73 @@ def prepare(
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:  # warns of layouts that read slowly
         fileio.check_layout([opened], repair=False, cache_dir=folder)
-    paths = _check_names(outputs, opened, model.labels, wanted, [checkpoint])
+    paths = _check_names(outputs, opened, model.labels, wanted, [checkpoint], kind)
+    settings = _grid_settings(contract, wanted, kind)
+    if wanted.scheduler is None:
+        devices = strips.find_devices(wanted.device)
+        hardware = torch.device(devices[0]).type
+        workers = wanted.workers or len(devices)
+    else:  # what other machines have is not known here
+        hardware = torch.device(wanted.device).type if wanted.device != "auto" else "cpu"
+        workers = 1
+    share = workers > 1 and hardware == "cpu"
+    of_task = _map_settings if kind == strips.SEGMENTATION else _detection_settings
+    settings |= of_task(model, wanted, paths)
+    settings["precision"] = resolve_precision(wanted.precision, hardware, measured=False)
+    states = {file: Path(file).stat() for file in opened.files}
+    plan = settings | {
+        "software": __version__,
+        "model": _digest(checkpoint, model),
+        "raster": fileio.raster_fingerprint(opened),
+        # the fingerprint is of samples; a change between them shows here
+        "files": {file: [state.st_size, state.st_mtime_ns] for file, state in states.items()},
+        "size": [opened.width, opened.height],
+        "bands": opened.bands,
+        "regions": opened.regions.digest() if opened.regions else None,
+    }
+    plan = json.loads(json.dumps(plan))
+    predictor, task = {
+        strips.DETECTION: (strips.StripPredictor, DetectionTask),
+        strips.SEGMENTATION: (maps.MapPredictor, MapTask),
+    }[kind]
+    predictor = predictor(
+        model=checkpoint, radiometry=contract.radiometry, raster=opened,
+        journal=paths[0].with_name(f"{paths[0].name}.journal"), key=fileio.fingerprint(plan)[:8],
+        batch_size=wanted.batch_size, readers=wanted.readers, device=wanted.device,
+        threads=max(1, parallel.cpu_count() // workers) if share else None, **settings,
+    )  # fmt: skip
+    task = task(predictor, tuple(model.labels), paths, replace(wanted, workers=workers), plan)
+    if not _is_done(task):
+        _check_outputs(task)
+    return task
+
+
+def _grid_settings(
+    contract: DataContract, wanted: PredictionOptions, kind: str
+) -> dict[str, object]:
+    """Return the size and the overlap of the tiles."""
     size = wanted.tile_size or contract.tile_size
-    overlap = min(contract.evaluation_overlap, size // 2)
+    least = contract.evaluation_overlap
+    overlap = min(least, size // 2)
+    if kind == strips.SEGMENTATION:
+        smooth = wanted.smooth_prediction is not False
+        overlap = max(overlap, size // 8) if smooth else overlap
     if wanted.overlap is not None:
         overlap = wanted.overlap
     if overlap >= size:
         raise InputError(f"overlap must be less than the tiles' {size} px, got {overlap}")
-    if overlap < contract.evaluation_overlap:
+    if overlap < least and kind == strips.DETECTION:
         log.warning(
             "tiles overlap by %d px, but objects of the training are up to %d px long: those that "
-            "no tile shows whole may be cut or doubled", overlap, contract.evaluation_overlap,
+            "no tile shows whole may be cut or doubled", overlap, least,
         )  # fmt: skip
+    return {"tile_size": size, "overlap": overlap}
+
+
+def _detection_settings(
+    model: LargeRasterORModel, wanted: PredictionOptions, _paths: Sequence[Path]
+) -> dict[str, object]:
+    """Return what `StripPredictor` is told beside what all predictors are."""
     threshold = wanted.score_threshold
     if threshold is None:
         threshold = float(model.operating_threshold)
@@ -374,41 +595,30 @@ def prepare(
                 "%r score otherwise; better give one (--score-threshold)",
                 model.conf.views, wanted.views,
             )  # fmt: skip
-    if wanted.scheduler is None:
-        devices = strips.find_devices(wanted.device)
-        kind = torch.device(devices[0]).type
-        workers = wanted.workers or len(devices)
-    else:  # what other machines have is not known here
-        kind, workers = torch.device(wanted.device).type if wanted.device != "auto" else "cpu", 1
-    share = workers > 1 and kind == "cpu"
-    settings = {
-        "tile_size": size, "overlap": overlap, "score_threshold": threshold,
-        "nms_threshold": model.conf.nms_threshold, "views": wanted.views or model.conf.views,
-        "scales": wanted.scales,
-        "precision": resolve_precision(wanted.precision, kind, measured=False),
+    return {
+        "score_threshold": threshold, "nms_threshold": model.conf.nms_threshold,
+        "views": wanted.views or model.conf.views, "scales": wanted.scales,
     }  # fmt: skip
-    states = {file: Path(file).stat() for file in opened.files}
-    plan = settings | {
-        "software": __version__,
-        "model": _digest(checkpoint, model),
-        "raster": fileio.raster_fingerprint(opened),
-        # the fingerprint is of samples; a change between them shows here
-        "files": {file: [state.st_size, state.st_mtime_ns] for file, state in states.items()},
-        "size": [opened.width, opened.height],
-        "bands": opened.bands,
-        "regions": opened.regions.digest() if opened.regions else None,
-    }
-    plan = json.loads(json.dumps(plan))
-    predictor = strips.StripPredictor(
-        model=checkpoint, radiometry=contract.radiometry, raster=opened,
-        journal=paths[0].with_name(f"{paths[0].name}.journal"), key=fileio.fingerprint(plan)[:8],
-        batch_size=wanted.batch_size, readers=wanted.readers, device=wanted.device,
-        threads=max(1, parallel.cpu_count() // workers) if share else None, **settings,
-    )  # fmt: skip
-    task = Task(predictor, tuple(model.labels), paths, replace(wanted, workers=workers), plan)
-    if not _is_done(task):
-        _check_outputs(task)
-    return task
+
+
+def _map_settings(
+    model: nn.Module, wanted: PredictionOptions, paths: Sequence[Path]
+) -> dict[str, object]:
+    """Return what `MapPredictor` is told beside what all predictors are."""
+    smooth = wanted.smooth_prediction is not False
+    if wanted.uncertainty and not smooth:
+        raise InputError(
+            "uncertainty is how much overlapping tiles disagree, and smooth_prediction = False "
+            "takes each pixel from one of them; leave one of the two out"
+        )
+    _names_and_colors(model.labels, wanted)
+    planes = {
+        maps.CLASS: True, maps.CONFIDENCE: len(paths) > 1, maps.UNCERTAINTY: wanted.uncertainty,
+    }  # fmt: skip
+    return {
+        "classes": len(model.labels), "smooth": smooth, "probabilities": wanted.probabilities,
+        "planes": tuple(name for name, kept in planes.items() if kept),
+    }  # fmt: skip
 
 
 def _check_names(
@@ -417,26 +627,42 @@ def _check_names(
     labels: Sequence[str],
     wanted: PredictionOptions,
     inputs: Sequence[object],
+    kind: str,
 ) -> tuple[Path, ...]:
-    """Return absolute paths of the outputs, if they can hold the catalogue and are no input."""
+    """Return absolute paths of the outputs, if they can hold what is found and are no input."""
     several = [outputs] if isinstance(outputs, Path | str) else outputs
     paths = [Path(path).absolute() for path in several]
     if not paths or len({path.resolve() for path in paths}) < len(paths):
         raise InputError(f"outputs must name at least one file, and each once, got {outputs!r}")
-    used = [*raster.files, wanted.aoi, wanted.ignore, *inputs]
+    used = [*raster.files, wanted.aoi, wanted.ignore, wanted.colormap, *inputs]
     # the layer of a file is named after it
     used = {Path(str(p).partition("|")[0]).resolve() for p in used if isinstance(p, Path | str)}
+    tables = paths
+    if kind == strips.SEGMENTATION:
+        first, *tables = paths
+        if first.suffix.lower() not in MAP_SUFFIXES:
+            raise InputError(
+                f"{first} must end in one of {list(MAP_SUFFIXES)}: the checkpoint is for "
+                "segmentation, and the first output is the class map; polygons may follow"
+            )
+    for path in tables:
+        suffixes = POLYGON_SUFFIXES if kind == strips.SEGMENTATION else fileio.ANNOTATION_SUFFIXES
+        if path.suffix.lower() not in suffixes:
+            raise InputError(f"{path} must end in one of {list(suffixes)}")
+    beside = [_beside(path, what) for path in paths for what in BESIDE[kind]]
+    if several := {path.resolve() for path in paths} & {path.resolve() for path in beside}:
+        raise InputError(
+            f"{sorted(map(str, several))} may be written beside another output; give other names"
+        )
     for path in paths:
-        if path.suffix.lower() not in fileio.ANNOTATION_SUFFIXES:
-            raise InputError(f"{path} must end in one of {list(fileio.ANNOTATION_SUFFIXES)}")
         if path.is_dir():
             raise InputError(f"{path} is a folder; name a file to write")
-        if path.resolve() in used or _density_path(path).resolve() in used:
+        if {path.resolve(), *(_beside(path, what).resolve() for what in BESIDE[kind])} & used:
             raise InputError(f"{path} would be written over what is read; give another name")
     if wanted.density_cell:
         catalogue.DensityMap(raster, wanted.density_cell)
     with tempfile.TemporaryDirectory() as folder:  # a rehearsal: can these files hold it?
-        for path in paths:
+        for path in tables:
             with fileio.annotation_writer(Path(folder) / path.name, raster, labels):
                 pass
     return tuple(paths)
@@ -482,7 +708,7 @@ def _file_digest(path: Path, _mtime_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest(checkpoint: Path | nn.Module, model: LargeRasterORModel) -> str:
+def _digest(checkpoint: Path | nn.Module, model: nn.Module) -> str:
     if isinstance(checkpoint, Path):
         return _file_digest(checkpoint, checkpoint.stat().st_mtime_ns)
     digest = hashlib.sha256(repr((model.labels, asdict(model.contract))).encode())
@@ -539,21 +765,20 @@ def run(task: Task, *, progress: bool = False) -> Prediction:
     started, clock = datetime.now(UTC), time.monotonic()
     with fileio.exclusive(journal):
         _check_outputs(task)  # since it was planned, another process may have written them
-        for part in journal.glob("strip_*.npz"):
-            if not part.name.endswith(f".{predictor.key}.npz"):
+        for part in journal.glob("strip_*"):
+            if part.name.split(".")[1] != predictor.key:
                 part.unlink()
         manifest = {"plan": task.plan, "files": [str(path) for path in task.files]}
         fileio.write_json(journal / MANIFEST, manifest)
         for folder in {path.parent for path in task.files}:
             fileio.remove_strays(folder)
-        with _keeping(journal):
-            objects, counts, gaps = _merge(task, progress)
+        with _keeping(journal), closing(_strips_in_order(task, progress)) as made:
+            found = task.merge(made)
+        gaps = found["gaps"]
         seconds = time.monotonic() - clock
         record = {
             "complete": not gaps,
-            "gaps": gaps,
-            "objects": objects,
-            **counts,
+            **found,
             "raster": str(predictor.raster.path),
             "checkpoint": str(predictor.model) if isinstance(predictor.model, Path) else None,
             "form": task.form,
@@ -567,12 +792,14 @@ def run(task: Task, *, progress: bool = False) -> Prediction:
         if not gaps:
             shutil.rmtree(journal, ignore_errors=True)
     result = _prediction(task, record, seconds)
+    held = f"{result.count} objects"
+    if result.pixels:
+        held = f"{sum(result.pixels.values())} pixels classified"
     log.info(
-        "%s: %d objects in %s; %d tiles predicted, %d empty ones skipped, %.1f s",
-        predictor.raster.path, result.count, task.outputs[0], result.predicted, result.empty,
-        seconds,
+        "%s: %s in %s; %d tiles predicted, %d empty ones skipped, %.1f s",
+        predictor.raster.path, held, task.outputs[0], result.predicted, result.empty, seconds,
     )  # fmt: skip
-    if record["full"]:
+    if record.get("full"):
         log.warning(
             "%s: %d tiles show as many objects as the model reports of a tile, so that weaker ones "
             "may be missing; raise the score threshold, or take smaller tiles", task.outputs[0],
@@ -590,8 +817,9 @@ def run(task: Task, *, progress: bool = False) -> Prediction:
 def _prediction(task: Task, record: dict, seconds: float) -> Prediction:
     gaps = pd.DataFrame(record["gaps"], columns=tiling.WINDOW_COLUMNS)
     return Prediction(
-        task.predictor.raster, task.outputs, task.provenance, record["objects"],
-        record["predicted"], record["empty"], gaps, seconds,
+        task.predictor.raster, task.outputs, task.provenance,
+        record.get("objects", record.get("regions", {})),
+        record["predicted"], record["empty"], gaps, seconds, record.get("pixels", {}),
     )  # fmt: skip
 
 
@@ -606,46 +834,18 @@ def _keeping(journal: Path) -> Iterator[None]:
         raise
 
 
-def _merge(task: Task, progress: bool) -> tuple[dict[str, int], dict[str, int], list]:
-    """Predict what the journal lacks, and write the catalogue from top to bottom."""
-    predictor, raster = task.predictor, task.predictor.raster
-    tops = predictor.strip_tops
-    waiting = {strip for strip in range(len(tops)) if not predictor.is_done(strip)}
-    if len(waiting) < len(tops):
-        log.info("%d of %d strips are there already", len(tops) - len(waiting), len(tops))
-    counts, gaps = {"predicted": 0, "empty": 0, "full": 0}, []
-    numbers = np.zeros(len(task.labels), dtype=np.int64)
-    front, certain = catalogue.SeamFront(predictor.nms_threshold), []
-    cell = task.options.density_cell
-    density = catalogue.DensityMap(raster, cell) if cell else None
-    with ExitStack() as stack:
-        appends = [
-            stack.enter_context(
-                fileio.annotation_writer(path, raster, task.labels, shape=task.options.geometry)
-            )
-            for path in task.outputs
-        ]
-        made = stack.enter_context(closing(_predict_strips(task, sorted(waiting), progress)))
-        for strip, next_y in zip(range(len(tops)), [*tops[1:], np.inf], strict=True):
+def _strips_in_order(task: Task, progress: bool) -> Iterator[int]:
+    """Predict what the journal lacks; yield every strip, from top to bottom, when it is there."""
+    predictor = task.predictor
+    count = len(predictor.strip_tops)
+    waiting = {strip for strip in range(count) if not predictor.is_done(strip)}
+    if len(waiting) < count:
+        log.info("%d of %d strips are there already", count - len(waiting), count)
+    with closing(_predict_strips(task, sorted(waiting), progress)) as made:
+        for strip in range(count):
             if strip in waiting:
                 next(made)
-            part = strips.Part.read(predictor.part_path(strip))
-            certain.append(front.push(part.found, next_y))
-            counts = {name: number + getattr(part, name) for name, number in counts.items()}
-            gaps += part.gaps.tolist()
-            if sum(map(len, certain)) < CHUNK and strip < len(tops) - 1:
-                continue
-            found, certain = Detections.concatenate(certain), []
-            numbers += np.bincount(found.ids, minlength=len(numbers))
-            for start in range(0, max(len(found), 1), CHUNK):  # no row is a chunk, too
-                df = catalogue.to_table(found[start : start + CHUNK], task.labels, raster)
-                for append in appends:
-                    append(df)
-                if density is not None:
-                    density.add(df)
-    if density is not None:
-        density.write(task.density)
-    return dict(zip(task.labels, numbers.tolist(), strict=True)), counts, gaps
+            yield strip
 
 
 def _predict_strips(task: Task, numbers: list[int], progress: bool) -> Iterator[Path]:
@@ -705,7 +905,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="predict.py", allow_abbrev=False,
-        description="Find every object of whole rasters with a trained model.",
+        description="Find every object of whole rasters, or map their classes, with a trained "
+        "model; its checkpoint tells which.",
         epilog=f"Exit code: 0 complete; {FAILED} a raster could not be predicted, the message says "
         f"why; 2 the command is not understood; {INCOMPLETE} predicted, but for gaps that could "
         f"not be read; {INTERRUPTED} interrupted. The same command goes on where it was stopped.",
@@ -716,10 +917,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint", type=Path, required=True, help="the model, such as runs/mine/best.ckpt")
     add("--output", nargs="+", action="extend", required=True, metavar="OUT",
         help="catalogues to write: .gpkg, .geojson, .parquet, .csv, .json (COCO), .txt (YOLO); "
+        "of a map first its .tif, and perhaps .gpkg, .geojson, .parquet for the polygons of its "
+        "regions; "
         "{raster} in the name stands for the raster's own. The rasters come first in the command")
-    add("--tile-size", type=int, metavar="PX", help="side of the tiles (default: the training's)")
+    add("--tile-size", "--chunk-size", type=int, metavar="PX",
+        help="side of the tiles (default: the training's)")
     add("--overlap", type=int, metavar="PX",
-        help="minimum overlap of tiles (default: the largest object of the training)")
+        help="minimum overlap of tiles (default: the largest object of the training; of a blended "
+        "map at least an eighth of a tile)")
     add("--batch-size", type=int, help="tiles at once (default: 2 on a CPU, 16 on a GPU)")
     add("--precision", choices=get_args(Precision), default="auto",
         help="default: bf16-mixed where the hardware computes in it, else 32-true")
@@ -736,6 +941,16 @@ def _parser() -> argparse.ArgumentParser:
         help="shape of an object in files that hold polygons (default: %(default)s)")
     add("--density-cell", type=int, metavar="PX",
         help="also write OUT_density.tif, the number of objects per cell of that side")
+    add("--smooth-prediction", action=argparse.BooleanOptionalAction,
+        help="of a map: blend overlapping tiles (default), or take each pixel from one tile")
+    add("--probabilities", action="store_true",
+        help="of a map: also write OUT_probabilities.tif, a band per class, 0-254 for 0 to 1")
+    add("--uncertainty", action="store_true",
+        help="of a map: also write OUT_uncertainty.tif, how much overlapping tiles disagree")
+    add("--least-area", type=int, default=1, metavar="PX",
+        help="of a map: smaller regions get no polygon (default: %(default)s)")
+    add("--colormap", type=Path, metavar="CSV",
+        help="of a map: value, name and colour (#RRGGBB) of its classes")
     add("--readers", type=int, default=2, help="threads that read ahead (default: %(default)s)")
     add("--workers", type=int,
         help="processes that share a raster (default: one, or one for each GPU)")

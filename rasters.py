@@ -60,6 +60,8 @@ FITS_UNSIGNED = {16: ("UInt16", 2**15), 32: ("UInt32", 2**31)}  # stored signed,
 # UnicodeDecodeError: of text in a damaged header
 GDAL_ERRORS = (RasterioError, CRSError, CPLE_BaseError, UnicodeDecodeError)
 
+SMALLEST_OVERVIEW = 512  # px, longest side; halving ends below it
+
 _open_datasets = threading.local()
 
 _Cells = tuple[np.ndarray, np.ndarray, np.ndarray]  # see `_any_cell`
@@ -814,11 +816,14 @@ def _fits_as_vrt(path: Path) -> str:
 
 
 @contextmanager
-def create_raster(path: Path, **profile: object) -> Iterator[rasterio.io.DatasetWriter]:
+def create_raster(
+    path: Path, *, overviews: Resampling | None = None, **profile: object
+) -> Iterator[rasterio.io.DatasetWriter]:
     """Open a new tiled GeoTIFF for writing by windows; it takes its name when the block succeeds.
 
     Args:
         path: The file to make.
+        overviews: How they are made of the pixels; None: there are none.
         profile: `width, height, count, dtype` and, where known, `crs, transform, nodata`; anything
             else that GDAL's GTiff driver takes overrides the layout (256 px blocks, zstd).
     """
@@ -830,7 +835,20 @@ def create_raster(path: Path, **profile: object) -> Iterator[rasterio.io.Dataset
     with atomic_path(path) as temporary:
         with rasterio.open(temporary, "w", **layout) as dst:
             yield dst
+        if overviews is not None:
+            with rasterio.Env(SPARSE_OK_OVERVIEW=bool(layout.get("sparse_ok"))):
+                add_overviews(temporary, overviews)
         check_whole(temporary, sparse=bool(layout.get("sparse_ok")))
+
+
+def add_overviews(path: Path, resampling: Resampling) -> None:
+    """Add overviews to a GeoTIFF, each half as large as the one before it."""
+    with rasterio.open(path, "r+") as dst:
+        longest, factors = max(dst.width, dst.height), []
+        while longest / (2 ** len(factors)) > SMALLEST_OVERVIEW:
+            factors.append(2 ** (len(factors) + 1))
+        if factors:
+            dst.build_overviews(factors, resampling)
 
 
 # of TIFF: bytes per value of a type; types of integers; tags of places and sizes of blocks

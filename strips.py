@@ -1,4 +1,4 @@
-"""Strips of tiles: what a model finds in some rows of a raster's tiles.
+"""Strips of tiles: what a model makes of some rows of a raster's tiles.
 
 Strips are predicted in any order, by any process; each is left in a journal, whole or not at all.
 No batch holds tiles of two strips, so that what is found does not depend on who predicts which.
@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 from zipfile import BadZipFile
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
 from torch import nn
 
@@ -31,12 +32,13 @@ from ModelConfig import Views
 
 log = logging.getLogger(__name__)
 
+DETECTION, SEGMENTATION = "detection", "segmentation"  # tasks, as checkpoints name them
 CPU_BATCH, GPU_BATCH = 2, 16  # tiles at once: what fits the caches; what fills the device
 STRIP_WINDOWS = 64  # at least, so that a strip is worth its part of the journal
 
 
-def load_model(checkpoint: Path | str, device: str = "cpu") -> LargeRasterORModel:
-    """Load a trained model, ready to detect.
+def load_model(checkpoint: Path | str, device: str = "cpu") -> pl.LightningModule:
+    """Load a trained model of any task, ready to predict.
 
     Raises:
         InputError: The file is missing, or no checkpoint of this software.
@@ -49,17 +51,33 @@ def load_model(checkpoint: Path | str, device: str = "cpu") -> LargeRasterORMode
 
 
 @lru_cache(maxsize=2)  # a worker process predicts one strip after the other
-def _load_model(path: Path, _mtime_ns: int, device: str) -> LargeRasterORModel:
+def _load_model(path: Path, _mtime_ns: int, device: str) -> pl.LightningModule:
     try:
-        model = LargeRasterORModel.load_from_checkpoint(
-            path, map_location=device, weights_only=True
-        )
+        # the weights stay on disk here; what is looked at is what the model was made with
+        known = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        kind = _model_class(known["hyper_parameters"].get("task", DETECTION))
+        model = kind.load_from_checkpoint(path, map_location=device, weights_only=True)
     except Exception as error:
         raise InputError(
             f"{path} ({path.stat().st_size} bytes) is not a checkpoint of a model trained here: "
             f"{(str(error) or repr(error)).splitlines()[0][:120]}; give the best.ckpt of a run"
         ) from error
     return model.to(device).eval()
+
+
+def _model_class(task: str) -> type[pl.LightningModule]:
+    if task == DETECTION:
+        return LargeRasterORModel
+    if task == SEGMENTATION:
+        from LargeRasterSeg import LargeRasterSegModel  # detectors do without it
+
+        return LargeRasterSegModel
+    raise InputError(f"its task is {task!r}, expected one of {(DETECTION, SEGMENTATION)}")
+
+
+def task_of(model: nn.Module) -> str:
+    """Return what a model is for: "detection" or "segmentation"."""
+    return getattr(model, "hparams", {}).get("task", getattr(model, "task", DETECTION))
 
 
 def find_devices(device: str) -> tuple[str, ...]:
@@ -134,9 +152,36 @@ class Part:
             return None
 
 
+class Pixels(NamedTuple):
+    """What the model is shown of a tile.
+
+    Attributes:
+        image: float32 (bands, H, W), stretched.
+        counted: bool (H, W), ground that counts.
+    """
+
+    image: np.ndarray
+    counted: np.ndarray
+
+
+class Collector(Protocol):
+    """What gathers the tiles of one strip."""
+
+    def add(self, tiles: Sequence[Tile], _counted: Sequence[np.ndarray], seen: object) -> None:
+        """Take some tiles, in their order, where they count, and what the model made of them."""
+
+    def finish(self, predicted: int, empty: int, gaps: np.ndarray) -> Path:
+        """Leave the strip in the journal; see `Part` for what is counted."""
+
+    def drop(self) -> None:
+        """Leave nothing, for the work was stopped."""
+
+
 @dataclass(frozen=True)
-class StripPredictor:
-    """Predicts strips of one raster and leaves each in the journal; small enough to be sent.
+class TilePredictor:
+    """Shows a model the tiles of a raster, strip by strip; small enough to be sent.
+
+    What becomes of them is up to those that inherit: `_look` calls the model, `_collector` gathers.
 
     Attributes:
         model: The checkpoint, or the model itself.
@@ -146,11 +191,7 @@ class StripPredictor:
         key: Names what the parts depend on, so that those of another prediction are told apart.
         tile_size: Side of the tiles, px.
         overlap: Least overlap of neighbours, px.
-        score_threshold: Least score that counts.
-        nms_threshold: IoU above which detections stand for the same object.
         precision: "32-true", "bf16-mixed" or "16-mixed".
-        views: Which views of a tile are fused, of `LargeRasterOR.VIEWS`.
-        scales: Factors by which tiles are enlarged.
         batch_size: Tiles that the model sees at once; None: `CPU_BATCH` or `GPU_BATCH`.
         readers: Threads that read ahead.
         device: See `find_devices`; each process takes one of those that it has.
@@ -164,21 +205,20 @@ class StripPredictor:
     key: str
     tile_size: int
     overlap: int
-    score_threshold: float
-    nms_threshold: float
     precision: str
-    views: Views
-    scales: tuple[float, ...]
     batch_size: int | None
     readers: int
     device: str
     threads: int | None
 
+    least_rows: ClassVar[int] = 1  # of tiles, in a strip
+    order: ClassVar[tuple[str, str]] = ("row", "col")  # in which tiles are looked at
+
     @property
     def strip_rows(self) -> int:
         """Rows of tiles that form a strip; they follow from the grid alone."""
         columns = len(tiling.grid_axis(self.raster.width, self.tile_size, self.overlap)[0])
-        return -(-STRIP_WINDOWS // columns)
+        return max(-(-STRIP_WINDOWS // columns), self.least_rows)
 
     @property
     def strip_tops(self) -> np.ndarray:
@@ -192,8 +232,7 @@ class StripPredictor:
 
     def is_done(self, strip: int) -> bool:
         """Tell whether a strip is left whole and without gaps."""
-        part = Part.read(self.part_path(strip))
-        return part is not None and not len(part.gaps)
+        raise NotImplementedError
 
     def predict_one(self, strip: int) -> Path:
         """Predict one strip, in a worker process."""
@@ -205,34 +244,40 @@ class StripPredictor:
         """Predict strips one after the other; yield the part of each as soon as it is written."""
         device = torch.device(own_device(self.device))
         size = self.batch_size or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
-        batch, results, empty, gaps, why = [], [], 0, [], None
-        for tile, content in parallel.map_threads(
-            self._read, self.tiles(strips), threads=self.readers,
-            ahead=self.readers + 2 * size,
-        ):  # fmt: skip
-            match content:
-                case np.ndarray():
-                    batch.append((tile, content))
-                case InputError():
-                    why = content
-                    x0, y0, x1, y1 = tile.core
-                    gaps.append([x0, y0, x1 - x0, y1 - y0])
-                case int():
-                    empty += content
-            if len(batch) == size or (tile.window is None and batch):
-                results.append(
-                    self._predict_batch(batch, device)
-                )  # no batch holds tiles of two strips
-                batch = []
-            if tile.window is None:
-                if gaps:
-                    log.warning("strip %d has %d gaps; the last: %s", tile.strip, len(gaps), why)
-                found = Detections.concatenate([found for found, _, _ in results])
-                predicted, full = (sum(r[i] for r in results) for i in (1, 2))
-                gaps = np.array(gaps, dtype=np.int64).reshape(-1, 4)
-                part = Part(found, predicted, empty, full, gaps)
-                yield part.write(self.part_path(tile.strip))
-                results, empty, gaps = [], 0, []
+        batch, collector, predicted, empty, gaps, why = [], None, 0, 0, [], None
+        try:
+            for tile, content in parallel.map_threads(
+                self._read, self.tiles(strips), threads=self.readers,
+                ahead=self.readers + 2 * size,
+            ):  # fmt: skip
+                collector = collector or self._collector(tile.strip)
+                match content:
+                    case Pixels():
+                        batch.append((tile, content))
+                    case InputError():
+                        why = content
+                        x0, y0, x1, y1 = tile.core
+                        gaps.append([x0, y0, x1 - x0, y1 - y0])
+                    case int():
+                        empty += content
+                if len(batch) == size or (tile.window is None and batch):
+                    # no batch holds tiles of two strips
+                    tiles, pixels = zip(*batch, strict=True)
+                    seen = self._look(self._on_device(pixels, device), device)
+                    collector.add(tiles, [p.counted for p in pixels], seen)
+                    predicted, batch = predicted + len(tiles), []
+                if tile.window is None:
+                    if gaps:
+                        log.warning(
+                            "strip %d has %d gaps; the last: %s", tile.strip, len(gaps), why
+                        )
+                    found = np.array(gaps, dtype=np.int64).reshape(-1, 4)
+                    yield collector.finish(predicted, empty, found)
+                    collector, predicted, empty, gaps = None, 0, 0, []
+        except BaseException:
+            if collector is not None:
+                collector.drop()
+            raise
 
     def tiles(self, strips: Iterable[int]) -> Iterator[Tile]:
         """Yield the tiles of strips that may hold ground that counts, and the end of each strip."""
@@ -243,12 +288,14 @@ class StripPredictor:
             windows = grid[tiling.WINDOW_COLUMNS].to_numpy()
             cores = grid[tiling.CORE_COLUMNS].to_numpy()
             may = self.raster.may_count(windows)
-            for window, core in zip(windows[may].tolist(), cores[may].tolist(), strict=True):
+            looked_at = np.lexsort([grid[name] for name in reversed(self.order)])
+            kept = looked_at[may[looked_at]]
+            for window, core in zip(windows[kept].tolist(), cores[kept].tolist(), strict=True):
                 yield Tile(strip, Window(*window), tuple(core))
             yield Tile(strip, skipped=int((~may).sum()))
 
-    def _read(self, tile: Tile) -> tuple[Tile, np.ndarray | InputError | int]:
-        """Return the stretched pixels of a tile, why there are none, or how many are empty."""
+    def _read(self, tile: Tile) -> tuple[Tile, Pixels | InputError | int]:
+        """Return the pixels of a tile, why there are none, or how many tiles are empty."""
         if tile.window is None:
             return tile, tile.skipped
         try:
@@ -259,37 +306,73 @@ class StripPredictor:
             return tile, error
         if not counted.any():
             return tile, 1
-        return tile, self.radiometry.stretch(image, valid)
+        return tile, Pixels(self.radiometry.stretch(image, valid), counted)
 
-    def _predict_batch(
-        self, batch: list[tuple[Tile, np.ndarray]], device: torch.device
-    ) -> tuple[Detections, int, int]:
-        """Return what tiles keep, in px of the raster, how many they are, and how many are full."""
-        tiles, images = zip(*batch, strict=True)
-        model, limit = self._model_on(device)
-        pixels = torch.from_numpy(np.stack(images))
+    @staticmethod
+    def _on_device(pixels: Sequence[Pixels], device: torch.device) -> torch.Tensor:
+        images = torch.from_numpy(np.stack([p.image for p in pixels]))
         if device.type == "cuda":
-            pixels = pixels.pin_memory().to(device, non_blocking=True)
-        pixels = pixels.to(device)
-        with torch.inference_mode(), autocast(device.type, self.precision):
-            seen, most = detect_views(
-                model, pixels, VIEWS[self.views], self.scales, least_score=self.score_threshold
-            )
-        found = [self._keep(*parts) for parts in zip(tiles, seen, strict=True)]
-        return Detections.concatenate(found), len(tiles), sum(count >= limit for count in most)
+            images = images.pin_memory().to(device, non_blocking=True)
+        return images.to(device)
 
-    def _model_on(self, device: torch.device) -> tuple[nn.Module, int]:
+    def _model_on(self, device: torch.device) -> nn.Module:
         model = self.model
-        if not isinstance(model, nn.Module):
-            model = load_model(model, str(device))
+        return (model if isinstance(model, nn.Module) else load_model(model, str(device))).to(
+            device
+        )
+
+    def _collector(self, strip: int) -> Collector:
+        """Begin to gather a strip."""
+        raise NotImplementedError
+
+    def _look(self, images: torch.Tensor, device: torch.device) -> object:
+        """Return what the model makes of images (B, bands, H, W)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class StripPredictor(TilePredictor):
+    """Finds the objects in strips of one raster and leaves each strip in the journal.
+
+    Attributes:
+        score_threshold: Least score that counts.
+        nms_threshold: IoU above which detections stand for the same object.
+        views: Which views of a tile are fused, of `LargeRasterOR.VIEWS`.
+        scales: Factors by which tiles are enlarged.
+    """
+
+    score_threshold: float
+    nms_threshold: float
+    views: Views
+    scales: tuple[float, ...]
+
+    def is_done(self, strip: int) -> bool:
+        """Tell whether a strip is left whole and without gaps."""
+        part = Part.read(self.part_path(strip))
+        return part is not None and not len(part.gaps)
+
+    def _collector(self, strip: int) -> _FoundInStrip:
+        return _FoundInStrip(self, strip)
+
+    def _look(
+        self, images: torch.Tensor, device: torch.device
+    ) -> tuple[list[Detections], list[bool]]:
+        """Return what each image shows, in its px, and whether it is full."""
+        model = self._model_on(device)
         # what fusing is to raise over the threshold, it must see
         least = self.score_threshold
         if self.views != "none" or len(self.scales) > 1:
             least = min(least, model.conf.test.score_threshold)
         least = float(np.nextafter(np.float32(least), -1))
-        return model.to(device), model.limit_detections(self.tile_size, least)
+        limit = model.limit_detections(self.tile_size, least)
+        with torch.inference_mode(), autocast(device.type, self.precision):
+            seen, most = detect_views(
+                model, images, VIEWS[self.views], self.scales, least_score=self.score_threshold
+            )
+        return seen, [count >= limit for count in most]
 
-    def _keep(self, tile: Tile, found: Detections) -> Detections:
+    def keep(self, tile: Tile, found: Detections) -> Detections:
+        """Return what a tile keeps of the detections on it, in px of the raster."""
         x, y, width, height = tile.window
         window = np.array([x, y, x + width, y + height])
         boxes = found.boxes + np.array([x, y, x, y])
@@ -302,3 +385,29 @@ class StripPredictor:
         boxes = imutils.clip_boxes(boxes, np.minimum(window, np.tile(size, 2)))
         keep &= imutils.box_area(boxes) > 0
         return replace(found, boxes=boxes)[keep]
+
+
+class _FoundInStrip:
+    """The detections of a strip's tiles."""
+
+    def __init__(self, predictor: StripPredictor, strip: int) -> None:
+        self.predictor, self.strip = predictor, strip
+        self.found: list[Detections] = []
+        self.full = 0
+
+    def add(
+        self,
+        tiles: Sequence[Tile],
+        _counted: Sequence[np.ndarray],  # the regions tell of each detection
+        seen: tuple[list[Detections], list[bool]],
+    ) -> None:
+        detections, full = seen
+        self.found += [self.predictor.keep(*pair) for pair in zip(tiles, detections, strict=True)]
+        self.full += sum(full)
+
+    def finish(self, predicted: int, empty: int, gaps: np.ndarray) -> Path:
+        part = Part(Detections.concatenate(self.found), predicted, empty, self.full, gaps)
+        return part.write(self.predictor.part_path(self.strip))
+
+    def drop(self) -> None:
+        self.found = []

@@ -28,7 +28,7 @@ LAYERS = [
     ["layout"],
     ["fileio"],
     ["geometries"],
-    ["sampledata", "annotations", "tiling", "catalogue"],
+    ["sampledata", "annotations", "tiling", "catalogue", "regions"],
     ["masks", "balance"],
     ["splits"],
     ["explore", "ranks"],
@@ -38,6 +38,7 @@ LAYERS = [
     ["learning", "losses"],
     ["LargeRasterOR", "LargeRasterSeg"],
     ["strips", "study", "resume"],
+    ["maps"],
     ["trials", "predict", "preflight", "ledger"],
     ["gridsearch"],
 ]
