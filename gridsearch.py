@@ -142,7 +142,7 @@ def run_search(
         if value and Path(value).is_file():  # else a name of torchvision's
             setattr(conf, name, str(Path(value).absolute()))
     with fileio.exclusive(run_dir, wait=True):
-        for folder in (run_dir / "trials", *(run_dir / "trials").glob("*/")):
+        for folder in (run_dir / "search", run_dir / "trials", *run_dir.glob("trials/*/")):
             fileio.remove_strays(folder)
         name = _study_prefix(run_dir)
         at_work = bool(name) and not force
