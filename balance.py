@@ -23,8 +23,9 @@ log = logging.getLogger(__name__)
 
 METHODS = ("min_annotated", "class_proportion")
 STEPS = (1, 2, 2.5, 4, 5, 10, 20, 25, 50)  # percent, between thresholds that are tried
-MAX_NUMBERS = 12_000_000  # held at once by a search, 8 bytes each
+MAX_NUMBERS = 25_000_000  # held at once by a search, 8 bytes each
 MIN_KEPT = 10.0  # percent of the tiles
+FINEST = 1.0  # percent, between thresholds around the best
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Balance:
         class_proportion: Likewise.
         tiles: Number of tiles.
         kept: Of those that are kept.
-        step: Percent between the thresholds that a search tried; None: none was made.
+        step: Percent between the thresholds all of which a search tried, before it looked closer
+            around the best; None: none was made.
         curve: Of a search, the best trade-offs, most tiles first: `kept, kept_percent, std` and the
             thresholds, `min_annotated` and `class_<id>` in percent. Whatever keeps more tiles than
             one of them is less even.
@@ -74,7 +76,7 @@ class Balance:
             table.to_string(index=False, float_format=lambda value: f"{value:.2f}"),
         ]
         if self.step is not None:
-            lines.insert(1, f"the best of all thresholds that are multiples of {self.step:g} %")
+            lines.insert(1, f"the best of all in steps of {self.step:g} %, then refined around it")
         return "\n".join(lines) + "\n"
 
 
@@ -153,11 +155,13 @@ def balance(
     class_ids: Sequence[int] | None = None,
     min_kept: float = MIN_KEPT,
     step: float | None = None,
+    finest: float = FINEST,
 ) -> Balance:
     """Find the thresholds that make the classes of the kept tiles most even.
 
     The standard deviation of the class shares is least over all combinations of thresholds that are
     multiples of a step. Of those that are equally even, the one that keeps most tiles is taken.
+    Where the step is a large one, smaller ones are then tried around the best.
 
     Args:
         tiles: See `read_shares`.
@@ -166,6 +170,7 @@ def balance(
         class_ids: Classes that may have a threshold; None: all but the background.
         min_kept: Least percent of the tiles to keep; else one even tile would be best.
         step: Percent between thresholds; None: 1, or more where that makes too many combinations.
+        finest: Percent between those that are tried around the best.
 
     Raises:
         InputError: There are no tiles, or more combinations than memory should hold.
@@ -186,11 +191,20 @@ def balance(
         tiling.check_thresholds(len(classes.names), 0.0, dict.fromkeys(chosen, 0.0))
         names += [f"class_{i}" for i in chosen]
         values += [shares[:, i] for i in chosen]
-    step = _choose_step(values, counts.shape[1], step)
-    sums = _sum_above([np.floor(v / step + 1e-12).astype(int) for v in values], counts)
-    curve = _trade_offs(sums, names, step, len(tiles))
-    least = min_kept / 100 * len(tiles)
-    best = curve[curve["kept"] >= least].iloc[-1]  # the most even that keeps enough
+    step, least = _choose_step(values, counts.shape[1], step), min_kept / 100 * len(tiles)
+    curve, fine, low = pd.DataFrame(), step, np.zeros(len(values))
+    high = np.array([v.max() for v in values])
+    while True:
+        some = _try_grid(values, counts, low, high, fine, names)
+        curve = _front(pd.concat([curve, some], ignore_index=True))
+        best = curve[curve["kept"] >= least].iloc[-1]  # the most even that keeps enough
+        if fine <= finest:
+            break
+        low, high = (best[names].to_numpy(float) + sign * fine for sign in (-1, 1))
+        fine, low = max(fine / 5, finest), np.maximum(low, 0)
+        while not _fits(low, high, fine, counts.shape[1]):
+            low, high = (low + (high - low) / 4, high - (high - low) / 4)  # nearer around the best
+    curve.insert(1, "kept_percent", 100 * curve["kept"] / len(tiles))
     found = preview(
         tiles, classes, best.get("min_annotated", 0.0),
         {int(n.removeprefix("class_")): float(best[n]) for n in names
@@ -207,15 +221,43 @@ def _areas(tiles: pd.DataFrame) -> np.ndarray:
     return (tiles["width"] * tiles["height"]).to_numpy()
 
 
+def _fits(low: np.ndarray, high: np.ndarray, step: float, count: int) -> bool:
+    cells = np.prod(np.floor((high - low) / step) + 1)
+    return cells * (count + 1) <= MAX_NUMBERS
+
+
 def _choose_step(values: Sequence[np.ndarray], count: int, step: float | None) -> float:
+    high = np.array([v.max() for v in values])
     for candidate in STEPS if step is None else (step,):
-        cells = np.prod([np.floor(v.max() / candidate) + 1 for v in values])
-        if cells * (count + 1) <= MAX_NUMBERS:
+        if _fits(np.zeros(len(values)), high, candidate, count):
             return candidate
     raise InputError(
-        f"thresholds of {len(values)} kinds make {cells:.3g} combinations even in steps of "
+        f"thresholds of {len(values)} kinds make too many combinations even in steps of "
         f"{candidate} %; search fewer classes at once (class_ids), or in larger steps"
     )
+
+
+def _try_grid(
+    values: Sequence[np.ndarray],
+    counts: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    step: float,
+    names: Sequence[str],
+) -> pd.DataFrame:
+    """Try all combinations of thresholds from `low` to `high` in steps; see `_front`."""
+    places = []
+    for v, start, end in zip(values, low, high, strict=True):
+        place = np.floor((v - start) / step + 1e-9)
+        places.append(place.clip(max=np.floor((end - start) / step + 1e-9)).astype(int))
+    inside = np.all([place >= 0 for place in places], axis=0)
+    if not inside.any():
+        return pd.DataFrame()
+    sums = _sum_above([place[inside] for place in places], counts[inside])
+    table = _trade_offs(sums, names, step)
+    for name, start in zip(names, low, strict=True):
+        table[name] = np.round(start + table[name], 9)
+    return table
 
 
 def _sum_above(places: Sequence[np.ndarray], counts: np.ndarray) -> np.ndarray:
@@ -230,28 +272,35 @@ def _sum_above(places: Sequence[np.ndarray], counts: np.ndarray) -> np.ndarray:
     """
     shape = tuple(place.max() + 1 for place in places)
     flat = np.ravel_multi_index(tuple(places), shape)
-    weights = [np.ones(len(counts)), *counts.T]
-    sums = np.stack([np.bincount(flat, w, int(np.prod(shape))).reshape(shape) for w in weights])
+    sums = np.empty((1 + counts.shape[1], *shape))
+    for part, weights in zip(sums, [np.ones(len(counts)), *counts.T], strict=True):
+        part[:] = np.bincount(flat, weights, int(np.prod(shape))).reshape(shape)
     for axis in range(1, sums.ndim):
         np.cumsum(np.flip(sums, axis), axis=axis, out=np.flip(sums, axis))
     return sums
 
 
-def _trade_offs(sums: np.ndarray, names: Sequence[str], step: float, total: int) -> pd.DataFrame:
-    """Return the combinations of which none other keeps as many tiles and is as even."""
-    shape, count = sums.shape[1:], sums.shape[0] - 1
-    sums = sums.reshape(count + 1, -1)
+def _trade_offs(sums: np.ndarray, names: Sequence[str], step: float) -> pd.DataFrame:
+    """Return the best combinations of a grid, see `_front`, with thresholds from 0 on."""
+    shape = sums.shape[1:]
+    sums = sums.reshape(len(sums), -1)
     there = np.flatnonzero(sums[0] > 0)
-    kept, px = sums[0, there], sums[1:, there]
+    px = sums[1:, there]
     std = np.round(100 * np.std(px / px.sum(axis=0), axis=0), 9)
-    order = np.lexsort((there, std, -kept))  # low thresholds first, of those that do the same
-    lowest = np.minimum.accumulate(std[order])
-    first = np.concatenate([[True], lowest[1:] < lowest[:-1]])
-    chosen = order[first]
-    table = pd.DataFrame(
-        {"kept": kept[chosen].astype(int), "kept_percent": 100 * kept[chosen] / total,
-         "std": std[chosen]}
-    )  # fmt: skip
+    chosen = _front_rows(sums[0, there], std)
+    table = pd.DataFrame({"kept": sums[0, there[chosen]].astype(int), "std": std[chosen]})
     for name, place in zip(names, np.unravel_index(there[chosen], shape), strict=True):
-        table[name] = np.round(place * step, 9)
+        table[name] = place * step
     return table
+
+
+def _front(table: pd.DataFrame) -> pd.DataFrame:
+    """Keep the combinations of which none other keeps as many tiles and is as even."""
+    rows = _front_rows(table["kept"].to_numpy(), table["std"].to_numpy())
+    return table.iloc[rows].reset_index(drop=True)
+
+
+def _front_rows(kept: np.ndarray, std: np.ndarray) -> np.ndarray:
+    order = np.lexsort((np.arange(len(kept)), std, -kept))  # low thresholds first, of equals
+    lowest = np.minimum.accumulate(std[order])
+    return order[np.concatenate([[True], lowest[1:] < lowest[:-1]])]
