@@ -44,6 +44,8 @@ from review import review as review
 if TYPE_CHECKING:
     from IPython.display import DisplayHandle
 
+    from splits import Balance
+
 log = logging.getLogger(__name__)
 
 SPLIT_COLORS = {"train": "#0072B2", "validation": "#E69F00", "test": "#009E73"}
@@ -350,6 +352,63 @@ def plot_label_counts(counts: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ]
     _legend_above(ax, handles, "Objects per label and split")
     return ax
+
+
+def plot_class_balance(found: Balance, axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
+    """Draw the class shares of training tiles, of all and of those kept, and the trade-off.
+
+    Args:
+        found: What `splits.balance` found, or `splits.preview` told, which has no trade-off.
+        axes: Where to draw shares, and the trade-off; None makes a figure.
+
+    Returns:
+        The Axes, one or two.
+    """
+    shares, curve = found.shares, found.curve
+    if axes is None:
+        count, height = (1 if curve is None else 2), 1.6 + 0.45 * min(len(shares), MAX_LABELS)
+        _, axes = plt.subplots(
+            1, count, figsize=(WIDTH, max(height, 3.2)), layout="constrained", squeeze=False
+        )
+        axes = axes[0]
+    shown, ax = shares.head(MAX_LABELS), axes[0]
+    rows = np.arange(len(shown))
+    kept = f"{found.kept:,} tiles kept"
+    for column, shift, color, name in (
+        ("percent", -0.2, OTHER, f"all {found.tiles:,} tiles"),
+        ("kept_percent", 0.2, COLORS[5], kept),
+    ):
+        ax.barh(rows + shift, shown[column], height=0.38, color=color, label=name)
+        for row, value in zip(rows, shown[column], strict=True):
+            ax.annotate(f" {value:.3g}", (value, row + shift), va="center", fontsize="small")
+    even, most = 100 / len(shares), shown[["percent", "kept_percent"]].max(axis=None)
+    ax.axvline(even, color="0.4", linestyle=":", linewidth=1, label="even")
+    ax.set_yticks(rows, [_cut(name) for name in shown["name"]])
+    ax.set(xlabel="% of the labelled pixels", xlim=(0, most * 1.15), ylim=(len(shown) - 0.5, -0.5))
+    more = f", {len(shares) - len(shown)} more" if len(shares) > len(shown) else ""
+    ax.set_title(f"Class shares{more}")
+    ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower left", ncols=3)
+    if curve is not None and len(axes) > 1:
+        ax = axes[1]
+        ax.plot(curve["kept_percent"], curve["std"], color=COLORS[5], drawstyle="steps-post")
+        place = 100 * found.kept / found.tiles, found.kept_std
+        ax.plot(*place, "o", color=COLORS[4], label=kept)
+        ax.annotate(
+            _thresholds(found), place, (8, 8), textcoords="offset points", fontsize="small",
+            va="bottom", ha="left" if place[0] < 50 else "right",
+        )  # fmt: skip
+        ax.set(xlabel="% of the tiles kept", ylabel="std of the class shares, %")
+        ax.set(xlim=(0, 102), ylim=(0, curve["std"].max() * 1.08 + 1e-9))
+        ax.set_title(f"Balance against tiles kept, steps of {found.step:g} %")
+    return axes
+
+
+def _thresholds(found: Balance) -> str:
+    """Write the thresholds that were found, one a line."""
+    names = found.shares["name"]
+    lines = [f"min_annotated {found.min_annotated:g} %"] if found.min_annotated else []
+    lines += [f"{_cut(names[i])} {least:g} %" for i, least in found.class_proportion.items()]
+    return "\n".join(lines) or "no threshold"
 
 
 def plot_split_map(image: ImageData, blocks: pd.DataFrame, ax: Axes | None = None) -> Axes:

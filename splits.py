@@ -3,13 +3,18 @@
 Blocks of ground, or whole rasters, are ranked by a seeded hash of their place and dealt out by
 proportion. Neither tile sizes nor annotations nor trials enter, so that all of them are measured on
 the same ground. The audit then measures what the tiles of two splits have in common.
+
+python splits.py balance TILES_DIR   class shares of training tiles, and thresholds that even them
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import logging
+import sys
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,6 +23,10 @@ import shapely
 from pyproj.exceptions import ProjError
 
 import fileio
+import tiling
+from balance import METHODS, MIN_KEPT, preview, read_shares, write_shares
+from balance import Balance as Balance  # what is found
+from balance import balance as balance  # here is where it is looked for
 from ImageData import InputError, RasterHandle
 
 log = logging.getLogger(__name__)
@@ -126,6 +135,100 @@ def _choose(
             f"ground that counts; it must have one, and leave {least} for other splits. Name "
             "other rasters"
         )
+    return chosen
+
+
+def stratify_validation(
+    blocks: pd.DataFrame,
+    counts: np.ndarray,
+    *,
+    validation_percent: float,
+    tolerance: float,
+    seed: int,
+) -> pd.DataFrame:
+    """Choose validation blocks anew, so that their classes have the shares that they have all over.
+
+    Whole blocks change sides, so that no ground leaks; the test keeps its ground. Starting from the
+    order of a seeded hash, blocks are added, removed and exchanged as long as that brings the
+    shares closer; the sum over classes of squared differences relative to the share (chi-square)
+    counts a rare class as much as a common one.
+
+    Args:
+        blocks: See `ground_blocks`.
+        counts: (N, C), px per class of each block, see `tiling.count_blocks`.
+        validation_percent: Of the labelled px that are not the test's, those to validate on.
+        tolerance: Percent that may be added to it or taken from it, for the sake of the shares.
+        seed: Of the hash.
+
+    Returns:
+        The blocks with other splits.
+
+    Raises:
+        InputError: The percentages make no sense, or there are fewer than two blocks with labels.
+    """
+    if not 0 < validation_percent < 100 or not 0 <= tolerance < validation_percent:
+        raise InputError(
+            f"val_percent must be over 0 and under 100, and use_stratification under val_percent, "
+            f"got {validation_percent} and {tolerance}"
+        )
+    labelled = counts.sum(axis=1) > 0
+    mine = np.flatnonzero(blocks["split"].isin(["train", "validation"]).to_numpy() & labelled)
+    if len(mine) < 2:
+        raise InputError(
+            f"{len(mine)} blocks beside the test's have a label, training and validation need one "
+            "each; lower BLOCK_SIZE, or label more ground"
+        )
+    order = np.argsort(fileio.hash_rows(blocks.iloc[mine][["raster", "x", "y"]], seed))
+    mine = mine[order]
+    px = counts[mine].astype(float)
+    limits = px.sum() * (validation_percent + np.array([-tolerance, tolerance])) / 100
+    chosen = _stratify(px, limits, px.sum() * validation_percent / 100)
+    blocks = blocks.copy()
+    blocks.loc[blocks.index[mine], "split"] = np.where(chosen, "validation", "train")
+    return blocks
+
+
+MOST_MOVES = 1000  # exchanges of blocks until the shares are close enough
+TRIED = 256  # blocks of each side that an exchange looks at
+
+
+def _stratify(px: np.ndarray, limits: np.ndarray, wanted: float) -> np.ndarray:
+    """Choose rows of (N, C) whose sum has the shares of all, bool (N,)."""
+    share = px.sum(axis=0) / px.sum()
+    seen = share > 0
+    px, share = px[:, seen], share[seen]
+
+    def cost(sums: np.ndarray) -> np.ndarray:
+        total = sums.sum(axis=-1)
+        off = np.clip(np.maximum(limits[0] - total, total - limits[1]), 0, None) / limits[1]
+        shares = sums / np.maximum(total, 1)[..., None]
+        apart = ((shares - share) ** 2 / share).sum(axis=-1)
+        return apart + 1e3 * off  # the size comes first
+
+    chosen = np.cumsum(px.sum(axis=1)) <= wanted
+    chosen[0], chosen[-1] = True, False
+    for turn in range(MOST_MOVES):
+        sums = px[chosen].sum(axis=0)
+        inside, outside = np.flatnonzero(chosen), np.flatnonzero(~chosen)
+        # other blocks are looked at in every turn, until all were
+        inside = np.roll(inside, -turn * TRIED)[:TRIED]
+        outside = np.roll(outside, -turn * TRIED)[:TRIED]
+        leave = np.concatenate([[np.zeros(px.shape[1])], px[inside]])
+        enter = np.concatenate([[np.zeros(px.shape[1])], px[outside]])
+        costs = cost(sums - leave[:, None] + enter[None])
+        if chosen.sum() == 1:
+            costs[1:, 0] = np.inf  # neither side is left empty
+        if (~chosen).sum() == 1:
+            costs[0, 1:] = np.inf
+        out, into = np.unravel_index(costs.argmin(), costs.shape)
+        if costs[out, into] >= costs[0, 0] - 1e-12:
+            if (turn + 1) * TRIED >= len(px):
+                break
+            continue
+        if out:
+            chosen[inside[out - 1]] = False
+        if into:
+            chosen[outside[into - 1]] = True
     return chosen
 
 
@@ -288,13 +391,13 @@ def split_dataset_train_test(
                 "or EMPTY_TILE_RATIO, lower MIN_VALID, widen the area of interest, or relax your "
                 "tile filters"
             )
-        pixels = part.filter(regex=CLASS_COLUMN)
-        if len(pixels.columns) and not pixels.to_numpy().any():
-            raise InputError(
-                f"the {name} split has {len(part)} tiles but no labelled pixel; change SEED or "
-                "BLOCK_SIZE, raise its proportion or SAMPLE_SIZES, or label more ground"
-            )
-        if not len(pixels.columns) and not part["objects"].sum():
+        if "class_0" in part.columns:
+            if not tiling.counts_of(part).sum():
+                raise InputError(
+                    f"the {name} split has {len(part)} tiles but no labelled pixel; change SEED or "
+                    "BLOCK_SIZE, raise its proportion or SAMPLE_SIZES, or label more ground"
+                )
+        elif not part["objects"].sum():
             raise InputError(
                 f"the {name} split has {len(part)} tiles but no object; change SEED or BLOCK_SIZE, "
                 "raise its proportion or SAMPLE_SIZES, or annotate more ground"
@@ -331,29 +434,101 @@ def check_labels(tiles: pd.DataFrame, boxes: pd.DataFrame) -> pd.DataFrame:
     return counts
 
 
-def check_classes(tiles: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
+def check_classes(tiles: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     """Count the pixels per class and split, and refuse classes that the training never sees.
 
+    Tiles that overlap count their common ground as often as they show it.
+
     Args:
-        tiles: The tiles of a trial with masks, of all splits.
-        labels: Names of the classes, by class id.
+        tiles: The tiles of a trial, of all splits.
+        names: Of the classes, by class id.
 
     Returns:
-        One row per class, one column per split: pixels of windows, where these overlap more than
-        once.
+        One row per class, named by it, one column per split, in px.
 
     Raises:
-        InputError: A class that other ground shows has no pixel on training ground.
+        InputError: A class that some ground has is not on training ground.
     """
-    windows = tiles.drop_duplicates("window")
-    columns = [f"class_{i}" for i in range(len(labels))]
-    counts = windows.groupby("split")[columns].sum().T.reindex(columns=list(SPLITS), fill_value=0)
-    counts.index = pd.Index(labels, name="label")
+    ground = tiles.drop_duplicates("window")
+    columns = tiling.class_columns(len(names))
+    counts = ground.groupby("split")[columns].sum().reindex(list(SPLITS), fill_value=0).T
+    counts = counts.set_axis(pd.Index(names, name="label"))
     unseen = counts.index[(counts["train"] == 0) & (counts.sum(axis=1) > 0)]
     if len(unseen):
-        places = {label: counts.loc[label].drop("train").to_dict() for label in unseen}
+        places = {name: counts.loc[name].drop("train").to_dict() for name in unseen}
         raise InputError(
             f"classes without a pixel on training ground: {places}; change SEED or BLOCK_SIZE, "
-            "raise SAMPLE_SIZES, or label more of them"
+            "lower min_annotated and class_proportion, raise SAMPLE_SIZES, or label more of them"
         )
-    return counts.astype(int)
+    for name in counts.index[(counts[["validation", "test"]] == 0).any(axis=1)]:
+        log.warning(
+            "class %s is not on the ground of every split: %s px", name, dict(counts.loc[name])
+        )
+    return counts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; `python splits.py --help` tells all."""
+    args = _parser().parse_args(argv)
+    try:
+        tiles, classes = read_shares(args.tiles_dir)
+        if args.csv is not None:
+            write_shares(args.csv, tiles, classes)
+        if args.search:
+            found = balance(
+                tiles, classes, methods=args.search, class_ids=args.classes,
+                min_kept=args.min_kept, step=args.step,
+            )  # fmt: skip
+            if args.curve is not None:
+                fileio.write_table(args.curve, found.curve)
+        else:
+            found = preview(tiles, classes, args.min_annotated, dict(args.class_proportion))
+    except InputError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.write(found.report())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="splits.py", description="Look at the ground of a run.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    shares = commands.add_parser(
+        "balance", help="class shares of training tiles, and thresholds that make them even",
+        description="Tell how much of the training tiles each class has, and what is left if tiles "
+        "are kept by thresholds: those given, or those that make the classes most even.",
+    )  # fmt: skip
+    shares.add_argument("tiles_dir", type=Path, metavar="TILES_DIR", help="a folder tiling_<size>")
+    shares.add_argument(
+        "--search", nargs="+", choices=METHODS, metavar="METHOD",
+        help="search for the best thresholds of these kinds: min_annotated, class_proportion",
+    )  # fmt: skip
+    shares.add_argument(
+        "--classes", nargs="+", type=int, metavar="ID",
+        help="class ids that may have a threshold (all but the background)",
+    )  # fmt: skip
+    shares.add_argument(
+        "--min-kept", type=float, default=MIN_KEPT, metavar="PERCENT",
+        help="least part of the tiles that a search keeps (default: %(default)g)",
+    )  # fmt: skip
+    shares.add_argument("--step", type=float, metavar="PERCENT", help="between thresholds")
+    shares.add_argument(
+        "--min-annotated", type=float, default=0.0, metavar="PERCENT",
+        help="without a search: least part of a tile with a class other than the background",
+    )  # fmt: skip
+    shares.add_argument(
+        "--class-proportion", nargs="+", type=_proportion, default=[], metavar="ID=PERCENT",
+        help="without a search: least part of a tile with a class",
+    )  # fmt: skip
+    shares.add_argument("--csv", type=Path, help="write the class shares of every tile")
+    shares.add_argument("--curve", type=Path, help="write the trade-offs that a search found (CSV)")
+    return parser
+
+
+def _proportion(text: str) -> tuple[int, float]:
+    class_id, _, percent = text.partition("=")
+    return int(class_id), float(percent)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

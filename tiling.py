@@ -11,7 +11,7 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from PIL import Image
 import fileio
 import imutils
 import parallel
-from ImageData import BOX_COLUMNS, ImageData, InputError, Window
+from ImageData import BOX_COLUMNS, IGNORE, ImageData, InputError, LabelSource, Window
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,8 @@ CORE_COLUMNS = ["core_xmin", "core_ymin", "core_xmax", "core_ymax"]
 BLOCK_COLUMNS = ["block_xmin", "block_ymin", "block_xmax", "block_ymax"]
 GROUND_BOX_COLUMNS = ["ground_xmin", "ground_ymin", "ground_xmax", "ground_ymax"]
 TILES_NAME, BOXES_NAME = "tiles.parquet", "boxes.parquet"
+CLASSES_NAME = "classes.json"  # of masks; `masks.ClassTable.load` reads it
+UNDER_ANNOTATED, UNDER_PROPORTION = "under min_annotated", "under class_proportion"
 PNG_KINDS = {("uint8", 1), ("uint8", 3), ("uint16", 1)}  # types and numbers of bands
 ATTEMPTS = 32  # windows drawn at most for each that is to have a valid pixel
 JOB_WINDOWS = 256  # windows per worker call: long enough to pay for the call, short enough to share
@@ -259,6 +261,9 @@ class TilingOptions:
         min_valid: Least share of a training tile that is valid ground that counts.
         materialize: Write chips too.
         seed: Of the hash that picks empty tiles.
+        min_annotated: With masks, least part of a training tile's pixels, in percent, that a class
+            other than the background has.
+        class_proportion: With masks, class id -> least part, in percent, of a training tile.
     """
 
     angles: tuple[int, ...] = ()
@@ -271,6 +276,8 @@ class TilingOptions:
     min_valid: float = 0.25
     materialize: bool = False
     seed: int = 0
+    min_annotated: float = 0.0
+    class_proportion: Mapping[int, float] = field(default_factory=dict)
 
     def evaluation_overlap_of(self, size: int) -> int:
         """Return the overlap in px that evaluation windows of a size get."""
@@ -329,8 +336,9 @@ def make_single_size(
     """Make the tile index of one size; see `make_tiles`.
 
     One process at a time makes it, the others wait. One that is killed leaves the answers of the
-    filters and its chips to the next.
+    filters, the counts of classes and its chips to the next.
     """
+    classes = _classes_of(images, options)
     directory = Path(tiling_directory) / f"tiling_{size}"
     made_from = {
         "size": size,
@@ -339,8 +347,11 @@ def make_single_size(
         "rasters": [image.raster.made_from for image in images],
         "annotations": [image.df for image in images],
     }
+    if classes:
+        # the labels' own fingerprint speaks for polygons, too
+        made_from["annotations"] = [image.labels.made_from for image in images]
     manifest, begun = directory / "manifest.json", directory / "begun.json"
-    filtered = directory / "filtered.jsonl"
+    filtered, counted = directory / "filtered.jsonl", directory / "counted.jsonl"
     if not force and fileio.is_finished(manifest, made_from):  # readers need no lock
         log.info("tiles of %d px are up to date in %s", size, directory)
         return directory
@@ -351,12 +362,20 @@ def make_single_size(
         manifest.unlink(missing_ok=True)
         if force or not fileio.is_finished(begun, made_from):
             begun.unlink(missing_ok=True)
-            for path in (filtered, *directory.glob("tile[._]*")):  # the chips
+            for path in (filtered, counted, *directory.glob("tile[._]*")):  # the chips
                 path.unlink(missing_ok=True)
             fileio.mark_finished(begun, made_from, [])
         windows, boxes = index_windows(size, images, blocks, options)
         work = {"workers": workers, "scheduler": scheduler, "progress": progress}
-        windows = _reject(windows, boxes, images, options, fileio.Journal(filtered), work)
+        journal = fileio.Journal(filtered)
+        if classes:
+            columns = class_columns(len(classes))
+            windows[columns] = count_classes(windows, images, fileio.Journal(counted), **work)
+            windows = _reject_masks(windows, images, options, journal, work)
+            meant = dict(images[0].labels.classes.values)
+            fileio.write_json(directory / CLASSES_NAME, {"names": list(classes), "values": meant})
+        else:
+            windows = _reject(windows, boxes, images, options, journal, work)
         tiles = _turn(windows, options.angles)
         # the old tables are replaced, not deleted: whoever reads them sees whole ones
         fileio.write_table(directory / TILES_NAME, tiles)
@@ -364,7 +383,7 @@ def make_single_size(
         if options.materialize:
             write_chips(directory, tiles, boxes, images, keep=True, **work)
         fileio.mark_finished(manifest, made_from, [TILES_NAME, BOXES_NAME])
-        for path in (begun, filtered):
+        for path in (begun, filtered, counted):
             path.unlink(missing_ok=True)
     log.info(
         "tiles of %d px: %d of %d windows kept, %d tiles with turned ones", size,
@@ -378,8 +397,9 @@ def read_tiles(directory: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     Returns:
         The tiles: `tile` (int), `window` (int, the same for all angles of a window), `raster,
-        block, row, col, x, y, width, height`, the core, `angle, split, objects` (owned), `kept,
-        reason`; and the boxes, see `assign_boxes`, at angle 0.
+        block, row, col, x, y, width, height`, the core, `angle, split, objects` (owned), with masks
+        `class_0, class_1, ...` (valid px of each class), `kept, reason`; and the boxes, see
+        `assign_boxes`, at angle 0.
     """
     return (
         pd.read_parquet(Path(directory) / TILES_NAME),
@@ -468,6 +488,181 @@ def _reject(
         waiting = good[wanted:].append(waiting)
         wanted -= len(good[:wanted])
     reason[waiting] = "empty, beyond EMPTY_TILE_RATIO"
+    return windows.assign(kept=(reason == "").to_numpy(), reason=reason.to_numpy())
+
+
+def _classes_of(images: Sequence[ImageData], options: TilingOptions) -> tuple[str, ...]:
+    """Return the names of the classes of masks; none where objects are boxes.
+
+    Raises:
+        InputError: The images do not share one table of classes, or the options do not fit it.
+    """
+    labelled = [image.labels is not None for image in images]
+    if not any(labelled):
+        if options.min_annotated or options.class_proportion:
+            raise InputError("min_annotated and class_proportion need masks, not boxes")
+        return ()
+    if not all(labelled):
+        missing = [i.image_identifier for i in images if i.labels is None]
+        raise InputError(f"all rasters of a run need labels, {missing} have none")
+    tables = [image.labels.classes for image in images]
+    if any(table != tables[0] for table in tables):
+        raise InputError(
+            "the rasters of a run need one table of classes, got "
+            f"{[list(table.names) for table in tables[:3]]}; see masks.resolve_classes"
+        )
+    check_thresholds(len(tables[0].names), options.min_annotated, options.class_proportion)
+    return tables[0].names
+
+
+def check_thresholds(
+    count: int, min_annotated: float, class_proportion: Mapping[int, float]
+) -> None:
+    """Check thresholds, in percent, for masks with so many classes.
+
+    Raises:
+        InputError: One is no percentage, or is of no class.
+    """
+    if strangers := [i for i in class_proportion if i not in range(count)]:
+        raise InputError(f"class_proportion names {strangers}, the class ids are 0 to {count - 1}")
+    if wrong := [v for v in (min_annotated, *class_proportion.values()) if not 0 <= v <= 100]:
+        raise InputError(f"min_annotated and class_proportion are 0 to 100 percent, got {wrong}")
+    if sum(class_proportion.values()) > 100:
+        raise InputError(
+            f"no tile can have {dict(class_proportion)} percent of its classes: they sum to more "
+            "than 100; lower class_proportion"
+        )
+
+
+def class_columns(count: int) -> list[str]:
+    """Return the names of the columns with the pixels per class."""
+    return [f"class_{i}" for i in range(count)]
+
+
+def counts_of(tiles: pd.DataFrame) -> np.ndarray:
+    """Return the pixels per class of tiles, int64 (N, C); (N, 0) without masks."""
+    count = 0
+    while f"class_{count}" in tiles.columns:
+        count += 1
+    return tiles[class_columns(count)].to_numpy(dtype="int64")
+
+
+def shares_of(
+    counts: np.ndarray, areas: np.ndarray, background: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return what parts of tiles, in percent, are annotated (N,), and are of each class (N, C).
+
+    Annotated is what has a class other than the background; the rest of a tile is background, or
+    unknown. Both are rounded to 1e-9, so that a threshold means the same everywhere.
+    """
+    shares = np.round(100 * counts / areas[:, None], 9)
+    annotated = counts.sum(axis=1) - (0 if background is None else counts[:, background])
+    return np.round(100 * annotated / areas, 9), shares
+
+
+def count_classes(
+    windows: pd.DataFrame,
+    images: Sequence[ImageData],
+    journal: fileio.Journal | None = None,
+    **work: object,
+) -> np.ndarray:
+    """Count the pixels per class of windows, in parallel.
+
+    Args:
+        windows: `raster, x, y, width, height` (px).
+        images: The labelled rasters.
+        journal: Where what is counted is kept for the next process, if this one is killed.
+        work: `workers, scheduler, progress` of `parallel.imap_ordered`.
+
+    Returns:
+        int64 (N, C): valid px that count of each class.
+    """
+    labels = {image.image_identifier: image.labels for image in images}
+    count = len(images[0].labels.classes.names)
+    known = {} if journal is None else journal.known
+    jobs, places = {}, {}
+    order = np.arange(len(windows))
+    for name, group in windows.assign(order=order).groupby("raster", sort=False):
+        for start in range(0, len(group), JOB_WINDOWS):
+            part = group.iloc[start : start + JOB_WINDOWS]
+            key = fileio.fingerprint([name, part[WINDOW_COLUMNS].to_numpy()])
+            places[key] = part["order"].to_numpy()
+            if key not in known:
+                jobs[key] = (name, _windows(part))
+    answers = parallel.imap_ordered(
+        partial(_count_job, labels=labels, count=count), jobs.values(),
+        description="counting classes", **work,
+    )  # fmt: skip
+    found = dict(known)
+    for key, answer in zip(jobs, answers, strict=True):
+        found[key] = answer
+        if journal is not None:
+            journal.add(key, answer)
+    counts = np.zeros((len(windows), count), dtype="int64")
+    for key, place in places.items():
+        counts[place] = found[key]
+    return counts
+
+
+def count_blocks(
+    blocks: pd.DataFrame, images: Sequence[ImageData], *, side: int = 1024, **work: object
+) -> np.ndarray:
+    """Count the pixels per class of ground blocks, in parallel, in windows of at most `side` px.
+
+    Args:
+        blocks: See `splits.ground_blocks`.
+        images: The labelled rasters.
+        side: Of the windows that are read.
+        work: See `count_classes`.
+
+    Returns:
+        int64 (N, C).
+    """
+    parts = []
+    for number, block in enumerate(blocks.itertuples()):
+        grid = window_grid(Window(block.x, block.y, block.width, block.height), side)
+        core = grid[CORE_COLUMNS].to_numpy()
+        part = pd.DataFrame(np.hstack([core[:, :2], core[:, 2:] - core[:, :2]]))
+        parts.append(part.set_axis(WINDOW_COLUMNS, axis=1).assign(raster=block.raster, of=number))
+    windows = pd.concat(parts, ignore_index=True)
+    counts = count_classes(windows, images, **work)
+    total = np.zeros((len(blocks), counts.shape[1]), dtype="int64")
+    np.add.at(total, windows["of"].to_numpy(), counts)
+    return total
+
+
+def _count_job(
+    job: tuple[str, list[Window]], labels: Mapping[str, LabelSource], count: int
+) -> list[list[int]]:
+    name, windows = job
+    masks = (labels[name].read(window) for window in windows)
+    return [np.bincount(mask[mask != IGNORE], minlength=count).tolist() for mask in masks]
+
+
+def _reject_masks(
+    windows: pd.DataFrame,
+    images: Sequence[ImageData],
+    options: TilingOptions,
+    journal: fileio.Journal,
+    work: Mapping[str, object],
+) -> pd.DataFrame:
+    """Reject training tiles by their classes, and then by their pixels."""
+    table = images[0].labels.classes
+    counts = windows[class_columns(len(table.names))].to_numpy()
+    areas = (windows["width"] * windows["height"]).to_numpy()
+    annotated, shares = shares_of(counts, areas, table.background)
+    tests = [("nothing is labelled", counts.sum(axis=1) == 0)]
+    if least := options.min_annotated:
+        tests.append((f"annotated {UNDER_ANNOTATED}, {least:g} %", annotated < least))
+    for i, least in options.class_proportion.items():
+        tests.append((f"{table.names[i]} {UNDER_PROPORTION}, {least:g} %", shares[:, i] < least))
+    reason = pd.Series("", index=windows.index, dtype=object)
+    train = (windows["split"] == "train").to_numpy()
+    for name, fails in tests:
+        reason[train & fails & (reason == "").to_numpy()] = name
+    rasters = {image.image_identifier: image.raster for image in images}
+    rest = windows[train & (reason == "").to_numpy()]
+    reason[rest.index] = _try_windows(rest, rasters, options, journal, work)
     return windows.assign(kept=(reason == "").to_numpy(), reason=reason.to_numpy())
 
 

@@ -17,8 +17,10 @@ from matplotlib.collections import LineCollection
 import fileio
 import implot
 import imutils
+import splits
 import study
 from ImageData import BOX_COLUMNS, Window
+from masks import ClassTable
 
 
 @pytest.fixture(autouse=True)
@@ -506,3 +508,20 @@ def test_what_decides_is_the_longest_bar():
     ax = implot.plot_importance(shares)
     assert [bar.get_width() for bar in ax.patches] == shares.iloc[::-1].tolist()
     assert len(study.importances(board.head(4))) == 0  # too few to tell
+
+
+def test_class_shares_stand_beside_the_trade_off():
+    rng = np.random.default_rng(0)
+    counts = np.floor(rng.dirichlet([3, 1, 0.2], 400) * 100).astype(int)
+    tiles = pd.DataFrame(counts, columns=["class_0", "class_1", "class_2"])
+    tiles = tiles.assign(width=10, height=10)
+    classes = ClassTable(("background", "roof", "road"), {})
+    found = splits.balance(tiles, classes)
+    shares, trade = implot.plot_class_balance(found)
+    bars = [bar.get_width() for bar in shares.patches]
+    np.testing.assert_allclose(bars, [*found.shares["percent"], *found.shares["kept_percent"]])
+    assert [t.get_text() for t in shares.get_yticklabels()] == ["background", "roof", "road"]
+    np.testing.assert_allclose(trade.lines[0].get_ydata(), found.curve["std"])
+    assert trade.lines[1].get_ydata()[0] == found.kept_std
+    (alone,) = implot.plot_class_balance(splits.preview(tiles, classes, 50))
+    assert len(alone.patches) == 6

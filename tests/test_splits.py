@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ import fileio
 import splits
 import tiling
 from ImageData import InputError
+from masks import ClassTable
 
 
 def raster(name="r", width=1000, height=800):
@@ -212,3 +215,164 @@ def test_the_same_ground_is_found_under_another_coordinate_reference_system():
     rows[1]["raster"] = "b"
     with pytest.raises(InputError, match="train and test"):
         splits.audit_splits(pd.DataFrame([row | tile for row in rows]), rasters)
+
+
+# -- classes of pixels ------------------------------------------------------------------------
+
+
+TABLE = ClassTable(("background", "a", "b"), {"1": 1, "2": 2})
+
+
+def tiles_of(counts, side=10, **columns):
+    counts = np.asarray(counts)
+    table = pd.DataFrame(counts, columns=[f"class_{i}" for i in range(counts.shape[1])])
+    places = {"x": np.arange(len(counts)) * side, "y": 0, "width": side, "height": side}
+    defaults = {"raster": "r", "split": "train", "angle": 0, "kept": True, "reason": ""}
+    numbers = {"window": np.arange(len(counts)), "tile": np.arange(len(counts))}
+    return table.assign(**(places | defaults | numbers | columns))
+
+
+def random_counts(count, classes, side, seed=0):
+    rng = np.random.default_rng(seed)
+    shares = rng.dirichlet(np.linspace(1.5, 0.2, classes), count)
+    return np.floor(shares * side**2).astype("int64")
+
+
+def test_thresholds_are_the_best_of_all_combinations():
+    tiles = tiles_of(random_counts(60, 3, 10))
+    found = splits.balance(tiles, TABLE, min_kept=20, step=10)
+    best = np.inf, 0, None
+    for least, a, b in itertools.product(np.arange(0, 101, 10), repeat=3):
+        if a + b > 100:
+            continue
+        tried = splits.preview(tiles, TABLE, least, {1: a, 2: b})
+        if tried.kept >= 12:
+            best = min(best, (round(tried.kept_std, 9), -tried.kept))
+    coarse = found.curve.query("min_annotated % 10 + class_1 % 10 + class_2 % 10 == 0")
+    assert round(found.kept_std, 9) <= best[0] < found.std
+    only = splits.balance(tiles, TABLE, min_kept=20, step=10, finest=10)
+    assert (round(only.kept_std, 9), -only.kept) == best
+    assert (only.step, only.tiles, len(coarse) > 0) == (10, 60, True)
+    assert found.shares["kept_percent"].sum() == pytest.approx(100)
+
+
+def test_trade_offs_fall_from_all_tiles_to_the_most_even():
+    tiles = tiles_of(random_counts(500, 3, 10))
+    curve = splits.balance(tiles, TABLE).curve
+    assert curve["kept"].iloc[0] == 500
+    assert (np.diff(curve["kept"]) < 0).all()
+    assert (np.diff(curve["std"]) < 0).all()
+    for row in curve.iloc[:: max(1, len(curve) // 10)].itertuples():
+        proportion = {1: row.class_1, 2: row.class_2}
+        again = splits.preview(tiles, TABLE, row.min_annotated, proportion)
+        assert (again.kept, again.kept_std) == (row.kept, pytest.approx(row.std, abs=1e-6))
+
+
+@pytest.mark.parametrize(("methods", "columns"), [
+    (["min_annotated"], ["min_annotated"]), (["class_proportion"], ["class_1", "class_2"]),
+])  # fmt: skip
+def test_a_search_uses_the_methods_it_is_given(methods, columns):
+    tiles = tiles_of(random_counts(200, 3, 10))
+    found = splits.balance(tiles, TABLE, methods=methods)
+    assert list(found.curve) == ["kept", "kept_percent", "std", *columns]
+    assert ("min_annotated" in methods) or found.min_annotated == 0
+    some = splits.balance(tiles, TABLE, methods=["class_proportion"], class_ids=[2])
+    assert set(some.class_proportion) <= {2}
+    with pytest.raises(InputError, match=r"got \['greedy'\]"):
+        splits.balance(tiles, TABLE, methods=["greedy"])
+
+
+def test_a_hundred_thousand_tiles_are_balanced_in_seconds():
+    names = ("background", "a", "b", "c", "d")
+    tiles = tiles_of(random_counts(100_000, 5, 512), side=512)
+    started = time.monotonic()
+    found = splits.balance(tiles, ClassTable(names, {}))
+    assert time.monotonic() - started < 10
+    assert found.kept >= 10_000
+    assert found.kept_std < 0.2 * found.std
+    row = found.curve[found.curve["kept"] == found.kept].iloc[0]
+    assert row["std"] == pytest.approx(found.kept_std, abs=1e-6)
+
+
+def test_too_many_combinations_are_refused():
+    tiles = tiles_of(random_counts(5000, 30, 512), side=512)
+    names = tuple(map(str, range(30)))
+    with pytest.raises(InputError, match="search fewer classes at once"):
+        splits.balance(tiles, ClassTable(names, {}), step=1)
+
+
+def test_shares_are_told_by_the_command(tmp_path, capsys):
+    tiles = tiles_of(
+        [[60, 40, 0], [50, 0, 50], [100, 0, 0], [0, 0, 0], [10, 10, 10]],
+        split=["train"] * 4 + ["test"],
+        kept=[True, False, True, False, True],
+        reason=["", "b under class_proportion, 60 %", "", "nothing is labelled", ""],
+    )
+    folder = tmp_path / "tiling_10"
+    fileio.write_table(folder / "tiles.parquet", tiles)
+    TABLE.save(folder / "classes.json")
+    shares, curve = tmp_path / "shares.csv", tmp_path / "curve.csv"
+    assert splits.main(["balance", str(tmp_path), "--csv", str(shares)]) == 0
+    assert "3 training tiles, 3 kept" in capsys.readouterr().out
+    table = pd.read_csv(shares)
+    assert table[["annotated", "background", "a", "b"]].to_numpy().tolist() == [
+        [40, 60, 40, 0], [50, 50, 0, 50], [0, 100, 0, 0],
+    ]  # fmt: skip
+    words = ["balance", str(folder), "--search", "min_annotated", "--curve", str(curve)]
+    assert splits.main(words) == 0
+    out = capsys.readouterr().out
+    assert "2 kept with {'min_annotated': 1.0" in out or "1 kept" in out
+    assert pd.read_csv(curve)["kept"].iloc[0] == 3
+    words = ["balance", str(folder), "--min-annotated", "45", "--class-proportion", "2=50"]
+    assert splits.main(words) == 0
+    assert "1 kept" in capsys.readouterr().out
+    assert splits.main(["balance", str(tmp_path / "none")]) == 1
+    assert "holds 0 tile indexes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_validation_ground_has_the_shares_of_all_ground(seed):
+    blocks = blocks_of([raster(width=4000, height=3000)], block_size=200, seed=seed)
+    rng = np.random.default_rng(seed)
+    counts = (rng.dirichlet([2, 1, 0.5], len(blocks)) * 40_000).astype("int64")
+    counts[rng.random(len(blocks)) < 0.7, 2] = 0  # rare
+    made = splits.stratify_validation(blocks, counts, validation_percent=20, tolerance=2, seed=seed)
+    pd.testing.assert_frame_equal(
+        made, splits.stratify_validation(
+            blocks, counts, validation_percent=20, tolerance=2, seed=seed
+        )
+    )  # fmt: skip
+    test = (blocks["split"] == "test").to_numpy()
+    assert ((made["split"] == "test") == test).all()
+    rest, mine = counts[~test].sum(axis=0), counts[made["split"] == "validation"].sum(axis=0)
+    assert 0.18 <= mine.sum() / rest.sum() <= 0.22
+    np.testing.assert_allclose(mine / mine.sum(), rest / rest.sum(), rtol=0.05)
+    plain = counts[blocks["split"] == "validation"].sum(axis=0)
+    apart = [np.abs(part / part.sum() - rest / rest.sum()).max() for part in (mine, plain)]
+    assert apart[0] < apart[1]
+    assert set(made["split"]) == set(splits.SPLITS)
+
+
+def test_percentages_of_a_stratification_that_make_no_sense_are_refused():
+    blocks = blocks_of([raster()], block_size=200)
+    counts = np.ones((len(blocks), 2), dtype="int64")
+    for percent, tolerance in ((5, 5), (0, 0), (100, 1), (5, -1)):
+        with pytest.raises(InputError, match="use_stratification under val_percent"):
+            splits.stratify_validation(
+                blocks, counts, validation_percent=percent, tolerance=tolerance, seed=0
+            )
+    with pytest.raises(InputError, match="0 blocks beside the test's have a label"):
+        splits.stratify_validation(blocks, 0 * counts, validation_percent=20, tolerance=0, seed=0)
+
+
+def test_classes_that_training_never_sees_are_refused(caplog):
+    tiles = tiles_of([[5, 5, 0], [5, 0, 5], [5, 5, 0]], split=["train", "validation", "test"])
+    with pytest.raises(InputError, match=r"\{'b': \{'validation': 5, 'test': 0\}\}"):
+        splits.check_classes(tiles, TABLE.names)
+    tiles["class_2"] = [7, 1, 0]
+    counts = splits.check_classes(tiles, TABLE.names)
+    assert counts.loc["b"].tolist() == [7, 1, 0]
+    assert "class b is not on the ground of every split" in caplog.text
+    with pytest.raises(InputError, match="has 1 tiles but no labelled pixel"):
+        splits.split_dataset_train_test(tiles.assign(class_0=[0, 0, 0], class_1=[1, 0, 1],
+                                                     class_2=[0, 0, 1]), 1.0, 0)  # fmt: skip

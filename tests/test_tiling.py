@@ -6,6 +6,9 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -502,3 +505,121 @@ def test_pixels_are_found_on_ground_that_is_mostly_nodata_and_only_where_it_coun
     nothing = raster.with_regions(fileio.Regions(aoi=(shapely.box(2000, 0, 2100, 100),)))
     with pytest.raises(InputError, match="has a valid pixel that counts"):
         tiling.sample_pixels(ground, {"sparse": nothing}, seed=0)
+
+
+# -- masks ------------------------------------------------------------------------------------
+
+
+class Stripes:
+    """Labels whose class grows by one every 32 columns; the last ones are unknown."""
+
+    classes = SimpleNamespace(names=("background", "a", "b"), values={"a": 1, "b": 2}, background=0)
+    made_from: ClassVar = {"stripes": 1}
+
+    def __init__(self, log=None):
+        self.log = log
+
+    def read(self, window, counted=None):
+        if self.log is not None:
+            fileio.append_line(self.log, f"{window.x} {window.y}")
+        columns = (window.x + np.arange(window.width)) // 32
+        row = np.array([0, 0, 1, 1, 2, 0, 2, 255])[columns.clip(0, 7)]
+        return np.broadcast_to(row, (window.height, window.width)).astype("uint8")
+
+
+def masked(half_black, **options):
+    image, blocks = half_black
+    return replace(image, df=image.df.iloc[:0], labels=Stripes(**options)), blocks
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_tiles_count_their_classes(half_black, tmp_path, workers):
+    image, blocks = masked(half_black)
+    made = tiling.make_tiles(
+        [image], blocks, [64], tmp_path, tiling.TilingOptions(angles=(90,)), workers=workers
+    )
+    tiles, boxes = tiling.read_tiles(made[64])
+    assert boxes.empty
+    counts = tiles[tiles["angle"] == 0].set_index(["x", "y"])[tiling.class_columns(3)]
+    assert (counts.dtypes == "int64").all()
+    for y in (0, 64):
+        rows = counts.loc[[(0, y), (64, y), (128, y), (192, y)]].to_numpy()
+        assert rows.tolist() == [[4096, 0, 0], [0, 4096, 0], [2048, 0, 2048], [0, 0, 2048]]
+    assert tiles["kept"].all()
+    np.testing.assert_array_equal(tiling.counts_of(tiles[tiles["angle"] == 90]), counts)
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, [1, 1, 1, 1]), ({"min_annotated": 50}, [0, 1, 1, 1]),
+        ({"min_annotated": 50.1}, [0, 1, 0, 0]), ({"class_proportion": {2: 50}}, [0, 0, 1, 1]),
+        ({"class_proportion": {0: 50, 2: 10}}, [0, 0, 1, 0]),
+        ({"min_annotated": 60, "class_proportion": {1: 5}}, [0, 1, 0, 0]),
+        ({"filters": (tiling.black_pixel_filter,)}, [0, 0, 1, 1]),
+    ],
+)  # fmt: skip
+def test_training_tiles_are_rejected_by_their_classes(half_black, tmp_path, options, kept):
+    image, blocks = masked(half_black)
+    for split in ("train", "validation"):
+        directory = tiling.make_single_size(
+            64, [image], blocks.assign(split=split), tmp_path / split,
+            tiling.TilingOptions(**options),
+        )  # fmt: skip
+        tiles, _ = tiling.read_tiles(directory)
+        expected = kept * 2 if split == "train" else [1] * 8
+        assert tiles["kept"].astype(int).tolist() == expected
+    if options.get("min_annotated") == 50:
+        train, _ = tiling.read_tiles(tmp_path / "train" / "tiling_64")
+        assert train["reason"][0] == "annotated under min_annotated, 50 %"
+
+
+def test_counting_goes_on_where_it_was_killed(half_black, tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    image, blocks = masked(half_black, log=log)
+    monkeypatch.setattr(tiling, "JOB_WINDOWS", 2)
+    append = fileio.Journal.add
+
+    def add(journal, key, value):
+        append(journal, key, value)
+        if len(journal.known) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fileio.Journal, "add", add)
+        with pytest.raises(KeyboardInterrupt):
+            tiling.make_single_size(
+                64, [image], blocks, tmp_path, tiling.TilingOptions(), workers=1
+            )
+    assert len(log.read_text().splitlines()) == 4
+    tiling.make_single_size(64, [image], blocks, tmp_path, tiling.TilingOptions(), workers=1)
+    lines = log.read_text().splitlines()
+    assert len(lines) == len(set(lines)) == 8
+    assert not (tmp_path / "tiling_64" / "counted.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_proportion": {3: 5}}, r"names \[3\], the class ids are 0 to 2"),
+        ({"class_proportion": {1: 101}}, "0 to 100 percent, got"),
+        ({"min_annotated": -1}, "0 to 100 percent, got"),
+        ({"class_proportion": {1: 60, 2: 60}}, "sum to more than 100"),
+    ],
+)
+def test_thresholds_that_no_tile_can_meet_are_refused(half_black, tmp_path, options, message):
+    image, blocks = masked(half_black)
+    with pytest.raises(InputError, match=message):
+        tiling.make_single_size(64, [image], blocks, tmp_path, tiling.TilingOptions(**options))
+
+
+def test_rasters_share_one_table_of_classes(half_black, tmp_path):
+    image, blocks = masked(half_black)
+    with pytest.raises(InputError, match=r"\['half'\] have none"):
+        tiling.make_single_size(
+            64, [image, half_black[0]], blocks, tmp_path, tiling.TilingOptions()
+        )
+    with pytest.raises(InputError, match="need masks, not boxes"):
+        tiling.make_single_size(
+            64, [half_black[0]], blocks, tmp_path, tiling.TilingOptions(min_annotated=5)
+        )
