@@ -41,6 +41,7 @@ DROPOUT = {  # architecture -> the argument that sets it
 }  # fmt: skip
 # normalise what they pooled to one value per tile by the batch, which must hold several
 POOLING = ("deeplabv3", "deeplabv3plus", "pan", "pspnet", "upernet")
+LEAST_SIDE = {"pan": 128}  # px of the input, which it halves more often than others
 NON_COMMERCIAL = {  # weights of smp -> why they may not be used for everything
     "ssl": "CC BY-NC 4.0", "swsl": "CC BY-NC 4.0", "instagram": "CC BY-NC 4.0",
 }  # fmt: skip
@@ -93,7 +94,8 @@ class SegmentationNetwork(nn.Module):
         """Return the logits (B, C, H, W), float32, of stretched tiles (B, bands, H, W)."""
         height, width = images.shape[-2:]
         batch = (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
-        bottom, right = (-side % SIZE_DIVISOR for side in (height, width))
+        least = LEAST_SIDE.get(self.architecture, 0)
+        bottom, right = (max(-side % SIZE_DIVISOR, least - side) for side in (height, width))
         if bottom or right:  # as the edge goes on, which is less of a surprise than its end
             batch = functional.pad(batch, (0, right, 0, bottom), mode="replicate")
         alone = self.training and len(batch) == 1 and self.architecture in POOLING

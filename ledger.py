@@ -29,7 +29,8 @@ from ModelConfig import HYPERPARAMETERS
 
 FIRST = ["run", "trial", "state", "problem"]
 LAST = ["split_hash", "data", "tiles", "code_version", "host", "started", "seconds", "checkpoint"]
-SHOWN = [*FIRST[:3], *HYPERPARAMETERS, "AP50", BEST_BY, "box_f1", "seconds", "problem"]
+SHOWN = [*FIRST[:3], *HYPERPARAMETERS, "AP50", BEST_BY, "box_f1", "mean_IoU",
+         "val_mean_IoU", "pixel_accuracy", "seconds", "problem"]  # fmt: skip
 COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
     ast.Gt: operator.gt, ast.GtE: operator.ge, ast.In: lambda a, b: a.isin(b),
@@ -229,7 +230,8 @@ def _read_trial(folder: Path, read: Callable[[Path], dict[str, Any]]) -> dict[st
     if failure:
         row |= {"state": "fail", "problem": str(failure.get("error", ""))}
     elif pruned:
-        problem = f"stopped after epoch {pruned.get('epoch')}, {BEST_BY} {pruned.get(BEST_BY)}"
+        score = next((n for n in pruned if n.startswith("val_")), BEST_BY)
+        problem = f"stopped after epoch {pruned.get('epoch')}, {score} {pruned.get(score)}"
         row |= {"state": "pruned", "problem": problem}
     elif record:
         row["state"] = "complete"

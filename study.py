@@ -46,7 +46,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 import fileio
 from ImageData import InputError
-from LargeRasterOR import BEST_BY
+from LargeRasterOR import LargeRasterORModel
+from LargeRasterSeg import LargeRasterSegModel
 from logger import get_logging_key
 from ModelConfig import HYPERPARAMETERS, Search, check_storage, count_trials
 
@@ -691,6 +692,8 @@ def importances(leaderboard: pd.DataFrame) -> pd.Series:
     """
     done = leaderboard[leaderboard["state"] == "complete"]
     names = [name for name in HYPERPARAMETERS if len(set(done[name])) > 1]
+    tasks = [LargeRasterORModel.BEST_BY, LargeRasterSegModel.BEST_BY]
+    best_by = next((name for name in tasks if name in done), "")
     if len(done) < LEAST_TRIALS or not names:
         return pd.Series(dtype=float, name="importance")
     drawn = {name: sorted(done[name].unique().tolist()) for name in names}
@@ -704,9 +707,9 @@ def importances(leaderboard: pd.DataFrame) -> pd.Series:
     measured.add_trials(
         [
             optuna.create_trial(
-                params={name: row[name] for name in names}, distributions=spans, value=row[BEST_BY]
+                params={name: row[name] for name in names}, distributions=spans, value=row[best_by]
             )
-            for row in done[[*names, BEST_BY]].to_dict("records")
+            for row in done[[*names, best_by]].to_dict("records")
         ]
     )
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)

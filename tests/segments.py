@@ -100,7 +100,7 @@ def seg_conf(**options):
     conf = ModelConfig(
         task="segmentation", accelerator="cpu", precision="32-true", batch_size=8,
     )  # fmt: skip
-    small = {"segmentation.encoder": "mobilenet_v2", "segmentation.architecture": "fpn"}
+    small = {"segmentation.encoder": "mobilenet_v2"}
     conf = conf.with_options(small | options)
     conf.train.lr = 3e-3
     return conf

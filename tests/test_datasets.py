@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from segments import ArrayLabels, make_segments
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -20,7 +21,7 @@ import datasets
 import fileio
 import tiling
 from datasets import BboxDataset, RandomViews, Targets, TileDataModule, TileSampler
-from ImageData import BOX_COLUMNS, ImageData, InputError, Window
+from ImageData import BOX_COLUMNS, IGNORE, ImageData, InputError, Window
 from imutils import Radiometry
 from ModelConfig import AugmentConfig, ModelConfig
 
@@ -578,3 +579,109 @@ def test_targets_cross_processes_as_they_are():
         for name, value in before.items():
             torch.testing.assert_close(after[name], value, rtol=0, atol=0)
     assert b"rebuild" not in bytes(ForkingPickler.dumps(targets))  # no tensor is shared
+
+
+# ---------------------------------------------------------------------------------------------
+# Masks
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def segments(tmp_path_factory):
+    made = make_segments(tmp_path_factory.mktemp("segments"))
+    made.tiles, made.boxes = tiling.read_tiles(made.tilings[64])
+    made.rasters = {image.image_identifier: image.raster for image in made.images}
+    made.labels = {image.image_identifier: image.labels for image in made.images}
+    return made
+
+
+def masks_of(segments, **augment):
+    conf = ModelConfig(task="segmentation", batch_size=4)
+    conf.train.augment = AugmentConfig(**(OFF | augment))
+    return TileDataModule(
+        segments.tiles, segments.boxes, segments.rasters, {"calm": 0, "rough": 1},
+        radiometry_of(1), conf, labels=segments.labels,
+    )  # fmt: skip
+
+
+def test_a_mask_is_the_window_of_its_labels_turned_as_the_tile(segments):
+    dataset = masks_of(segments).train
+    for index in (0, 1):
+        tile = dataset.tiles.iloc[index]
+        window = Window(*(int(tile[c]) for c in tiling.WINDOW_COLUMNS))
+        _, target = dataset[index]
+        expected = segments.labels[tile["raster"]].read(window)
+        np.testing.assert_array_equal(
+            target["mask"].numpy(), np.rot90(expected, tile["angle"] // 90)
+        )
+        assert target["mask"].dtype == torch.int64
+        assert int(target["tile"]) == index
+
+
+@pytest.mark.parametrize(
+    "augment", [{"flips": True}, {"turns": True}, {"rotate_limit": 40.0, "rotate_share": 1.0},
+                {"zoom": 2.0}, {"mosaic": 1.0}],
+    ids=lambda augment: next(iter(augment)),
+)  # fmt: skip
+def test_masks_follow_their_images_exactly(segments, augment):
+    """Images that show their own mask, so that what is moved apart is seen."""
+    labels = {}
+    for name, raster in segments.rasters.items():
+        whole = Window(0, 0, raster.width, raster.height)
+        labels[name] = ArrayLabels((raster.read(whole)[0] > 100).astype(np.uint8))
+    module = masks_of(SimpleNamespace(**vars(segments) | {"labels": labels}), **augment)
+    dataset, unsure = module.train, []
+    for seed in range(12):
+        image, target = dataset[seed, seed]
+        known = target["mask"] != IGNORE
+        wrong = ((image[0] > 100) != (target["mask"] == 1)) & known
+        # where pixels are interpolated, those between two classes may be either
+        unsure.append(float(wrong.sum() / known.sum()))
+    assert max(unsure) < (0.35 if augment.keys() & {"rotate_limit", "zoom", "mosaic"} else 1e-9)
+
+
+def test_ground_that_a_rotation_brings_in_is_unknown(segments):
+    dataset = masks_of(segments, rotate_limit=45.0, rotate_share=1.0).train
+    unknown = [float((dataset[0, seed][1]["mask"] == IGNORE).float().mean()) for seed in range(20)]
+    assert max(unknown) > 0.1
+    with pytest.raises(InputError, match="rotate_limit needs masks"):
+        datasets.training_transform(AugmentConfig(rotate_limit=10.0), radiometry_of(1))
+
+
+def test_crops_of_training_tiles_have_their_size_and_no_others(segments):
+    conf = ModelConfig(task="segmentation", batch_size=4).with_options(
+        {"segmentation.target_size": 48, "eval_batch_size": 3}
+    )
+    arguments = (segments.tiles, segments.boxes, segments.rasters, {"calm": 0, "rough": 1},
+                 radiometry_of(1))  # fmt: skip
+    module = TileDataModule(*arguments, conf, labels=segments.labels)
+    images, targets = next(iter(module.train_dataloader()))
+    assert images.shape == (4, 1, 48, 48)
+    assert targets[0]["mask"].shape == (48, 48)
+    images, _ = next(iter(module.test_dataloader()))
+    assert images.shape == (3, 1, 64, 64)
+    conf.segmentation.target_size = 65
+    with pytest.raises(InputError, match=r"target_size must be <= the side of the tiles \(64 px\)"):
+        TileDataModule(*arguments, conf, labels=segments.labels)
+
+
+def test_trimming_stretches_what_is_left_to_the_old_range():
+    image = torch.linspace(0, 1, 10_000).view(1, 100, 100)
+    trim = datasets.RandomTrim(10.0, 10.0)
+    out = trim(tv_tensors.Image(image))
+    assert (float(out.min()), float(out.max())) == (0.0, 1.0)
+    assert float((out == 0).float().mean()) == pytest.approx(0.1, abs=1e-3)
+    assert float(out[0, 50, 0]) == pytest.approx(0.5, abs=1e-3)
+    torch.testing.assert_close(
+        trim(tv_tensors.Image(torch.ones(1, 4, 4))), tv_tensors.Image(torch.ones(1, 4, 4))
+    )
+
+
+def test_tiles_of_rare_classes_come_more_often(segments):
+    tiles = segments.tiles.copy()
+    rare = tiles.index[(tiles["split"] == "train") & tiles["kept"]][:2]
+    tiles["class_1"] = np.where(tiles.index.isin(rare), 100, 0)
+    tiles.loc[tiles["split"] != "train", "class_1"] = 1
+    module = masks_of(SimpleNamespace(**vars(segments) | {"tiles": tiles}))
+    share = 2 / len(module.train)
+    assert sorted(module.sampler.weights)[-2:] == pytest.approx([(0.1 / share) ** 0.5] * 2)

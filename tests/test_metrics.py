@@ -545,3 +545,63 @@ def test_an_object_of_other_ground_is_ignored():
     assert merged.truth_ignored.tolist() == [True]
     values = metrics.evaluate({0: merged}, ["a"], 0.5, 0.5).values
     assert (values["objects"], values["detections"]) == (0, 0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Masks
+# ---------------------------------------------------------------------------------------------
+
+
+def test_masks_are_counted_once_within_cores_and_by_hand():
+    """Two windows that overlap by 4 px; each counts its core."""
+    truth = np.array([[0, 0, 1, 1, 1, 255, 0, 0]] * 2)
+    found = np.array([[0, 1, 1, 1, 0, 0, 0, 0]] * 2)
+    collector = metrics.ConfusionCollector(2)
+    for x, core in ((0, (0, 0, 3, 2)), (2, (3, 0, 8, 2))):
+        part = slice(x, x + 6)
+        target = {"ground": torch.tensor(7), "core": torch.tensor(core).float(),
+                  "window": torch.tensor([x, 0, x + 6, 2]).float()}  # fmt: skip
+        predicted, known = (
+            torch.from_numpy(found[None, :, part]),
+            torch.from_numpy(truth[None, :, part]),
+        )
+        collector.add(predicted, known, [target])
+    measured = metrics.evaluate_masks(collector.merge(), ["calm", "rough"], resamples=0)
+    # of 7 known columns: calm 4, of which 3 found; rough 3, of which 2 found
+    np.testing.assert_array_equal(measured.confusion, 2 * np.array([[3, 1], [1, 2]]))
+    values = measured.values
+    assert values["pixel_accuracy"] == pytest.approx(5 / 7)
+    assert values["IoU_calm"] == pytest.approx(3 / 5)
+    assert values["IoU_rough"] == pytest.approx(2 / 4)
+    assert values["mean_IoU"] == pytest.approx((3 / 5 + 2 / 4) / 2)
+    assert values["F1_rough"] == pytest.approx(2 / 3)
+    assert values["mean_precision"] == pytest.approx((3 / 4 + 2 / 3) / 2)
+    assert values["mean_recall"] == pytest.approx((3 / 4 + 2 / 3) / 2)
+    assert values["pixels"] == 14
+    assert not collector.merge()
+
+
+def test_classes_that_the_ground_does_not_show_are_left_out_of_means():
+    confusion = np.array([[[6, 0, 2], [0, 0, 0], [4, 0, 0]]])
+    values = metrics.evaluate_masks({0: confusion}, ["a", "b", "c"]).values
+    assert "IoU_b" not in values
+    assert values["mean_IoU"] == pytest.approx(6 / 12 / 2)
+    assert values["precision_c"] == 0
+    assert "mean_IoU_low" not in values  # there is one part only
+    none = metrics.evaluate_masks({}, ["a"]).values
+    assert none == {"pixels": 0}
+
+
+def test_intervals_of_masks_hold_the_value_and_narrow_with_blocks():
+    rng = np.random.default_rng(0)
+
+    def width(count):
+        blocks = {}
+        for block in range(count):
+            right = rng.integers(60, 90)
+            blocks[block] = np.array([[[right, 100 - right], [10, 90]]])
+        values = metrics.evaluate_masks(blocks, ["a", "b"]).values
+        assert values["mean_IoU_low"] < values["mean_IoU"] < values["mean_IoU_high"]
+        return values["mean_IoU_high"] - values["mean_IoU_low"]
+
+    assert width(400) < width(20) / 2
