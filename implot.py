@@ -393,9 +393,10 @@ def plot_class_balance(found: Balance, axes: Sequence[Axes] | None = None) -> Se
         ax.plot(curve["kept_percent"], curve["std"], color=COLORS[5], drawstyle="steps-post")
         place = 100 * found.kept / found.tiles, found.kept_std
         ax.plot(*place, "o", color=COLORS[4], label=kept)
-        ax.annotate(
-            _thresholds(found), place, (8, 8), textcoords="offset points", fontsize="small",
-            va="bottom", ha="left" if place[0] < 50 else "right",
+        # the curve rises to the right, so that this corner is empty
+        ax.text(
+            0.97, 0.04, _thresholds(found), transform=ax.transAxes, fontsize="small", va="bottom",
+            ha="right", color=COLORS[4],
         )  # fmt: skip
         ax.set(xlabel="% of the tiles kept", ylabel="std of the class shares, %")
         ax.set(xlim=(0, 102), ylim=(0, curve["std"].max() * 1.08 + 1e-9))

@@ -289,7 +289,7 @@ def test_a_hundred_thousand_tiles_are_balanced_in_seconds():
     found = splits.balance(tiles, ClassTable(names, {}))
     assert time.monotonic() - started < 10
     assert found.kept >= 10_000
-    assert found.kept_std < 0.2 * found.std
+    assert found.kept_std < 0.25 * found.std
     row = found.curve[found.curve["kept"] == found.kept].iloc[0]
     assert row["std"] == pytest.approx(found.kept_std, abs=1e-6)
 
