@@ -17,7 +17,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -80,6 +80,7 @@ PARAMETER_OF = {  # field of the model's configuration -> parameter of a run
     "train.optimizer": "OPTIMIZER", "train.min_visible": "MIN_VISIBLE", "workers": "WORKERS",
     "accelerator": "ACCELERATOR", "devices": "DEVICES", "num_nodes": "NUM_NODES",
     "precision": "PRECISION", "seed": "SEED",
+    "task": "TASK", "segmentation.encoder": "BACKBONE",
     "backbone": "BACKBONE", "weights": "WEIGHTS", "init_from": "INIT_FROM",
     "fpn_channels": "FPN_CHANNELS", "views": "VIEWS",
     "validation.pr_compute_interval": "PR_COMPUTE_INTERVAL",
@@ -389,7 +390,7 @@ class RunParameters:
     RETRY_FAILED: bool
     STRETCH: Literal["auto", "none", "minmax", "percentile", "log"]
     STRETCH_PERCENTILES: Annotated[list[Percent], Field(min_length=2, max_length=2)]
-    BACKBONE: Backbone
+    BACKBONE: FileName
     WEIGHTS: str | None
     INIT_FROM: str | None
     FPN_CHANNELS: Annotated[int, Field(ge=8, multiple_of=8)]
@@ -437,6 +438,8 @@ class RunParameters:
                 f"LABEL_COLUMN_NAME names {len(self.label_columns)} columns for {rasters} tables; "
                 "give one for all, or one for each"
             )
+        if self.TASK == "detection" and self.BACKBONE not in (known := get_args(Backbone)):
+            raise InputError(f"BACKBONE must be one of {', '.join(known)}, got {self.BACKBONE!r}")
         if self.TASK == "detection" and len(set(self.label_columns)) > 1:
             raise InputError(
                 "detection reads labels from one column, but LABEL_COLUMN_NAME names "
@@ -702,6 +705,18 @@ class RunParameters:
             "label_percentile": self.LABEL_PERCENTILE,
         }
 
+    def labelling_options(self) -> dict[str, Any]:
+        """Return the arguments of `masks.label_images` that are parameters."""
+        return {
+            "attributes": self.label_columns,
+            "classes": self.CLASSES,
+            "mask_reference": self.MASK_REFERENCE,
+            "coordinates": self.COORDINATES,
+            "layer": self.LAYER,
+            "attribute_filter": self.ATTRIBUTE_FILTER,
+            "workers": self.WORKERS,
+        }
+
     def split_options(self) -> dict[str, Any]:
         """Return the arguments of `splits.ground_blocks` that are parameters."""
         return {
@@ -714,8 +729,20 @@ class RunParameters:
             "seed": self.SEED,
         }
 
-    def tiling_options(self) -> dict[str, Any]:
-        """Return the fields of `tiling.TilingOptions` that are parameters."""
+    def tiling_options(self, classes: Sequence[str] = ()) -> dict[str, Any]:
+        """Return the fields of `tiling.TilingOptions` that are parameters.
+
+        Args:
+            classes: Of a segmentation, names by class id.
+
+        Raises:
+            InputError: CLASS_PROPORTION names a class that is none.
+        """
+        if strangers := sorted(set(self.CLASS_PROPORTION) - set(classes)):
+            raise InputError(
+                f"CLASS_PROPORTION names {strangers}, which are no classes; there are "
+                f"{list(classes) or 'none, as TASK is detection'}"
+            )
         return {
             "angles": tuple(sorted(set(self.ROTATION_ANGLES))),
             "overlap": self.TILE_OVERLAP,
@@ -725,6 +752,10 @@ class RunParameters:
             "pixel_limit": self.CENSORED_PIXELS_LIMIT,
             "materialize": self.MATERIALIZE_TILES,
             "seed": self.SEED,
+            "min_annotated": self.MIN_ANNOTATED,
+            "class_proportion": {
+                list(classes).index(name): least for name, least in self.CLASS_PROPORTION.items()
+            },
         }
 
     def stretch_options(self) -> dict[str, Any]:
@@ -751,12 +782,16 @@ class RunParameters:
             num_nodes=self.NUM_NODES,
             precision=self.PRECISION,
             seed=self.SEED,
-            backbone=self.BACKBONE,
+            task=self.TASK,
             weights=self.WEIGHTS,
             init_from=self.INIT_FROM,
             fpn_channels=self.FPN_CHANNELS,
             views=self.VIEWS,
         )
+        if self.TASK == "detection":
+            conf.backbone = self.BACKBONE
+        else:
+            conf.segmentation.encoder = self.BACKBONE
         conf.train.optimizer = self.OPTIMIZER
         conf.train.min_visible = self.MIN_VISIBLE
         conf.validation.pr_compute_interval = self.PR_COMPUTE_INTERVAL

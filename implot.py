@@ -716,6 +716,8 @@ def plot_learning_curves(
         "val_loss": ("validation loss", COLORS[4], "s-"),
         "val_AP50": ("validation AP50", COLORS[2], "^--"),
         "val_box_f1": ("validation F1", COLORS[3], "v--"),
+        "val_mean_IoU": ("validation mean IoU", COLORS[2], "^--"),
+        "val_mean_F1": ("validation mean F1", COLORS[3], "v--"),
     }
     records = records.reindex(columns=["epoch", *columns])
     # the last validation, after the training, is of another model on other tiles
@@ -739,11 +741,16 @@ def plot_learning_curves(
     return ax
 
 
+def _score_of(leaderboard: pd.DataFrame) -> str:
+    """Return the test's score by which trials of a task are listed; `val_` selects."""
+    return "mean_IoU" if "mean_IoU" in leaderboard else "AP50"
+
+
 def plot_search_heatmap(
     leaderboard: pd.DataFrame,
     x: str | None = None,
     y: str | None = None,
-    value: str = "AP50",
+    value: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """Draw the best score reached for each pair of values of two parameters.
@@ -753,9 +760,10 @@ def plot_search_heatmap(
         x: Column of the leaderboard that goes across; None takes the hyperparameter with the most
             values.
         y: The one that goes down; None takes the next one.
-        value: The score.
+        value: The score; None takes the test's by which trials are listed.
         ax: Where to draw; None makes a figure.
     """
+    value = value or _score_of(leaderboard)
     varied = sorted(HYPERPARAMETERS, key=lambda name: -leaderboard[name].nunique())
     x = x or next(name for name in varied if name != y)
     y = y or next(name for name in varied if name != x)
@@ -794,7 +802,7 @@ def plot_importance(importances: pd.Series, ax: Axes | None = None) -> Axes:
     shares = importances.iloc[::-1]
     bars = ax.barh(shares.index, shares, color=COLORS[5], height=0.6)
     ax.bar_label(bars, [f"{share:.0%}" for share in shares], padding=4, fontsize="small")
-    ax.set(xlim=(0, 1.08), xlabel="importance for being among the best quarter, by validation AP50",
+    ax.set(xlim=(0, 1.08), xlabel="importance for being among the best quarter, by validation",
            title="Search: what decides")  # fmt: skip
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.spines[["top", "right"]].set_visible(False)
@@ -802,7 +810,7 @@ def plot_importance(importances: pd.Series, ax: Axes | None = None) -> Axes:
 
 
 def plot_parallel_coordinates(leaderboard: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Draw every trial as a line through its hyperparameters to its validation AP50.
+    """Draw every trial as a line through its hyperparameters to its validation score.
 
     Only hyperparameters that differ have an axis. Learning rates are spaced by their logarithm;
     lines of the same value lie side by side, the best on top. The selected trial is bold, stopped
@@ -815,9 +823,10 @@ def plot_parallel_coordinates(leaderboard: pd.DataFrame, ax: Axes | None = None)
     board = leaderboard[leaderboard["state"] != "fail"]
     pruned = (board["state"] == "pruned").to_numpy()
     selected = board["selected"].to_numpy(dtype=bool)
-    score = board["val_AP50"].to_numpy(dtype=float)
+    by = _score_of(board)
+    score = board[f"val_{by}"].to_numpy(dtype=float)
     if pruned.any():
-        score = np.where(pruned, board["pruned_val_AP50"], score)
+        score = np.where(pruned, board[f"pruned_val_{by}"], score)
     names = [name for name in HYPERPARAMETERS if len(set(board[name])) > 1]
     ax = _axes(ax, (WIDTH, 4.2))
     rank = score.argsort().argsort() / max(len(score) - 1, 1)
@@ -856,7 +865,7 @@ def plot_parallel_coordinates(leaderboard: pd.DataFrame, ax: Axes | None = None)
         ax.annotate(f"{value:.3f}", (len(names), 0.05 + 0.9 * (value - low) / (high - low)),
                     xytext=(7, 0), textcoords="offset points", va="center",
                     fontsize="small")  # fmt: skip
-    ax.set_xticks(range(len(names) + 1), [*names, "validation AP50"])
+    ax.set_xticks(range(len(names) + 1), [*names, f"validation {by.replace('_', ' ')}"])
     ax.set(xlim=(-0.35, len(names) + 0.35), ylim=(-0.02, 1.02), yticks=[],
            title="Search: every trial a line")  # fmt: skip
     ax.spines[:].set_visible(False)

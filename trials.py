@@ -474,7 +474,7 @@ def write_detections(trial_dir: Path, model: LargeRasterORModel, blocks: pd.Data
 def write_masks(trial_dir: Path, model: LargeRasterSegModel, blocks: pd.DataFrame) -> None:
     """Write the model's last evaluation as tables of pixels.
 
-    `confusion.csv`: a row per true class, a column per predicted one. `blocks.csv`: of each block
+    `confusion.csv`: a row per true class, a column per predicted one. `pixels.csv`: of each block
     of ground `raster, block, x, y, width, height` (px), and per class that it shows or was found
     there `label, truth, predicted, right`.
     """
@@ -492,7 +492,7 @@ def write_masks(trial_dir: Path, model: LargeRasterSegModel, blocks: pd.DataFram
              "right": np.diag(counts)}
         )  # fmt: skip
         rows.append(table[(table["truth"] > 0) | (table["predicted"] > 0)])
-    fileio.write_table(trial_dir / "blocks.csv", pd.concat(rows, ignore_index=True))
+    fileio.write_table(trial_dir / "pixels.csv", pd.concat(rows, ignore_index=True))
 
 
 TASKS = {
@@ -502,7 +502,7 @@ TASKS = {
     ),
     "segmentation": Task(
         LargeRasterSegModel, lambda module: {}, _describe_masks, write_masks,
-        ("blocks.csv", "confusion.csv"),
+        ("pixels.csv", "confusion.csv"),
     ),
 }  # fmt: skip
 
