@@ -632,7 +632,10 @@ class RunParameters:
     def catalogue_paths(self) -> list[Path]:
         """Patterns of the catalogues' paths; `{raster}` stands for the raster's identifier."""
         folder = self.run_dir / "catalogues"
-        return [folder / f"{{raster}}.{suffix}" for suffix in dict.fromkeys(self.CATALOGUE_FORMATS)]
+        suffixes = self.CATALOGUE_FORMATS
+        if self.TASK == "segmentation":  # the map, and its polygons
+            suffixes = ["tif", *(s for s in suffixes if s in ("gpkg", "geojson", "parquet"))]
+        return [folder / f"{{raster}}.{suffix}" for suffix in dict.fromkeys(suffixes)]
 
     @property
     def region_paths(self) -> list[tuple[Path | None, Path | None]]:
@@ -764,9 +767,8 @@ class RunParameters:
 
     def prediction_options(self) -> dict[str, Any]:
         """Return the arguments of `predict.prepare` that are parameters."""
-        return {
-            "geometry": self.CATALOGUE_GEOMETRY,
-            "density_cell": self.DENSITY_CELL,
+        shapes = {"geometry": self.CATALOGUE_GEOMETRY, "density_cell": self.DENSITY_CELL}
+        return (shapes if self.TASK == "detection" else {}) | {
             "device": "cuda" if self.ACCELERATOR == "gpu" else self.ACCELERATOR,
             "scheduler": self.SCHEDULER,
             "precision": self.PRECISION,

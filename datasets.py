@@ -481,7 +481,8 @@ class MaskDataset(TileDataset):
     def _parts(self, index: int, window: Window, size: int) -> MaskParts:
         """Read a square window at the angle of a tile; ground that does not count is unknown."""
         image, counted = self._read(index, window, size)
-        mask = self.labels[self.raster_names[index]].read(window)
+        everywhere = np.ones((window.height, window.width), dtype=bool)  # what counts is known
+        mask = self.labels[self.raster_names[index]].read(window, everywhere)
         mask = _resized(np.rot90(mask, self.angles[index] // 90), size)
         return MaskParts(image, np.where(counted, mask, np.uint8(IGNORE)))
 

@@ -23,7 +23,6 @@ import argparse
 import copy
 import json
 import logging
-import pickle
 import secrets
 import shutil
 import sys
@@ -46,10 +45,11 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 import fileio
 import imutils
 import ledger
+import masks
 import ranks
 import study
 import tiling
-from ImageData import ImageData, InputError
+from ImageData import ImageData, InputError, Window
 from LargeRasterOR import LargeRasterORModel
 from learning import TileModel, __version__
 from logger import configure_logger, make_model_logger
@@ -59,7 +59,7 @@ from trials import LAST_CHECKPOINT, SearchData, task_of, train_iteration
 
 log = logging.getLogger(__name__)
 
-LABELS = Path("search", "labels.pickle")  # in a run's folder, of a segmentation
+SCORES = ("AP50", "box_f1", "class_recall", "mean_IoU", "mean_F1", "pixel_accuracy")  # to show
 TRASH = ".trash-"  # prefix of folders that are being deleted
 FAILED, INCOMPLETE, INTERRUPTED = 1, 3, 130  # exit codes
 
@@ -572,6 +572,14 @@ def fullest_test_block(
     return best[1:]
 
 
+def middle_of(block: pd.Series, side: int = 1024) -> Window:
+    """Return the middle of a block of ground, at most `side` px wide and high."""
+    width, height = (int(min(side, block[name])) for name in ("width", "height"))
+    x = int(block["x"] + (block["width"] - width) // 2)
+    y = int(block["y"] + (block["height"] - height) // 2)
+    return Window(x, y, width, height)
+
+
 def _finish(queue: Queue, run_dir: Path, conf: ModelConfig) -> pd.DataFrame:
     """Rank the trials, and give the best one's files their place in the run's folder."""
     task = task_of(conf)
@@ -738,8 +746,7 @@ def _write_search(run_dir: Path, plan: Plan, data: SearchData, conf: ModelConfig
     the paths of rasters and tile indexes, with fingerprints of what they held.
     """
     if data.labels:
-        with fileio.atomic_path(run_dir / LABELS) as temporary:
-            temporary.write_bytes(pickle.dumps(dict(data.labels)))
+        masks.save_labels(run_dir / "search", data.labels)
     rasters = {}
     for name, raster in data.rasters.items():
         local = raster.path.is_file()
@@ -812,7 +819,7 @@ def _read_search(run_dir: Path) -> tuple[Plan, SearchData, ModelConfig]:
         rasters[name] = raster
     labels = None
     if shared.get("labels"):
-        labels = pickle.loads((run_dir / LABELS).read_bytes())  # of whoever may write to the run
+        labels = masks.load_labels(run_dir / "search", rasters)
     data = SearchData(
         tilings={int(size): Path(folder) for size, folder in shared["tilings"].items()},
         rasters=rasters,

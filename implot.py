@@ -1300,6 +1300,55 @@ def plot_class_map(
     return figure
 
 
+def plot_class_errors(
+    raster: fileio.Raster,
+    truth: np.ndarray,
+    found: np.ndarray,
+    labels: Sequence[str],
+    window: Window,
+) -> Figure:
+    """Draw a part of a raster, its true classes, those that were found, and where they differ.
+
+    Args:
+        raster: The raster.
+        truth: Class ids, uint8 (H, W); 255 is ground that does not count.
+        found: The same, of a model.
+        labels: Names of the classes by class id.
+        window: The part, px.
+    """
+    colors = class_colors(labels)
+    table = np.zeros((NO_CLASS + 1, 4), np.uint8)
+    for number, color in enumerate(colors):
+        table[number] = (*bytes.fromhex(color[1:]), 255)
+    known = truth != NO_CLASS
+    wrong = known & (truth != found)
+    figure, axes = plt.subplots(
+        2, 2, figsize=(WIDTH, WIDTH * window.height / window.width + 1), layout="constrained",
+        sharex=True, sharey=True,
+    )  # fmt: skip
+    extent = (window.x, window.x + window.width, window.y + window.height, window.y)
+    share = wrong.sum() / max(known.sum(), 1)
+    panels = {
+        "raster": None, "truth": table[truth], "found": table[np.where(known, found, NO_CLASS)],
+        f"wrong, in the true class's colour: {share:.1%}": table[np.where(wrong, truth, NO_CLASS)],
+    }  # fmt: skip
+    for ax, (title, picture) in zip(axes.flat, panels.items(), strict=True):
+        if title.startswith(("raster", "wrong")):
+            show_window(ax, raster, window, gray=title != "raster")
+        if picture is not None:
+            ax.imshow(picture, extent=extent, interpolation="nearest")
+        ax.set_title(title, fontsize="medium")
+        ax.label_outer()
+        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    shown = np.unique(np.concatenate([truth[known], found[known]]))
+    handles = [
+        Patch(facecolor=colors[i], edgecolor="0.3", linewidth=0.5, label=_cut(labels[i]))
+        for i in shown.tolist() if i < len(labels)
+    ]  # fmt: skip
+    _legend_below(figure, handles)
+    return figure
+
+
 def _read_class_map(
     path: Path, raster: fileio.Raster, window: Window
 ) -> tuple[np.ndarray, dict[int, tuple[str, str]]]:

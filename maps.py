@@ -22,10 +22,11 @@ import pandas as pd
 import rasterio
 import torch
 from rasterio.enums import ColorInterp, Resampling
+from torch import nn
 
 import fileio
 import tiling
-from ImageData import InputError
+from ImageData import InputError, Window
 from LargeRasterOR import autocast
 from regions import RegionFront
 from strips import Tile, TilePredictor
@@ -262,6 +263,34 @@ class MapPredictor(TilePredictor):
                 "one value for each of its labels and each pixel"
             )
         return torch.softmax(logits.float(), dim=1).cpu().numpy()
+
+
+def classify_window(model: nn.Module, raster: fileio.Raster, window: Window) -> np.ndarray:
+    """Classify a part of a raster, to look at; each pixel by the tile whose core owns it.
+
+    Args:
+        model: A trained model of segmentation, on its device.
+        raster: The raster.
+        window: The part, px, held whole.
+
+    Returns:
+        uint8 (H, W), class ids, `NODATA` where no ground counts.
+    """
+    size, classes = model.contract.tile_size, np.full((window.height, window.width), NODATA, "u1")
+    device = next(model.parameters()).device
+    grid = tiling.window_grid(window, size, size // 4)
+    columns = [*tiling.WINDOW_COLUMNS, *tiling.CORE_COLUMNS]
+    for x, y, width, height, *core in grid[columns].to_numpy().tolist():
+        image, valid, counted = tiling.read_tile(raster, Window(x, y, width, height), 0)
+        pixels = model.contract.radiometry.stretch(image, valid)[None]
+        with torch.inference_mode():
+            found = model(torch.from_numpy(pixels).to(device))[0].argmax(dim=0).cpu().numpy()
+        found = np.where(counted, found, NODATA).astype("u1")
+        left, top, right, bottom = core
+        classes[top - window.y : bottom - window.y, left - window.x : right - window.x] = found[
+            top - y : bottom - y, left - x : right - x
+        ]
+    return classes
 
 
 def _to_steps(share: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ a pixel, are read with a raster as if they were bands of it.
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -672,6 +673,52 @@ def label_images(
         df = source.df if isinstance(source, PolygonLabels) else empty_table()
         images.append(ImageData(raster, raster.identifier, df, source.with_classes(table)))
     return images, table
+
+
+def save_labels(folder: Path, labels: Mapping[str, PolygonLabels | MaskLabels]) -> None:
+    """Write what other processes need to read the same masks; `load_labels` reads it.
+
+    Args:
+        folder: Gets a file of polygons per raster that has some, and `labels.json`.
+        labels: Identifier of a raster -> its labels; all have the same classes.
+    """
+    entries = []
+    for number, (name, source) in enumerate(labels.items()):
+        entry = {
+            "raster": name, "path": str(Path(source.path).absolute()),
+            "mask_reference": source.mask_reference, "counts": dict(source.counts),
+        }  # fmt: skip
+        if isinstance(source, PolygonLabels):
+            entry |= {"attribute": source.attribute, "polygons": f"polygons_{number}.parquet"}
+            table = source.df[["label"]].assign(geometry=shapely.to_wkb(source._shapes))
+            fileio.write_table(Path(folder) / entry["polygons"], table)
+        else:
+            entry |= {"offset_xy": list(source.offset_xy), "zeros": source.zeros}
+        entries.append(entry)
+    table = next(iter(labels.values())).classes
+    classes = {"names": list(table.names), "values": dict(table.values)}
+    fileio.write_json(Path(folder) / "labels.json", {"classes": classes, "labels": entries})
+
+
+def load_labels(
+    folder: Path, rasters: Mapping[str, fileio.Raster]
+) -> dict[str, PolygonLabels | MaskLabels]:
+    """Read the labels that `save_labels` wrote, for the same rasters."""
+    known = json.loads((Path(folder) / "labels.json").read_text(encoding="utf-8"))
+    table = ClassTable(tuple(known["classes"]["names"]), known["classes"]["values"])
+    labels = {}
+    for entry in known["labels"]:
+        path, raster = Path(entry["path"]), rasters[entry["raster"]]
+        common = (path, raster, table, entry["mask_reference"], entry["counts"])
+        if "polygons" in entry:
+            df = pd.read_parquet(Path(folder) / entry["polygons"])
+            df = geometries.with_geometry(df, shapely.from_wkb(df["geometry"].to_numpy()))
+            source = PolygonLabels(*common, df, entry["attribute"], df.iloc[:0])
+        else:
+            offset = tuple(entry["offset_xy"])
+            source = MaskLabels(*common, fileio.read_raster(path), offset, entry["zeros"])
+        labels[entry["raster"]] = source
+    return labels
 
 
 def empty_table() -> pd.DataFrame:

@@ -128,19 +128,18 @@ def prepare_search(
     indexes = {size: tiling.read_tiles(directory) for size, directory in tilings.items()}
     ground = blocks[blocks["split"] == "train"]
     pixels = tiling.sample_pixels(ground, rasters, seed=conf.seed, scheduler=scheduler)
-    labels, overlap = None, MASK_OVERLAP
+    labels = None
     if conf.task == "segmentation":
         ids, labels = _mask_classes(images, classes)
     else:
         ids = class_ids([label for image in images for label in image.df["label"].unique()])
-        overlap = tiling.evaluation_overlap(images)
     data = SearchData(
         tilings=dict(tilings),
         rasters=rasters,
         ids=ids,
         radiometry=imutils.measure_radiometry(pixels, stretch, percentiles),
         blocks=blocks,
-        evaluation_overlap=overlap,
+        evaluation_overlap=evaluation_overlap(images),
         tile_marks={size: fileio.fingerprint(index) for size, index in indexes.items()},
         labels=labels,
     )
@@ -173,6 +172,13 @@ def _module(
         tiles, boxes, data.rasters, data.ids, data.radiometry, conf, sample_size=sample,
         labels=data.labels,
     )  # fmt: skip
+
+
+def evaluation_overlap(images: Sequence[ImageData]) -> int:
+    """Return the overlap in px that windows of evaluation need."""
+    if any(image.labels is not None for image in images):
+        return MASK_OVERLAP
+    return tiling.evaluation_overlap(images)
 
 
 def _mask_classes(

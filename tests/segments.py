@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import rasterio
 
 import fileio
+import masks
 import splits
 import tiling
-from ImageData import IGNORE, ImageData, Window
+from ImageData import IGNORE
 from ModelConfig import ModelConfig
 
 LABELS = ["calm", "rough"]
-
-
-@dataclass(frozen=True)
-class ArrayLabels:
-    """The classes of all pixels of a raster, in memory."""
-
-    mask: np.ndarray
-
-    @property
-    def made_from(self):
-        return self.mask
-
-    def read(self, window: Window) -> np.ndarray:
-        out = np.full((window.height, window.width), IGNORE, dtype=np.uint8)
-        height, width = self.mask.shape
-        x0, y0 = max(window.x, 0), max(window.y, 0)
-        x1, y1 = min(window.x + window.width, width), min(window.y + window.height, height)
-        out[y0 - window.y : y1 - window.y, x0 - window.x : x1 - window.x] = self.mask[y0:y1, x0:x1]
-        return out
+CLASSES = {"0": "calm", "1": "rough"}
 
 
 def texture(side, seed):
@@ -48,24 +29,25 @@ def texture(side, seed):
     return image.clip(1, 255).astype(np.uint8), mask
 
 
+def write_band(path, pixels):
+    height, width = pixels.shape
+    with rasterio.open(
+        path, "w", driver="GTiff", width=width, height=height, count=1, dtype="uint8",
+        tiled=True, blockxsize=128, blockysize=128,
+    ) as file:  # fmt: skip
+        file.write(pixels, 1)
+
+
 def make_segments(folder, side=384, size=64):
     """Write two rasters and index their tiles, with the pixels of each class."""
-    images = []
+    paths = []
     for seed in range(2):
         pixels, mask = texture(side, seed)
-        path = folder / f"ground{seed}.tif"
-        with rasterio.open(
-            path, "w", driver="GTiff", width=side, height=side, count=1, dtype="uint8",
-            tiled=True, blockxsize=128, blockysize=128,
-        ) as file:  # fmt: skip
-            file.write(pixels, 1)
-        objects = pd.DataFrame(
-            {"pixel_x": [50.0], "pixel_y": [50.0], "diameter": [20.0], "label": ["rough"],
-             "xmin": [40.0], "ymin": [40.0], "xmax": [60.0], "ymax": [60.0]}
-        )  # fmt: skip
-        images.append(
-            ImageData(fileio.read_raster(path), path.stem, objects.iloc[:0], ArrayLabels(mask))
-        )
+        paths.append((folder / f"ground{seed}.tif", folder / f"mask{seed}.tif"))
+        for path, content in zip(paths[-1], (pixels, mask), strict=True):
+            write_band(path, content)
+    rasters = [fileio.read_raster(path) for path, _ in paths]
+    images, _ = masks.label_images(rasters, [path for _, path in paths], classes=CLASSES)
     blocks = splits.ground_blocks(
         [image.raster for image in images], split_by="block", max_tile_size=size,
         block_size=2 * size, test_proportion=0.2, validation_proportion=0.25, seed=0,
@@ -81,18 +63,6 @@ def make_tiles(images, blocks, folder, size):
     (directory,) = tiling.make_tiles(
         images, blocks, [size], folder / "tiles", options, workers=1
     ).values()
-    tiles, _ = tiling.read_tiles(directory)
-    if "class_0" not in tiles:
-        labels = {image.image_identifier: image.labels for image in images}
-        counts = [
-            np.bincount(labels[t.raster].read(Window(t.x, t.y, t.width, t.height)).ravel(),
-                        minlength=256)[: len(LABELS)]
-            for t in tiles.itertuples()
-        ]  # fmt: skip
-        columns = [f"class_{i}" for i in range(len(LABELS))]
-        tiles[columns] = np.array(counts)
-        tiles["kept"], tiles["reason"] = True, ""
-        fileio.write_table(directory / tiling.TILES_NAME, tiles)
     return {size: directory}
 
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from segments import ArrayLabels, make_segments
+from segments import CLASSES, make_segments, write_band
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import datasets
 import fileio
+import masks
 import tiling
 from datasets import BboxDataset, RandomViews, Targets, TileDataModule, TileSampler
 from ImageData import BOX_COLUMNS, IGNORE, ImageData, InputError, Window
@@ -623,12 +624,14 @@ def test_a_mask_is_the_window_of_its_labels_turned_as_the_tile(segments):
                 {"zoom": 2.0}, {"mosaic": 1.0}],
     ids=lambda augment: next(iter(augment)),
 )  # fmt: skip
-def test_masks_follow_their_images_exactly(segments, augment):
+def test_masks_follow_their_images_exactly(segments, augment, tmp_path):
     """Images that show their own mask, so that what is moved apart is seen."""
     labels = {}
     for name, raster in segments.rasters.items():
         whole = Window(0, 0, raster.width, raster.height)
-        labels[name] = ArrayLabels((raster.read(whole)[0] > 100).astype(np.uint8))
+        path = tmp_path / f"{name}.tif"
+        write_band(path, (raster.read(whole)[0] > 100).astype(np.uint8))
+        labels[name] = masks.read_labels(path, raster, classes=CLASSES)
     module = masks_of(SimpleNamespace(**vars(segments) | {"labels": labels}), **augment)
     dataset, unsure = module.train, []
     for seed in range(12):
