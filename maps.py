@@ -29,7 +29,7 @@ import tiling
 from ImageData import InputError, Window
 from LargeRasterOR import autocast
 from regions import RegionFront
-from strips import Tile, TilePredictor
+from strips import Tile, TilePredictor, load_model
 
 NODATA = 255  # of class maps and of shares
 SHARES = 254  # steps of a probability or an uncertainty, which is kept as a whole number
@@ -265,17 +265,20 @@ class MapPredictor(TilePredictor):
         return torch.softmax(logits.float(), dim=1).cpu().numpy()
 
 
-def classify_window(model: nn.Module, raster: fileio.Raster, window: Window) -> np.ndarray:
+def classify_window(
+    checkpoint: Path | str | nn.Module, raster: fileio.Raster, window: Window
+) -> np.ndarray:
     """Classify a part of a raster, to look at; each pixel by the tile whose core owns it.
 
     Args:
-        model: A trained model of segmentation, on its device.
+        checkpoint: Of a model of segmentation, or the model, ready to predict.
         raster: The raster.
         window: The part, px, held whole.
 
     Returns:
         uint8 (H, W), class ids, `NODATA` where no ground counts.
     """
+    model = checkpoint if isinstance(checkpoint, nn.Module) else load_model(checkpoint)
     size, classes = model.contract.tile_size, np.full((window.height, window.width), NODATA, "u1")
     device = next(model.parameters()).device
     grid = tiling.window_grid(window, size, size // 4)
