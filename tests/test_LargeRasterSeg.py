@@ -7,10 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import pytorch_lightning as pl
 import torch
 from segments import LABELS, make_segments, seg_conf
 from test_LargeRasterOR import contract_of
 
+import gridsearch
+import ledger
+import resume
 import trials
 from ImageData import InputError, Window
 from LargeRasterSeg import LargeRasterSegModel, check_encoder, load_encoder, segment_views
@@ -198,3 +202,46 @@ def test_classes_of_no_training_ground_and_rasters_without_labels_are_refused(se
     with pytest.raises(InputError, match="needs the names of its classes"):
         trials.prepare_search(segments.images, *arguments)
     assert segments.counts.loc[LABELS].to_numpy().min() > 0
+
+
+def test_a_search_ranks_by_mean_iou_and_workers_find_its_labels(segments, tmp_path):
+    space = {
+        "patch_size": [64], "n_epochs": [1], "sample_size": [0.5], "learning_rate": [1e-5, 3e-3],
+        "batch_size": [8],
+    }  # fmt: skip
+    board = gridsearch.run_search(segments.data, space, seg_conf(), tmp_path)
+    assert board["state"].tolist() == ["complete", "complete"]
+    assert board["mean_IoU"].is_monotonic_decreasing
+    assert board.loc[board["selected"], "val_mean_IoU"].item() == board["val_mean_IoU"].max()
+    assert {"blocks.csv", "confusion.csv", "best.ckpt"} <= {p.name for p in tmp_path.iterdir()}
+    assert gridsearch.join_search(tmp_path) == (0, 0)
+    _, data, _ = gridsearch._read_search(tmp_path)
+    for name, labels in data.labels.items():
+        np.testing.assert_array_equal(labels.mask, segments.data.labels[name].mask)
+    table = ledger.read_ledger(tmp_path.parent)
+    mine = table[table["run"] == tmp_path.name]
+    assert sorted(mine["mean_IoU"]) == pytest.approx(sorted(board["mean_IoU"]))
+
+
+def test_an_interrupted_training_ends_as_an_undisturbed_one(segments, tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "SAVE_SECONDS", 0.0)
+    few = HYPERPARAMETERS | {"n_epochs": 2, "sample_size": 0.3}
+
+    class Interrupt(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 2:
+                raise KeyboardInterrupt
+
+    def train(folder, callbacks=()):
+        conf = seg_conf(**{"train.hard_negatives": 0.3})
+        return trials.train_iteration(
+            few, segments.data, conf, folder, DefaultModelLogger(folder), callbacks
+        )
+
+    whole = train(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", [Interrupt()])
+    cut = train(tmp_path / "cut")
+    whole.pop("training_time")
+    cut.pop("training_time")
+    assert cut == whole
