@@ -1282,7 +1282,7 @@ def plot_class_map(
         if alpha < 1:
             show_window(ax, raster, window, gray=alpha > 0)
         else:
-            ax.set_facecolor("white")
+            ax.set(xlabel="x (px)", ylabel="y (px)", facecolor="white")
         if alpha > 0:
             ax.imshow(picture, extent=extent, alpha=alpha, interpolation="nearest")
         ax.set_title(title, fontsize="medium")
