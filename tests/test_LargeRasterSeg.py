@@ -213,7 +213,7 @@ def test_a_search_ranks_by_mean_iou_and_workers_find_its_labels(segments, tmp_pa
     assert board["state"].tolist() == ["complete", "complete"]
     assert board["mean_IoU"].is_monotonic_decreasing
     assert board.loc[board["selected"], "val_mean_IoU"].item() == board["val_mean_IoU"].max()
-    assert {"blocks.csv", "confusion.csv", "best.ckpt"} <= {p.name for p in tmp_path.iterdir()}
+    assert {"pixels.csv", "confusion.csv", "best.ckpt"} <= {p.name for p in tmp_path.iterdir()}
     assert gridsearch.join_search(tmp_path) == (0, 0)
     _, data, _ = gridsearch._read_search(tmp_path)
     for name, labels in data.labels.items():
