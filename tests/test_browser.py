@@ -61,10 +61,10 @@ def test_nothing_is_shown_on_red(lab):
 
 
 def test_each_picture_is_a_canvas_that_fits_the_page(lab):
-    of_segmentation = ("plot_class_balance", "plot_class_errors")
+    others = ("plot_class_balance", "plot_class_errors")
     figures = {
         i for i, cell in code_cells(lab)
-        if "implot.plot_" in cell.source and not any(name in cell.source for name in of_segmentation)
+        if "implot.plot_" in cell.source and not any(name in cell.source for name in others)
     }  # fmt: skip
     for i in figures:
         lab.show(i, CANVAS)
