@@ -521,7 +521,8 @@ def read_leaderboard(
     always = ["trial", "state", *HYPERPARAMETERS, "selected", "checkpoint", "error"]
     board = pd.DataFrame(rows, columns=None if rows else always)
     # by what they are, for numbers depend on who trained what when, and on what was interrupted
-    board = board.sort_values(list(HYPERPARAMETERS), ignore_index=True)
+    known = [name for name in HYPERPARAMETERS if name in board]  # none, if no worker came to begin
+    board = board.sort_values([*known, "trial"], ignore_index=True)
     if model.RANK_BY in board:
         # before the test has a say: of equals, the first
         board.loc[board[model.BEST_BY].idxmax(), "selected"] = True

@@ -397,7 +397,7 @@ def test_a_catalogue_is_drawn_in_detail_and_as_a_whole(prepared):
     assert (x1 - x0, y1 - y0) == (200, 200)
     inside = image.df["pixel_x"].between(x0, x1) & image.df["pixel_y"].between(y0, y1)
     assert boxes_drawn(detail) == inside.sum()
-    assert len(implot.plot_catalogue(image.raster, image.df[:0]).axes) == 3
+    assert len(implot.plot_catalogue(image.raster, image.df[:0]).axes) == 2
 
 
 def test_a_session_without_a_notebook_keeps_its_backend():

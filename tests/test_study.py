@@ -594,7 +594,8 @@ def measure(judge, epoch, score):
     trainer = SimpleNamespace(
         state=SimpleNamespace(fn="fit"), current_epoch=epoch, callback_metrics={"val_AP50": score}
     )
-    judge.on_validation_end(trainer, SimpleNamespace(_measures=lambda stage: True))
+    module = SimpleNamespace(_measures=lambda stage: True, BEST_BY="val_AP50")
+    judge.on_validation_end(trainer, module)
 
 
 def after(monkeypatch, thing, name, meanwhile):
