@@ -588,11 +588,11 @@ def test_a_forked_process_opens_the_file_anew(tmp_path):
     import multiprocessing
 
     raster = Raster.open(write(tmp_path / "r.tif", noise()))
-    mine = id(raster._dataset())
+    mine = raster._dataset()
     queue = multiprocessing.get_context("fork").SimpleQueue()
 
     def work():
-        queue.put((id(raster._dataset()) == mine, raster.read(WINDOWS[1])))
+        queue.put((raster._dataset() is mine, raster.read(WINDOWS[1])))
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
