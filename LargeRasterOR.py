@@ -41,7 +41,6 @@ from networks import (
     fit_weights,
     freeze_stages,
     make_backbone,
-    read_checkpoint,
 )
 
 __all__ = [  # with what users of the detector need beside it
@@ -159,28 +158,13 @@ class LargeRasterORModel(TileModel):
         freeze_stages(self.network.backbone, self.conf.freeze_stages)
 
     def _start_from(self, path: str) -> None:
-        known, state = read_checkpoint(path)
-        contract = known["contract"]
-        ours = self.conf.architecture() | self.contract.anchors.architecture()
-        theirs = ModelConfig.from_dict(known["conf"]).architecture()
-        theirs |= Anchors(**contract["anchors"]).architecture()
-        if differing := [
-            f"{name} = {value!r} (INIT_FROM has {theirs[name]!r})"
-            for name, value in ours.items()
-            if theirs[name] != value
-        ]:
-            raise InputError(
-                f"{path} is of another architecture: {', '.join(differing)}; set what it has, by "
-                "parameters or MODEL_OPTIONS, or INIT_FROM = None"
-            )
-        labels = known["label_set"]
-        log.info("starting from %s, of bands %s and classes %s", path, contract["bands"], labels)
-        if contract["split_hash"] != self.contract.split_hash:
-            log.warning(
-                "%s was trained on other blocks of ground than this run splits into; if they are "
-                "of the same rasters, it may have seen what is test ground here", path,
-            )  # fmt: skip
+        labels, state = self._read_start(path)
         fit_weights(self.network, state, self.labels, labels)
+
+    @override
+    @staticmethod
+    def _architecture(conf: ModelConfig, contract: Mapping[str, Any]) -> dict[str, Any]:
+        return conf.architecture() | Anchors(**contract["anchors"]).architecture()
 
     def limit_detections(self, tile_size: int, score_threshold: float) -> int:
         """Set which detections of a tile are returned: those above a score, at most so many.

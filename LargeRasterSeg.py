@@ -27,7 +27,7 @@ from ImageData import IGNORE, InputError
 from learning import VIEWS, TileModel, __version__
 from losses import MaskLoss
 from ModelConfig import ModelConfig, SegmentationConfig
-from networks import SIZE_DIVISOR, DataContract, fit_bands, read_checkpoint
+from networks import SIZE_DIVISOR, DataContract, fit_bands
 
 log = logging.getLogger(__name__)
 
@@ -288,29 +288,7 @@ class LargeRasterSegModel(TileModel):
             self.network.body.encoder.load_state_dict(state)
 
     def _start_from(self, path: str) -> None:
-        known, state = read_checkpoint(path)
-        if known.get("task", "detection") != self.TASK:
-            raise InputError(
-                f"{path} is a model of {known.get('task', 'detection')}; INIT_FROM must name one "
-                f"of {self.TASK}, or be None"
-            )
-        ours, theirs = self.conf.architecture(), ModelConfig.from_dict(known["conf"]).architecture()
-        if differing := [
-            f"{name} = {value!r} (INIT_FROM has {theirs[name]!r})"
-            for name, value in ours.items()
-            if theirs[name] != value
-        ]:
-            raise InputError(
-                f"{path} is of another architecture: {', '.join(differing)}; set what it has, in "
-                "MODEL_OPTIONS, or INIT_FROM = None"
-            )
-        labels, contract = known["label_set"], known["contract"]
-        log.info("starting from %s, of bands %s and classes %s", path, contract["bands"], labels)
-        if contract["split_hash"] != self.contract.split_hash:
-            log.warning(
-                "%s was trained on other blocks of ground than this run splits into; if they are "
-                "of the same rasters, it may have seen what is test ground here", path,
-            )  # fmt: skip
+        labels, state = self._read_start(path)
         bands = len(self.contract.bands)
         first = f"{_first_convolution(self.network, bands)}.weight"
         state[first] = fit_bands(state[first], bands)

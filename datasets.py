@@ -475,7 +475,7 @@ class MaskDataset(TileDataset):
 
     @override
     def _showing(self) -> Iterator[np.ndarray]:
-        counts = self.tiles.filter(regex=splits.CLASS_COLUMN).to_numpy() > 0
+        counts = tiling.counts_of(self.tiles) > 0
         yield from counts[:, counts.any(axis=0)].T
 
     def _parts(self, index: int, window: Window, size: int) -> MaskParts:

@@ -657,7 +657,7 @@ def _check_same_input(
         "configuration": configuration,
     }
     if data.labels:
-        common["labels"] = fileio.fingerprint(_label_marks(data))
+        common["labels"] = fileio.fingerprint(data.label_marks)
     tiles = {str(size): mark for size, mark in data.tile_marks.items()}
     now = json.loads(json.dumps(common | {"tiles": tiles}))
     ranked = record.exists() and (joining or any(trials.glob("*/result.json")))
@@ -767,17 +767,13 @@ def _write_search(run_dir: Path, plan: Plan, data: SearchData, conf: ModelConfig
         "ids": dict(data.ids),
         "radiometry": asdict(data.radiometry),
         "evaluation_overlap": data.evaluation_overlap,
-        "labels": data.labels and fileio.fingerprint(_label_marks(data)),
+        "labels": data.labels and fileio.fingerprint(data.label_marks),
     }
     fileio.write_table(run_dir / "search" / "blocks.parquet", data.blocks)
     fileio.write_json(
         run_dir / "search" / "search.json",
         {"plan": asdict(plan), "conf": conf.to_dict(), "data": shared},
     )
-
-
-def _label_marks(data: SearchData) -> dict[str, Any]:
-    return {name: source.made_from for name, source in data.labels.items()}
 
 
 def _load_search(run_dir: Path) -> dict[str, Any]:
@@ -833,7 +829,7 @@ def _read_search(run_dir: Path) -> tuple[Plan, SearchData, ModelConfig]:
         tile_marks={int(size): mark for size, mark in shared["tile_marks"].items()},
         labels=labels,
     )
-    if labels and fileio.fingerprint(_label_marks(data)) != shared["labels"]:
+    if labels and fileio.fingerprint(data.label_marks) != shared["labels"]:
         raise InputError(
             f"the labels of the search in {run_dir} are others here; a worker must find the same "
             "files under the same paths"

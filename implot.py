@@ -1264,10 +1264,7 @@ def plot_class_map(
     paint |= dict(colormap or {})
     pixels = np.bincount(classes.ravel(), minlength=NO_CLASS + 1)
     known_pixels = max(pixels[:NO_CLASS].sum(), 1)
-    table = np.full((NO_CLASS + 1, 4), 0, np.uint8)
-    for number, (_, color) in paint.items():
-        table[number] = (*bytes.fromhex(color[1:]), 255)
-    picture = table[classes]
+    picture = _paint_table({number: color for number, (_, color) in paint.items()})[classes]
     slope = window.height / window.width
     wide = slope < 1 / PANORAMA  # one above the other
     shape, high = ((3, 1), 3 * slope * WIDTH + 2) if wide else ((1, 3), slope * WIDTH / 3 + 1.2)
@@ -1317,9 +1314,7 @@ def plot_class_errors(
         window: The part, px.
     """
     colors = class_colors(labels)
-    table = np.zeros((NO_CLASS + 1, 4), np.uint8)
-    for number, color in enumerate(colors):
-        table[number] = (*bytes.fromhex(color[1:]), 255)
+    table = _paint_table(dict(enumerate(colors)))
     known = truth != NO_CLASS
     wrong = known & (truth != found)
     figure, axes = plt.subplots(
@@ -1347,6 +1342,14 @@ def plot_class_errors(
     ]  # fmt: skip
     _legend_below(figure, handles)
     return figure
+
+
+def _paint_table(colors: Mapping[int, str]) -> np.ndarray:
+    """Return the colours of all class ids, uint8 (256, 4) RGBA; those without one are clear."""
+    table = np.zeros((NO_CLASS + 1, 4), np.uint8)
+    for number, color in colors.items():
+        table[number] = (*bytes.fromhex(color[1:]), 255)
+    return table
 
 
 def _read_class_map(

@@ -26,8 +26,9 @@ from typing_extensions import override
 import fileio
 import ranks
 from datasets import Batch
+from ImageData import InputError
 from ModelConfig import ModelConfig, TrainConfig
-from networks import DataContract
+from networks import DataContract, read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -193,6 +194,42 @@ class TileModel(pl.LightningModule):
     def describe(self) -> str:
         """Say in a line what the network is."""
         raise NotImplementedError
+
+    @staticmethod
+    def _architecture(conf: ModelConfig, contract: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what decides which weights fit, of a model with these settings."""
+        return conf.architecture()
+
+    def _read_start(self, path: str) -> tuple[list[str], dict[str, Tensor]]:
+        """Return the classes and weights of the checkpoint to start from.
+
+        Raises:
+            InputError: It cannot be read, or is of another task or architecture.
+        """
+        known, state = read_checkpoint(path)
+        if (task := known.get("task", "detection")) != self.TASK:
+            raise InputError(
+                f"{path} is a model of {task}; INIT_FROM must name one of {self.TASK}, or be None"
+            )
+        contract, labels = known["contract"], known["label_set"]
+        ours = self._architecture(self.conf, _plain(asdict(self.contract)))
+        theirs = self._architecture(ModelConfig.from_dict(known["conf"]), contract)
+        if differing := [
+            f"{name} = {value!r} (INIT_FROM has {theirs[name]!r})"
+            for name, value in ours.items()
+            if theirs[name] != value
+        ]:
+            raise InputError(
+                f"{path} is of another architecture: {', '.join(differing)}; set what it has, by "
+                "parameters or MODEL_OPTIONS, or INIT_FROM = None"
+            )
+        log.info("starting from %s, of bands %s and classes %s", path, contract["bands"], labels)
+        if contract["split_hash"] != self.contract.split_hash:
+            log.warning(
+                "%s was trained on other blocks of ground than this run splits into; if they are "
+                "of the same rasters, it may have seen what is test ground here", path,
+            )  # fmt: skip
+        return labels, state
 
     # -- steps ---------------------------------------------------------------------------------
 

@@ -31,7 +31,6 @@ from ImageData import InputError, RasterHandle
 
 log = logging.getLogger(__name__)
 
-CLASS_COLUMN = r"^class_\d+$"  # of tiles with masks: pixels of that class id
 SPLITS = ("train", "validation", "test")
 REPROJECTION_SLACK = 0.01  # share of a tile; edges that were straight are curved in another CRS
 MIN_BLOCKS = 12  # below this many blocks, the derived block size shrinks

@@ -90,6 +90,11 @@ class SearchData:
     tile_marks: Mapping[int, str]
     labels: Mapping[str, LabelSource] | None = None
 
+    @property
+    def label_marks(self) -> dict[str, Any]:
+        """What the labels of each raster were made from; nothing in a detection."""
+        return {name: source.made_from for name, source in (self.labels or {}).items()}
+
 
 def prepare_search(
     images: Sequence[ImageData],
@@ -390,7 +395,7 @@ def _made_from(hyperparams: Mapping[str, Any], data: SearchData, conf: ModelConf
     tiles = data.tile_marks[hyperparams["patch_size"]]
     ground = [dict(data.ids), asdict(data.radiometry), data.blocks]
     if data.labels:
-        ground.append({name: source.made_from for name, source in data.labels.items()})
+        ground.append(data.label_marks)
     return fileio.fingerprint([hyperparams, settings, tiles, ground, ranks.count()])
 
 
