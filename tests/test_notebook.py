@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import time
+import resource
 from types import SimpleNamespace
 
 import nbformat
@@ -39,11 +39,16 @@ def tiny_run(tmp_path_factory):
         "PREDICT_FILENAMES": ["second.tif"],
         "DENSITY_CELL": 64,
     }
-    start = time.monotonic()
+    start = computing_seconds()
     notebook = execute(folder, parameters)
-    return SimpleNamespace(
-        folder=folder, parameters=parameters, notebook=notebook, seconds=time.monotonic() - start
-    )
+    seconds = computing_seconds() - start
+    return SimpleNamespace(folder=folder, parameters=parameters, notebook=notebook, seconds=seconds)
+
+
+def computing_seconds():
+    """Those of processes that have ended; the clock's seconds are those of a machine's other work."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def execute(folder, parameters):
@@ -67,7 +72,7 @@ def test_the_leaderboard_is_complete_and_in_range(tiny_run):
 
 
 def test_two_trials_on_a_tiny_sample_take_less_than_a_minute(tiny_run):
-    assert tiny_run.seconds < 60
+    assert 5 < tiny_run.seconds < 60
 
 
 def test_nothing_outside_the_area_of_interest_is_taught_or_measured(tiny_run):
