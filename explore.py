@@ -469,7 +469,7 @@ class Explorer:
         hidden: Labels that are not shown.
         hidden_layers: What else is not shown, of "objects", "detections" and "errors".
         selected: The row whose values are shown, if any.
-        stepping: Whether `n`, `p` and buttons go from error to error.
+        stepping: Whether keys and buttons go from error to error, and to other rasters.
         on_click: Called with x and y (px) of a click before a row is chosen; True: that is all.
         on_key: Called with a key before `KEYS`; True: that is all.
         on_close: Called when the figure is closed.
@@ -885,7 +885,7 @@ class Explorer:
         canvas.observe(self._close, "comm")  # ipympl has no event for a figure that is closed
         canvas.toolbar.pan()  # a drag moves the ground, as on any map
         buttons = []
-        if len(self.rasters) > 1:
+        if len(self.rasters) > 1 and self.stepping:
             choice = widgets.Dropdown(
                 options=list(self.rasters), value=self.ground.raster.identifier,
                 tooltip="which raster to show", layout={"width": "200px"},

@@ -561,7 +561,7 @@ class Desk:
         self.label = next(iter(review.labels), "")
         self._found = review.items[:0] if detections is None else detections
         self._center: tuple[float, float] | None = None
-        self._adding, self._controls, self._shown = False, None, None
+        self._adding, self._controls, self._shown, self._counting = False, None, None, False
         self.explorer = explore.Explorer(review.rasters, review.tables)
         self.explorer.stepping = False  # what comes next is the queue's affair
         self.explorer.on_click, self.explorer.on_key = self._click, self._key
@@ -589,8 +589,8 @@ class Desk:
             if not (place & (found["raster"] == item["raster"])).any():
                 found = pd.concat([*([found] if len(found) else []), item.to_frame().T])
         here = self.explorer.ground.raster.identifier
-        other = None if item is None or item["raster"] == here else item["raster"]
-        self.explorer.show_boxes(review.tables, found, other)
+        there = review.raster or here if item is None else item["raster"]
+        self.explorer.show_boxes(review.tables, found, None if there == here else there)
         done, names = len(review.journal), None
         if item is None:
             review.save()
@@ -729,18 +729,18 @@ class Desk:
             if name in choices:
                 chosen = getattr(review, name)
                 counts = {value: review.count(**{name: value}) for value in (None, *known)}
-                options = [
-                    (f"{value or f'all {name}s'} ({count:,})", value)
-                    for value, count in counts.items() if count or value in (None, chosen)
-                ]  # fmt: skip
-                if choices[name].options != tuple(options):
-                    with choices[name].hold_trait_notifications():
-                        choices[name].options = options
-                        choices[name].value = chosen
+                options = [  # None would be no choice at all
+                    (f"{value or f'all {name}s'} ({count:,})", value or "")
+                    for value, count in counts.items()
+                    if count or value in (None, chosen) or name == "raster"
+                ]
+                self._counting = True  # new options choose the first of them
+                choices[name].options, choices[name].value = options, chosen or ""
+                self._counting = False
 
     def _choose(self, change: object) -> None:
-        chosen = {name: choice.value for name, choice in self._controls[-1].items()}
-        if chosen != {name: getattr(self.review, name) for name in chosen}:
+        chosen = {name: choice.value or None for name, choice in self._controls[-1].items()}
+        if not self._counting:
             self.act("choose", *chosen.values())
 
     def _tell(self, names: tuple[str, str] | None) -> None:

@@ -456,7 +456,7 @@ def test_the_desk_has_buttons(ground, monkeypatch):
             button.click()
 
         assert (accept.description, reject.description) == ("Yes, remove it (y)", "No, keep it (x)")
-        assert kind.options[:2] == (("all kinds (5)", None), ("missed (1)", "missed"))
+        assert kind.options[:2] == (("all kinds (5)", ""), ("missed (1)", "missed"))
         press(reject)
         assert (accept.description, reject.description) == (
             "Yes, add it (y)", "No, leave it out (x)",
@@ -476,7 +476,7 @@ def test_the_desk_has_buttons(ground, monkeypatch):
         assert not (ground[0] / "review" / "r.csv").exists()  # until a pause
         kind.value = "mislabelled"
         assert accept.description == "Yes, relabel it (y)"
-        kind.value = None
+        kind.value = ""
         press(accept)
         label.value = "another"
         press(add)
