@@ -136,8 +136,10 @@ def test_wheel_key_label_and_score_change_what_the_explorer_shows(lab):
     shown = changed(lab, cell, hidden)
     lab.click(cell, ".noUi-handle")
     lab.page.key("End")
-    changed(lab, cell, shown)
+    unsure = changed(lab, cell, shown)
     lab.page.screenshot("explorer_no_score")
+    lab.page.key("Home")
+    changed(lab, cell, unsure)
 
 
 def test_another_raster_is_chosen_and_keys_are_not_those_of_the_notebook(lab):
@@ -150,10 +152,15 @@ def test_another_raster_is_chosen_and_keys_are_not_those_of_the_notebook(lab):
     shown = changed(lab, cell, before)
     lab.page.screenshot("explorer_other_raster")
     take_keys(lab, cell)
-    for key in "oedd":  # some of which cut, add or run cells elsewhere
+    for key in "oedd":  # the last two delete a cell elsewhere
         lab.page.key(key)
         shown = changed(lab, cell, shown)
     assert lab.page.js(f"{CELLS}.length") == cells
+    lab.click(cell, ".jp-InputPrompt")
+    for key in "bdd":  # as here: one below, and away with it
+        lab.page.key(key)
+        lab.page.wait(f"{CELLS}.length == {cells + (key == 'b')} || {key!r} == 'd'")
+    lab.page.wait(f"{CELLS}.length == {cells}")
 
 
 def test_a_decision_in_the_review_is_a_line_of_its_journal(lab):
