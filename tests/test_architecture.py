@@ -22,6 +22,7 @@ from ModelConfig import RunParameters
 LAYERS = [
     ["ImageData"],
     ["manifest"],
+    ["oldconfig"],
     ["ModelConfig"],
     ["artefacts", "imutils", "parallel"],
     ["rasters", "formats"],
@@ -35,7 +36,7 @@ LAYERS = [
     ["explore", "ranks"],
     ["review", "mapview"],
     ["datasets", "metrics", "logger", "implot"],
-    ["networks", "atlas"],
+    ["networks", "atlas", "optimizers"],
     ["learning", "losses"],
     ["LargeRasterOR", "LargeRasterSeg"],
     ["strips", "study", "resume"],

@@ -157,9 +157,7 @@ def test_importing_and_configuring_in_a_fresh_process_prints_each_line_once():
 
 
 def test_a_training_leaves_its_hyperparameters_and_metrics(tmp_path, train):
-    logger = make_model_logger(
-        tmp_path, wandb_active=False, project="p", name="trial", hyperparams={"batch_size": 2}
-    )
+    logger = make_model_logger(tmp_path, name="trial", hyperparams={"batch_size": 2})
     assert isinstance(logger, DefaultModelLogger)
     assert isinstance(logger, LoggerProtocol)
     train(logger)
@@ -266,16 +264,14 @@ def test_wandb_offline_keeps_a_run_and_the_files(tmp_path, train, monkeypatch):
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, value)
     logger = make_model_logger(
-        tmp_path / "a", wandb_active=True, project="p", name="a", hyperparams={"batch_size": 2}
+        tmp_path / "a", "wandb", {"project": "p"}, name="a", hyperparams={"batch_size": 2}
     )
     assert isinstance(logger, WandbModelLogger)
     assert isinstance(logger, LoggerProtocol)
     report = tmp_path / "report.txt"
     report.write_text("text")
     # The first run is still open when the second begins: they must not mix.
-    other = make_model_logger(
-        tmp_path / "b", wandb_active=True, project="p", name="b", hyperparams={}
-    )
+    other = make_model_logger(tmp_path / "b", "wandb", {"project": "p"}, name="b", hyperparams={})
     try:
         train(logger)
         logger.log({"training_time": 1.5, "error_message": "all is well"})
@@ -298,7 +294,7 @@ def test_missing_wandb_names_the_cure(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     cure = r"wandb is not installed: pip install wandb, or set WANDB_ACTIVE = False"
     with pytest.raises(ModuleNotFoundError, match=cure):
-        make_model_logger(tmp_path, wandb_active=True, project="p", name="t", hyperparams={})
+        make_model_logger(tmp_path, "wandb", {"project": "p"}, name="t", hyperparams={})
 
 
 # Keys

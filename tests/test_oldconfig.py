@@ -1,0 +1,315 @@
+"""Experiments that a YAML of six sections describes: read, refused, run."""
+
+from __future__ import annotations
+
+import ast
+
+import nbformat
+import pytest
+import yaml
+from conftest import PROJECT
+
+import oldconfig
+from ImageData import InputError
+from ModelConfig import RunParameters
+
+YAML = """
+global:
+  samples_size: 512
+  num_classes: 5
+  data_path: data
+  number_of_bands: 4
+  model_name: unet
+  mlflow_uri: mlruns
+  mlflow_experiment_name: gdl-training
+  mlflow_run_name: gdl
+  bucket_name:
+  task: segmentation
+  num_gpus: 2
+  max_used_ram: 2000
+  max_used_perc: 15
+  BGR_to_RGB: True
+  scale_data: [0,1]
+  aux_vector_file:
+  aux_vector_attrib:
+  aux_vector_ids:
+  aux_vector_dist_maps:
+  aux_vector_dist_log:
+  aux_vector_scale:
+  debug_mode: True
+  coordconv_convert: False
+  coordvonc_scale:
+data_analysis:
+  create_csv: True
+  optimal_parameters_search : False
+  sampling_method:
+    'min_annotated_percent': 0
+    'class_proportion': {'1':0, '2':0, '3':0, '4':0}
+sample:
+  prep_csv_file: images.csv
+  val_percent: 5
+  use_stratification: 2
+  overlap: 25
+  sampling_method:
+    'min_annotated_percent': 0
+    'class_proportion': {'1':0, '2':0, '3':0, '4':0}
+  mask_reference: False
+training:
+  state_dict_path: checkpoint.pth.tar
+  pretrained: True
+  num_trn_samples: 4960
+  num_val_samples: 2208
+  num_tst_samples: 1000
+  batch_size: 32
+  eval_batch_size: 16
+  num_epochs: 150
+  target_size: 128
+  loss_fn: Lovasz
+  optimizer: adabound
+  learning_rate: 0.0001
+  weight_decay: 0
+  step_size: 4
+  gamma: 0.9
+  dropout: False
+  dropout_prob: False
+  class_weights: [1.0, 0.9]
+  batch_metrics: 2
+  ignore_index: 0
+  normalization:
+    mean:
+    std:
+  augmentation:
+    rotate_limit: 45
+    rotate_prob: 0.5
+    hflip_prob: 0.5
+    random_radiom_trim_range: [0.1, 2.0]
+    brightness_contrast_range:
+    noise:
+inference:
+  img_dir_or_csv_file: images.csv
+  working_folder:
+  state_dict_path: checkpoint.pth.tar
+  chunk_size: 512
+  smooth_prediction: True
+  overlap: 2
+visualization:
+  vis_batch_range: [0,200,10]
+  vis_at_checkpoint: True
+  vis_at_ckpt_min_ep_diff: 0
+  vis_at_ckpt_dataset: val
+  vis_at_init: True
+  vis_at_init_dataset: val
+  vis_at_evaluation: True
+  vis_at_train: True
+  grid: True
+  heatmaps: True
+  colormap_file: ./colormap.csv
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.tif", "b.tif", "c.tif", "a.gpkg", "checkpoint.pth.tar"):
+        (tmp_path / name).touch()
+    lines = ["a.tif,,a.gpkg,cover,trn", "b.tif,,a.gpkg,cover,trn", "c.tif,,a.gpkg,cover,tst"]
+    (tmp_path / "images.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "colormap.csv").write_text("1,vegetation,#00680d\n")
+    return tmp_path
+
+
+def write(folder, changes=(), name="roads.yaml"):
+    """Write the YAML with other values of dotted keys."""
+    sections = yaml.safe_load(YAML)
+    for key, value in dict(changes).items():
+        *groups, last = key.split(".")
+        place = sections
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[last] = value
+    path = folder / name
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+def notebook_parameters():
+    notebook = nbformat.read(PROJECT / "main.ipynb", as_version=4)
+    (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    return {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(cell.source).body}
+
+
+def test_every_key_becomes_a_parameter(folder):
+    path = folder / "roads.yaml"
+    path.write_text(YAML)
+    run = RunParameters.from_notebook(notebook_parameters() | {"CONFIG_YAML": str(path)})
+    assert run.TASK == "segmentation"
+    assert run.RUN_NAME == "roads"
+    assert str(folder / "data") in str(run.RUNS_DIR) or run.RUNS_DIR.name == "data"
+    assert [p.name for p in run.image_paths] == ["a.tif", "b.tif", "c.tif"]
+    assert run.label_columns == ["cover"] * 3
+    assert [p.name for p in run.predict_paths] == ["c.tif"]
+    assert run.predict_checkpoint == folder / "checkpoint.pth.tar"
+    assert run.BANDS == [3, 2, 1, 4]
+    assert (run.CLASSES, run.STRETCH, run.DEVICES) == (5, "none", 2)
+    assert run.search_space == {
+        "patch_size": [512], "n_epochs": [150], "sample_size": [1.0], "learning_rate": [0.0001],
+        "batch_size": [32],
+    }  # fmt: skip
+    assert (run.VALIDATION_PROPORTION, run.USE_STRATIFICATION, run.TILE_OVERLAP) == (0.05, 2, 128)
+    assert run.PREDICT_OPTIONS == {
+        "tile_size": 512, "overlap": 256, "smooth_prediction": True,
+        "colormap": str(folder / "colormap.csv"),
+    }  # fmt: skip
+    assert run.VISUALIZATION == {
+        "batch_range": [0, 200, 10], "at_checkpoint": True, "at_ckpt_min_ep_diff": 0,
+        "at_ckpt_dataset": "validation", "at_init": True, "at_init_dataset": "validation",
+        "at_evaluation": True, "at_train": True, "grid": True, "heatmaps": True,
+        "colormap": str(folder / "colormap.csv"),
+    }  # fmt: skip
+    conf = run.model_config()
+    assert conf.init_from == str(folder / "checkpoint.pth.tar")
+    assert (conf.max_used_ram, conf.max_used_perc, conf.eval_batch_size) == (2000, 15, 16)
+    seg = conf.segmentation
+    assert (seg.architecture, seg.loss, seg.target_size, seg.ignore_index) == (
+        "unet", "lovasz", 128, 0,
+    )  # fmt: skip
+    assert seg.class_weights is None  # as lovasz knows none
+    train = conf.train
+    assert (train.optimizer, train.weight_decay, train.step_size, train.gamma) == (
+        "adabound", 0, 4, 0.9,
+    )  # fmt: skip
+    assert (train.max_tiles, conf.validation.max_tiles, conf.test.max_tiles) == (4960, 2208, 1000)
+    assert conf.validation.batch_metrics == 2
+    augment = train.augment
+    assert (augment.rotate_limit, augment.rotate_share, augment.flip_share) == (45, 0.5, 0.5)
+    assert augment.trim_range == (0.1, 2.0)
+
+
+def test_the_table_says_of_every_key_what_it_became(folder):
+    path = write(folder)
+    table = oldconfig.read_config(path).table.set_index("key")["here"]
+    assert table["global.samples_size"] == "PATCH_SIZES = [512]"
+    assert (
+        table["training.class_weights"] == "left out: the loss lovasz weighs all classes the same"
+    )
+    assert table["global.max_used_ram"] == "a limit of the GPUs that num_gpus takes"
+    given = [f"{s}.{k}" for s, keys in yaml.safe_load(YAML).items() for k, v in keys.items()
+             if v not in (None, False) and not isinstance(v, dict)]  # fmt: skip
+    assert set(given) <= set(table.index)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training.learn_rate": 0.1}, "learn_rate; did you mean training.learning_rate"),
+        ({"global.batch_size": 4}, "key global.batch_size; did you mean training.batch_size"),
+        ({"training.augmentation.rotate": 4}, "did you mean training.augmentation.rotate_"),
+        ({"trainning": {"batch_size": 4}}, "unknown key trainning; did you mean training"),
+        ({"global.task": "classification"}, "global.task must be segmentation"),
+        ({"global.model_name": "unett"}, "there is no 'unett'; did you mean unet"),
+        ({"global.aux_vector_file": "r.gpkg"}, "global.aux_vector_file = 'r.gpkg' is not used"),
+        ({"training.loss_fn": "Lovas"}, "loss_fn there is no 'Lovas'; did you mean lovasz?"),
+        ({"training.optimizer": "adabond"}, "did you mean adabound?"),
+        ({"training.batch_size": 0}, "batch_size must be a whole number from 1 on, got 0"),
+        ({"training.dropout": True}, "dropout_prob must be a probability such as 0.5"),
+        ({"training.normalization.mean": [0.5]}, "it is measured on the training ground"),
+        ({"inference.overlap": 3}, "must be an even number that divides chunk_size 512, got 3"),
+        ({"inference.working_folder": "out"}, "leave it blank"),
+        ({"sample.val_percent": 0}, "no raster of the CSV is marked val"),
+        ({"sample.prep_csv_file": "gone.csv"}, "there is no gone.csv"),
+        ({"data_analysis.sampling_method": {"min_annotated_percent": 5}}, "splits.py balance"),
+        ({"visualization.vis_at_init_dataset": "all"}, "must be one of trn, val, tst"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_what_cannot_be_honoured_is_refused_by_name(folder, changes, message):
+    with pytest.raises(InputError) as caught:
+        oldconfig.read_config(write(folder, changes))
+    assert message in str(caught.value)
+
+
+def test_all_that_is_wrong_is_told_at_once(folder):
+    changes = {"training.lr": 1, "global.task": "other", "training.batch_size": "many"}
+    with pytest.raises(InputError) as caught:
+        oldconfig.read_config(write(folder, changes))
+    assert all(key in str(caught.value) for key in changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"PATCH_SIZES": [64]}, "PATCH_SIZES = [64], but the YAML says [512]"),
+        ({"MODEL_OPTIONS": {"train.gamma": 0.5}}, "MODEL_OPTIONS['train.gamma'] = 0.5, but the"),
+    ],
+)
+def test_a_parameter_that_contradicts_the_yaml_is_named_with_both(folder, changes, message):
+    path = write(folder)
+    with pytest.raises(InputError) as caught:
+        RunParameters.from_notebook(notebook_parameters() | {"CONFIG_YAML": str(path)} | changes)
+    assert message in str(caught.value)
+
+
+def test_what_the_yaml_leaves_open_the_notebook_decides(folder):
+    given = {"CONFIG_YAML": str(write(folder)), "PATCH_SIZES": [512], "TEST_PROPORTION": 0.3,
+             "MODEL_OPTIONS": {"train.patience": 3}}  # fmt: skip
+    run = RunParameters.from_notebook(notebook_parameters() | given)
+    assert run.TEST_PROPORTION == 0.3
+    assert run.MODEL_OPTIONS["train.patience"] == 3
+    assert run.MODEL_OPTIONS["train.gamma"] == 0.9
+
+
+def test_rasters_marked_val_are_the_validation(folder):
+    with (folder / "images.csv").open("a") as file:
+        (folder / "d.tif").touch()
+        file.write("d.tif,,a.gpkg,cover,val\n")
+    run = RunParameters.from_notebook(
+        notebook_parameters() | {"CONFIG_YAML": str(write(folder))}
+    )  # fmt: skip
+    assert [name.rpartition("/")[2] for name in run.VALIDATION_FILENAMES] == ["d.tif"]
+    assert run.USE_STRATIFICATION is None
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "encoder", "weights"),
+    [
+        ("unet", "unet", "resnet18", None),
+        ("deeplabv3_resnet101", "deeplabv3", "resnet101", "DEFAULT"),
+        ("deeplabv3+_pretrained", "deeplabv3plus", "resnet18", "DEFAULT"),
+        ("ternausnet", "unet", "vgg11", "DEFAULT"),
+    ],
+)
+def test_models_go_by_their_names_of_old(folder, name, architecture, encoder, weights):
+    changes = {"global.model_name": name, "training.state_dict_path": None}
+    run = RunParameters.from_notebook(
+        notebook_parameters() | {"CONFIG_YAML": str(write(folder, changes))}
+    )
+    assert run.MODEL_OPTIONS["segmentation.architecture"] == architecture
+    assert (run.BACKBONE, run.WEIGHTS) == (encoder, weights)
+
+
+def test_values_that_nobody_touched_are_those_of_the_notebook():
+    parameters = notebook_parameters()
+    assert {name: parameters[name] for name in oldconfig.UNTOUCHED} == oldconfig.UNTOUCHED
+
+
+def test_every_key_is_in_the_documentation():
+    text = (PROJECT / "docs" / "own_data.md").read_text()
+    missing = [key for key in (*oldconfig.KEYS, *oldconfig.REFUSED)
+               if f"`{key.rpartition('.')[2]}`" not in text]  # fmt: skip
+    assert not missing
+
+
+def test_architectures_are_those_that_can_be_built():
+    from LargeRasterSeg import ARCHITECTURES, DROPOUT, encoder_names
+
+    assert set(oldconfig.ARCHITECTURES) == set(ARCHITECTURES)
+    assert set(oldconfig.WITH_DROPOUT) == set(DROPOUT)
+    encoders = {name.partition("_")[2] for name in oldconfig.MODELS.values()} - {""}
+    assert encoders <= set(encoder_names())
+
+
+def test_losses_and_optimisers_are_those_that_there_are():
+    from losses import LOSSES
+    from optimizers import OPTIMIZERS
+
+    assert set(oldconfig.LOSSES.values()) == set(LOSSES)
+    assert set(oldconfig.OPTIMIZERS) == set(OPTIMIZERS)
