@@ -53,9 +53,10 @@ from ImageData import ImageData, InputError, Window
 from LargeRasterOR import LargeRasterORModel
 from learning import TileModel, __version__
 from logger import configure_logger, make_model_logger
-from ModelConfig import HYPERPARAMETERS, PLACE, ModelConfig, Record, Search
+from ModelConfig import HYPERPARAMETERS, PLACE, ModelConfig, Record, Search, VisualizationConfig
 from study import Claim, LostTrialError, Queue
 from trials import LAST_CHECKPOINT, SearchData, task_of, train_iteration
+from visualization import TileGallery
 
 log = logging.getLogger(__name__)
 
@@ -367,9 +368,10 @@ def _train_trial(
     name = "result.json"
     try:
         judge = _Judge(claim, pruning=plan.pruning)
+        watchers = [judge, *_gallery(plan, trial_dir)]
         with fileio.writing(trial_dir):
             record["values"] = train_iteration(
-                hyperparams, data, conf, trial_dir, logger, [judge], progress=progress
+                hyperparams, data, conf, trial_dir, logger, watchers, progress=progress
             )
         status = "success"
     except optuna.TrialPruned:
@@ -393,6 +395,12 @@ def _train_trial(
             (trial_dir / LAST_CHECKPOINT).unlink(missing_ok=True)
         logger.close(status)
     return record
+
+
+def _gallery(plan: Plan, trial_dir: Path) -> list[pl.Callback]:
+    """Return what draws tiles while training, if it is to."""
+    conf = VisualizationConfig.of(plan.visualization)
+    return [TileGallery(conf, trial_dir / "visualization")] if conf.batch_range else []
 
 
 class _Judge(pl.Callback):

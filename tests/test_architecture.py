@@ -41,7 +41,7 @@ LAYERS = [
     ["LargeRasterOR", "LargeRasterSeg"],
     ["strips", "study", "resume"],
     ["maps"],
-    ["trials", "predict", "preflight", "ledger"],
+    ["trials", "predict", "preflight", "ledger", "visualization"],
     ["gridsearch"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
