@@ -17,6 +17,7 @@ import io
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import sys
@@ -361,8 +362,10 @@ class MLFlowModelLogger(_Mirror, MLFlowLogger, LoggerProtocol):
         _import_package("mlflow")
         self.record = DefaultModelLogger(log_save_dir, name)
         self._told: set[str] = set()
-        if "://" not in uri and not uri.startswith("file:"):
+        if "://" not in uri:
             uri = Path(uri).absolute().as_uri()
+        if uri.startswith("file:"):  # which MLflow 3.7 and later refuse, unless this is said
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         MLFlowLogger.__init__(
             self, experiment_name, run_name="_".join(filter(None, [run_name, name])),
             tracking_uri=uri, tags=dict(tags or {}),
