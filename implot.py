@@ -1406,8 +1406,8 @@ def plot_tile_prediction(
         panels += [(_cut(name), heat) for name, heat in zip(labels, pictures.heatmaps, strict=True)]
     columns = min(len(panels), 3 if len(panels) <= 9 else 5)
     figure, axes = _grid(len(panels), columns, WIDTH / columns, 0.25)
-    if heatmaps:
-        figure.set_figheight(figure.get_figheight() + 0.7)  # for their scale
+    # for what lies below: a scale of the probabilities, and the legend
+    figure.set_figheight(figure.get_figheight() + (1.0 if heatmaps else 0.5))
     for ax, (name, picture) in zip(axes, panels, strict=True):
         ax.imshow(picture, interpolation="nearest")
         ax.set_title(name, fontsize="medium")

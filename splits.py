@@ -463,7 +463,8 @@ def check_classes(tiles: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
         places = {name: counts.loc[name].drop("train").to_dict() for name in unseen}
         raise InputError(
             f"classes without a pixel on training ground: {places}; change SEED or BLOCK_SIZE, "
-            "lower min_annotated and class_proportion, raise SAMPLE_SIZES, or label more of them"
+            "lower min_annotated and class_proportion, raise SAMPLE_SIZES or train.max_tiles, or "
+            "label more of them"
         )
     for name in counts.index[(counts[["validation", "test"]] == 0).any(axis=1)]:
         log.warning(

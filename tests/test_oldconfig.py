@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import ast
+import json
+from types import SimpleNamespace
 
+import geopandas
 import nbformat
+import numpy as np
+import pandas as pd
+import papermill
 import pytest
+import rasterio
 import yaml
 from conftest import PROJECT
 
 import oldconfig
+import sampledata
 from ImageData import InputError
 from ModelConfig import RunParameters
 
@@ -313,3 +321,90 @@ def test_losses_and_optimisers_are_those_that_there_are():
 
     assert set(oldconfig.LOSSES.values()) == set(LOSSES)
     assert set(oldconfig.OPTIMIZERS) == set(OPTIMIZERS)
+
+
+# A CSV and a YAML, from samples to the map
+
+
+COVER = ["crop", "forest", "water", "road", "building"]
+COLORMAP = "Input value,Class name,Html color\n" + "".join(
+    f"{i},{name},#{40 * i:02x}{255 - 40 * i:02x}80\n" for i, name in enumerate(COVER, start=1)
+)
+
+
+@pytest.fixture(scope="module")
+def old_run(tmp_path_factory):
+    """Images, GeoPackages, a CSV and a YAML as they were written for other software; run."""
+    folder = tmp_path_factory.mktemp("old")
+    for seed, (name, side) in enumerate({"one": 384, "two": 256, "three": 192}.items()):
+        image, polygons = folder / f"{name}.tif", folder / f"{name}.gpkg"
+        sampledata.make_land_cover(image, polygons, width=side, height=side, seed=seed + 3)
+        shapes = geopandas.read_file(polygons, layer=name)
+        shapes["cover"] = [COVER.index(label) + 1 for label in shapes["label"]]
+        shapes[["cover", "geometry"]].to_file(polygons)
+    uses = {"one": "trn", "two": "trn", "three": "tst"}
+    rows = [f"{n}.tif,,{n}.gpkg,cover,{use}" for n, use in uses.items()]
+    (folder / "images.csv").write_text("\n".join(rows) + "\n")
+    (folder / "colormap.csv").write_text(COLORMAP)
+    changes = {
+        "global.data_path": str(folder / "data"), "global.samples_size": 64,
+        "sample.val_percent": 25, "sample.use_stratification": 5,
+        "training.state_dict_path": None, "training.num_trn_samples": 60,
+        "training.num_val_samples": 4, "training.num_tst_samples": 6, "training.batch_size": 12,
+        "training.target_size": 32, "training.num_epochs": 1, "inference.chunk_size": 64,
+        "training.eval_batch_size": 2, "visualization.vis_batch_range": [1, 2, 1],
+        "visualization.heatmaps_inf": True,
+    }  # fmt: skip
+    path = write(folder, changes, "cover.yaml")
+    papermill.execute_notebook(
+        PROJECT / "main.ipynb", folder / "out.ipynb", cwd=PROJECT, progress_bar=False,
+        parameters={"CONFIG_YAML": str(path), "WORKERS": 1},
+    )  # fmt: skip
+    return SimpleNamespace(folder=folder, path=path, run=folder / "data" / "cover")
+
+
+def test_an_experiment_of_old_runs_from_samples_to_map(old_run):
+    run = old_run.run
+    board = pd.read_csv(run / "leaderboard.csv")
+    assert board["state"].tolist() == ["complete"]
+    assert 0 <= board["mean_IoU"].iloc[0] <= 1
+    with (
+        rasterio.open(run / "catalogues" / "three.tif") as found,
+        rasterio.open(old_run.folder / "three.tif") as source,
+    ):
+        assert (found.shape, found.transform, found.crs) == (
+            source.shape, source.transform, source.crs,
+        )  # fmt: skip
+        tags = found.tags(1)
+        assert [tags[f"class_{i}"] for i in range(6)] == ["background", *COVER]
+        assert found.colormap(1)[2] == (80, 175, 128, 255)
+        classes = found.read(1)
+    with rasterio.open(run / "catalogues" / "three_probabilities.tif") as heat:
+        assert (heat.count, heat.transform) == (6, source.transform)
+        shares = heat.read()
+    best = np.take_along_axis(shares, classes[None], axis=0)[0]
+    assert (best == shares.max(axis=0)).all()
+    assert len(geopandas.read_file(run / "catalogues" / "three.gpkg", layer="three"))
+
+
+def test_a_run_keeps_its_yaml_and_what_it_stands_for(old_run):
+    run = old_run.run
+    assert (run / "config.yaml").read_text() == old_run.path.read_text()
+    table = pd.read_csv(run / "config.csv").set_index("key")["here"]
+    assert table["sample.overlap"] == "TILE_OVERLAP = 16"
+    resolved = json.loads((run / "parameters.json").read_text())
+    assert resolved["PATCH_SIZES"] == [64]
+    assert resolved["OPTIMIZER"] == "adabound"
+    assert resolved["TEST_FILENAMES"] == [str(old_run.folder / "three.tif")]
+    blocks = pd.read_csv(run / "blocks.csv").groupby("raster")["split"].agg(set)
+    assert blocks["three"] == {"test"}
+    assert blocks["one"] | blocks["two"] == {"train", "validation"}
+    shares = pd.read_csv(run / "class_shares.csv")
+    assert {"background", "1", "5"} <= set(shares)
+
+
+def test_the_tiles_of_a_run_are_drawn(old_run):
+    (folder,) = old_run.run.glob("trials/*/visualization")
+    occasions = {path.name.partition("_")[0] for path in folder.glob("*.png")}
+    assert occasions == {"init", "train", "validation", "checkpoint", "test"}
+    assert len(list(folder.glob("validation_*"))) == 2
