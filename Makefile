@@ -4,7 +4,7 @@
 # make test-browser   install Chromium, run the notebook in JupyterLab in it; screenshots in runs/browser
 # make sample-run   run the quickstart, write it with its pictures to docs/sample_run.html, and the README's picture
 # make bench  set up the peers, too, measure every stage beside them in short, write docs/benchmarks.md
-# make lab    set up, open the notebook in JupyterLab
+# make lab    set up, open the notebook in JupyterLab; PARAMS=params/mine.yaml: with these parameters
 # make clean  remove the environment and caches (data and runs stay)
 
 PYTHON ?= python3
@@ -13,6 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH_VENV := .bench-venv
 BENCH_READY := $(BENCH_VENV)/.ready
+NOTEBOOK := $(if $(PARAMS),lab_$(basename $(notdir $(PARAMS))),main).ipynb
 STAGES := clean tiling dask read train predict metrics memory
 # no password is asked for where nobody can type it
 SUDO := $(shell [ "$$(id -u)" = 0 ] || { [ -t 0 ] && echo sudo; } || echo sudo -n)
@@ -43,8 +44,13 @@ chromium: $(READY)
 	@$(PROBE) 2>/dev/null || { $(SUDO) apt-get update -q && \
 	  $(SUDO) apt-get install -y -q --no-install-recommends chromium && $(PROBE); }
 
-lab: sample
-	$(BIN)/jupyter lab main.ipynb $(if $(SUDO),,--allow-root)
+lab: sample $(filter-out main.ipynb,$(NOTEBOOK))
+	$(BIN)/jupyter lab $(NOTEBOOK) $(if $(SUDO),,--allow-root)
+
+# made anew when the parameters change; what was done in the one before stays beside it
+lab_%.ipynb: $(PARAMS) | $(READY)
+	[ ! -e $@ ] || mv $@ $@~
+	$(BIN)/papermill --prepare-only main.ipynb $@ -f $(PARAMS) -p INTERACTIVE True
 
 # a stage that fails is left out of the report, and named at the end
 bench: $(BENCH_READY)

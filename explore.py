@@ -8,7 +8,8 @@ the view has left is dropped, so it never paints over a newer one, and nothing n
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+import textwrap
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -29,7 +30,7 @@ from matplotlib.transforms import Bbox
 
 import fileio
 import imutils
-from ImageData import BOX_COLUMNS, InputError, Window
+from ImageData import BOX_COLUMNS, TRUE_BOX_COLUMNS, ImageData, InputError, Window
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ STATIC_PATIENCE = 10.0  # s of reading for a figure that cannot be refined later
 OVERVIEW_SLACK = 1.2  # GDAL takes an overview up to this much coarser than what is asked for
 MAX_BOXES = 2500  # in view; beyond, objects are drawn as points
 MAX_POINTS = 8000  # in view; beyond, every n-th object is drawn
-HALO_MARGIN = 0.12  # of a box, between it and what marks it as selected
+POINTER = 0.3, 1.2  # of a box's half side beyond it, from where to where what points at it reaches
 CONTEXT = 8.0  # side of the view of one box, in its sides
 LEAST_VIEW = 48  # px, side of that view
 LEAST_SIDE = 4  # px, of any view
@@ -52,8 +53,11 @@ ZOOM = 1.25  # by which a wheel's step enlarges
 CLICK = 4  # px of the screen within which a press and its release are a click
 LEGEND_ENTRIES = 12
 ROW_LINES, VALUE_LETTERS = 20, 18  # of the values of a row
+TITLE_LETTERS, TITLE_LINES = 105, 2  # above the picture
 SURE = (0.8, 2.2)  # width of a detection's corners at scores of 0 and 1, points
 HALO = [withStroke(linewidth=2.5, foreground="black")]
+ERROR_STYLE = {"markerfacecolor": "white", "markeredgecolor": "black"}
+BLOCK_STYLE = {"color": "white", "linestyle": "--", "linewidth": 1.0}
 CORNERS = Outline(
     [(-1, -0.3), (-1, -1), (-0.3, -1), (0.3, -1), (1, -1), (1, -0.3),
      (1, 0.3), (1, 1), (0.3, 1), (-0.3, 1), (-1, 1), (-1, 0.3)],
@@ -365,23 +369,22 @@ class Layer:
         return to_rgba_array([of_label[name] for name in self.names])[self.codes]
 
     def at(self, x: float, y: float, reach: float, among: np.ndarray) -> int | None:
-        """Return the row of the smallest box around a point, of those `among` (bool, N).
+        """Return the row of the smallest box around a point.
 
         Args:
             x: Px.
             y: Px.
             reach: Px by which a box may miss the point.
-            among: Boxes to choose from.
+            among: Rows to choose from, int (M,).
         """
-        hit = among & self.within((x - reach, y - reach, x + reach, y + reach))
-        rows = np.flatnonzero(hit)
+        rows = among[self.within((x - reach, y - reach, x + reach, y + reach))[among]]
         return int(rows[imutils.box_area(self.boxes[rows]).argmin()]) if len(rows) else None
 
 
 def _shorten(value: object) -> str:
     """Write a value so that it fits beside the picture."""
-    if isinstance(value, float):
-        return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3g}"
+    if isinstance(value, float):  # a row of several types makes floats of whole numbers
+        return f"{value:.1f}".removesuffix(".0") if abs(value) >= 100 else f"{value:.3g}"
     return imutils.shorten(value, VALUE_LETTERS)
 
 
@@ -403,6 +406,14 @@ def corners(boxes_xyxy: np.ndarray) -> np.ndarray:
     center, half = (low + high) / 2, (high - low) / 2
     unit = CORNERS.vertices.reshape(4, 3, 2)
     return (center[:, None, None] + half[:, None, None] * unit).reshape(-1, 3, 2)
+
+
+def pointers(box_xyxy: np.ndarray) -> np.ndarray:
+    """Return lines (4, 2, 2) from outside a box (4,) towards the middles of its sides."""
+    center, half = (box_xyxy[:2] + box_xyxy[2:]) / 2, (box_xyxy[2:] - box_xyxy[:2]) / 2
+    sides, length = np.array([[-1, 0], [1, 0], [0, -1], [0, 1]]), half.max()
+    near, far = (half + share * length for share in POINTER)
+    return center + np.stack([sides * near, sides * far], axis=1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -442,19 +453,23 @@ class MapAxes(Axes):
 
 
 class Explorer:
-    """A figure in which a raster is explored; `explore` makes one.
+    """A figure in which rasters are explored, one at a time; `explore` makes one.
 
     Everything but the controls works on any canvas of matplotlib: the wheel zooms, a drag pans,
     a click shows the values of a row, keys go on (see `KEYS`).
 
     Attributes:
-        ax: The Axes, in px of the raster.
+        rasters: Identifier -> raster.
+        ax: The Axes, in px of the raster that is shown.
         ground: Its pictures.
-        truth: The objects.
-        detections: The detections.
+        truth: Its objects.
+        detections: Its detections.
+        errors: Its errors.
         score: Detections from this score on are shown.
         hidden: Labels that are not shown.
+        hidden_layers: What else is not shown, of "objects", "detections" and "errors".
         selected: The row whose values are shown, if any.
+        stepping: Whether keys and buttons go from error to error, and to other rasters.
         on_click: Called with x and y (px) of a click before a row is chosen; True: that is all.
         on_key: Called with a key before `KEYS`; True: that is all.
         on_close: Called when the figure is closed.
@@ -462,21 +477,36 @@ class Explorer:
 
     def __init__(
         self,
-        raster: fileio.Raster,
-        annotations: pd.DataFrame | None = None,
+        rasters: Mapping[str, fileio.Raster],
+        objects: Mapping[str, pd.DataFrame],
         detections: pd.DataFrame | None = None,
         errors: pd.DataFrame | None = None,
+        blocks: pd.DataFrame | None = None,
     ) -> None:
-        """Open a figure; see `explore`."""
+        """Open a figure on the first raster; see `explore`.
+
+        Args:
+            rasters: Identifier -> raster.
+            objects: Identifier -> its objects, of those that have some.
+            detections: See `explore`; so `errors`, `blocks`.
+            errors: None: `n` and `p` go through the detections.
+            blocks: None: no ground is outlined.
+        """
         self.on_click: Callable[[float, float], bool] = lambda _x, _y: False
         self.on_key: Callable[[str], bool] = lambda _key: False
         self.on_close: Callable[[], None] = lambda: None
-        self.score, self.hidden, self.selected = 0.0, set(), None
+        self.score, self.selected = 0.0, None
+        self.hidden, self.hidden_layers = set(), set()
         self.controls, self.colors = None, {}
+        self.rasters, self._errors, self._blocks = dict(rasters), errors, blocks
+        if errors is not None and "raster" in errors:  # all of one, then those of the next
+            place = errors["raster"].astype(str).map({name: i for i, name in enumerate(rasters)})
+            self._errors = errors.iloc[np.argsort(place, kind="stable")[: place.count()]]
+        self._switches, self._toggles, self.stepping = {}, {}, True
         self.figure = plt.figure(figsize=FIGURE_SIZE)
         canvas, manager = self.figure.canvas, self.figure.canvas.manager
         # no layout engine: measuring texts anew would take longer than all else
-        self.ax = self.figure.add_axes((0.075, 0.075, 0.655, 0.865), axes_class=MapAxes)
+        self.ax = self.figure.add_axes((0.075, 0.075, 0.655, 0.84), axes_class=MapAxes)
         self.ax.set(xlabel="x (px)", ylabel="y (px)", facecolor="0.15")
         self.ax.autoscale(enable=False)
         self.ax.locator_params(nbins=5)  # texts take long to draw
@@ -488,14 +518,20 @@ class Explorer:
             self.ax.scatter([], [], s=5, linewidths=0, zorder=3),
             self.ax.scatter([], [], s=10, linewidths=0.8, facecolors="none", zorder=4),
         ]
-        self._halo = LineCollection([], colors=["black", "white"], linewidths=[5, 3], zorder=2)
-        for lines in (*self._lines, self._halo):
+        self._marks = self.ax.scatter([], [], s=36, marker="v", zorder=5, facecolors="white",
+                                     edgecolors="black")  # fmt: skip
+        # lines that point at the middle of its sides: a frame would look like one more box
+        pointers = [withStroke(linewidth=4.5, foreground="black")]
+        self._pointers = LineCollection([], colors="white", linewidths=2, zorder=5,
+                                        path_effects=pointers)  # fmt: skip
+        self._outlines = LineCollection([], zorder=2, path_effects=HALO, **BLOCK_STYLE)
+        for lines in (*self._lines, self._pointers, self._outlines):
             self.ax.add_collection(lines, autolim=False)
         (self._bar,) = self.ax.plot([], [], color="white", linewidth=3, zorder=6,
                                     solid_capstyle="butt", path_effects=HALO)  # fmt: skip
         self._bar_text = self.ax.text(0, 0, "", color="white", fontsize=9, ha="left", va="bottom",
                                       zorder=6, path_effects=HALO)  # fmt: skip
-        self._title = self.figure.text(0.075, 0.955, "", fontsize=10, parse_math=False)
+        self._title = self.figure.text(0.075, 0.927, "", fontsize=10, parse_math=False)
         self._values = self.figure.text(0.745, 0.075, "", fontsize=8, family="monospace",
                                         va="bottom")  # fmt: skip
         self._timer = canvas.new_timer(interval=1)
@@ -513,43 +549,67 @@ class Explorer:
             canvas.mpl_disconnect(manager.scroll_handler_id)
         self._pressed, self._drawn, self._version = None, None, 0
         self._unseen, self._painted = False, 0.0
-        self.open(raster, annotations, detections, errors)
+        self._stop = -1
+        self.show_boxes(objects, detections, next(iter(self.rasters)))
         # whatever is set while drawing must not ask for a drawing
         self.figure.stale_callback = None
         self.ax.before_draw = self.advance
         for limits in ("xlim_changed", "ylim_changed"):
             self.ax.callbacks.connect(limits, self._redraw)
 
-    def open(
-        self,
-        raster: fileio.Raster,
-        annotations: pd.DataFrame | None = None,
-        detections: pd.DataFrame | None = None,
-        errors: pd.DataFrame | None = None,
-    ) -> None:
-        """Show a raster, all of it, and boxes on it; see `explore`."""
+    def open(self, name: str) -> None:
+        """Show another raster, all of it.
+
+        Args:
+            name: Its identifier.
+        """
+        raster = self.rasters[name]
         self.ground, self._drawn = Ground(raster), None
         self.ax.format_coord = self.ground.format_place
         self._title.set_text(f"{raster.path.name}, {raster.width} x {raster.height} px")
-        self.show_boxes(annotations, detections)
-        self.stops = Layer(errors, raster.identifier).df
-        if errors is None:
-            layer = self.detections if len(self.detections.df) else self.truth
-            self.stops = layer.df.iloc[np.argsort(-layer.scores, kind="stable")]
-        self._stop = -1
+        if "raster" in self._switches:
+            self._switches["raster"].value = name
+        self._choose_boxes()
         self.home()
 
-    def show_boxes(self, annotations: pd.DataFrame | None, detections: pd.DataFrame | None) -> None:
-        """Show these boxes instead of those before."""
+    def show_boxes(
+        self,
+        objects: Mapping[str, pd.DataFrame],
+        detections: pd.DataFrame | None,
+        raster: str | None = None,
+    ) -> None:
+        """Show these boxes instead of those before.
+
+        Args:
+            objects: Identifier -> the objects of a raster.
+            detections: Those of all rasters.
+            raster: Identifier of the raster to turn to; None: stay.
+        """
+        self._objects, self._detections = objects, detections
+        if raster is None:
+            self._choose_boxes()
+        else:
+            self.open(raster)
+
+    def _choose_boxes(self) -> None:
         name = self.ground.raster.identifier
-        self.truth, self.detections = Layer(annotations, name), Layer(detections, name)
+        self.truth = Layer(self._objects.get(name), name)
+        self.detections, self.errors = Layer(self._detections, name), Layer(self._errors, name)
         if {*self.truth.names, *self.detections.names} - set(self.colors):
             # a label keeps its colour when others come
             labels = [*self.truth.labels, *self.detections.labels]
             self.colors = imutils.label_colors(labels, self.colors)
         self.select(None)
+        self._outlines.set_segments(self._test_ground(name))
         self._draw_legend()
         self._change()
+
+    def _test_ground(self, name: str) -> list[np.ndarray]:
+        if self._blocks is None:
+            return []
+        test = self._blocks[(self._blocks["raster"] == name) & (self._blocks["split"] == "test")]
+        low, size = test[["x", "y"]].to_numpy(float), test[["width", "height"]].to_numpy(float)
+        return list(outlines(np.concatenate([low, low + size], axis=1)))
 
     # -- the view -------------------------------------------------------------------------------
 
@@ -588,17 +648,26 @@ class Explorer:
 
     def go(self, step: int) -> None:
         """Go to the next error (1) or the one before (-1); without errors, to detections."""
-        rows = self.stops
-        if "score" in rows and not {"kind"} & set(rows):
-            rows = rows[rows["score"] >= self.score]
-        if len(rows):
-            self._stop = (max(self._stop, 0 if step < 0 else -1) + step) % len(rows)
-            self.show_row(rows.iloc[self._stop], f"{self._stop + 1} of {len(rows)}")
+        name, rows = self.ground.raster.identifier, self._errors
+        if rows is None:
+            layer = self.detections if len(self.detections.df) else self.truth
+            rows = layer.df.iloc[np.argsort(-layer.scores, kind="stable")]
+            rows = rows[rows["score"] >= self.score] if "score" in rows else rows
+        names = rows["raster"].to_numpy(str) if "raster" in rows else np.full(len(rows), name)
+        if not len(rows):
+            return
+        at, here = self._stop, np.flatnonzero(names == name)
+        if len(here) and not (0 <= at < len(rows) and names[at] == name):
+            # of the raster that was turned to, the first, or the last
+            at = here[0] - 1 if step > 0 else here[-1] + 1
+        self._stop = int(max(at, 0 if step < 0 else -1) + step) % len(rows)
+        if names[self._stop] != name:
+            self.open(names[self._stop])
+        self.show_row(rows.iloc[self._stop], f"{self._stop + 1} of {len(rows)}")
 
     def show_row(self, row: pd.Series, heading: str = "") -> None:
         """Look at the box of a row, of the atlas or of the boxes shown, and list its values."""
-        names = [*BOX_COLUMNS, *(f"true_{name}" for name in BOX_COLUMNS)]
-        boxes = row.reindex(names).to_numpy(dtype=float).reshape(2, 4)
+        boxes = row.reindex([*BOX_COLUMNS, *TRUE_BOX_COLUMNS]).to_numpy(dtype=float).reshape(2, 4)
         x0, y0, x1, y1 = *np.nanmin(boxes[:, :2], axis=0), *np.nanmax(boxes[:, 2:], axis=0)
         side = max(CONTEXT * max(x1 - x0, y1 - y0), LEAST_VIEW)
         self.look_at((x0 + x1) / 2, (y0 + y1) / 2, side, side)
@@ -614,37 +683,59 @@ class Explorer:
     def show_label(self, label: str, *, shown: bool) -> None:
         """Show or hide the boxes of a label."""
         (self.hidden.discard if shown else self.hidden.add)(label)
+        if not shown and self.selected is not None and self.selected.get("label") == label:
+            self.select(None)
         self._change()
 
+    def show_layer(self, name: str, *, shown: bool) -> None:
+        """Show or hide all "objects", all "detections", or the marks of all "errors"."""
+        (self.hidden_layers.discard if shown else self.hidden_layers.add)(name)
+        if name in self._switches:
+            self._switches[name].value = shown
+        self._change()
+
+    def toggle_layer(self, name: str) -> None:
+        """Hide what is shown of `show_layer`, or show it again."""
+        self.show_layer(name, shown=name in self.hidden_layers)
+
     def select(self, row: pd.Series | None, heading: str = "") -> None:
-        """Mark the box of a row and list its values; None: of no row."""
+        """Point at the box of a row and list its values; None: of no row."""
         self.selected, lines, marks = row, [], []
         if row is not None:
-            box = row[BOX_COLUMNS].to_numpy(dtype=float)
-            margin = HALO_MARGIN * (box[2:] - box[:2])  # its own corners stay visible
-            marks = [*outlines(np.concatenate([box[:2] - margin, box[2:] + margin])[None])] * 2
-            known = row.drop("geometry", errors="ignore").dropna().items()
-            lines = [heading, *(f"{name:<10.14} {_shorten(value)}" for name, value in known)]
+            marks = pointers(row[BOX_COLUMNS].to_numpy(dtype=float))
+            known = row.drop("geometry", errors="ignore").dropna()
+            if known.get("kind") == "missed":  # whose box is the object's
+                known = known.drop(["true_label", *TRUE_BOX_COLUMNS], errors="ignore")
+            lines = [heading, *(f"{name:<10.14} {_shorten(v)}" for name, v in known.items())]
             if len(lines) > ROW_LINES:
                 lines = [*lines[: ROW_LINES - 1], f"... {len(lines) - ROW_LINES + 1} more"]
-        self._halo.set_segments(marks)
+        self._pointers.set_segments(marks)
         self._values.set_text("\n".join(lines))
         self._redraw()
 
     def say(self, text: str) -> None:
-        """Write a line above the picture."""
-        self._title.set_text(text)
+        """Write one or two lines above the picture."""
+        lines = textwrap.wrap(text, TITLE_LETTERS, max_lines=TITLE_LINES, placeholder=" ...")
+        self._title.set_text("\n".join(lines))
         self._redraw()
 
     def _draw_legend(self) -> None:
-        counts = pd.Series([*self.truth.labels, *self.detections.labels]).value_counts()
-        names = [name for name in self.colors if name in counts.index[:LEGEND_ENTRIES]]
-        style = {"linestyle": "", "markersize": 9, "color": "0.3", "fillstyle": "none"}
-        handles = [Line2D([], [], marker=marker, label=" ", **style) for marker in ("s", CORNERS)]
+        labels = pd.Series([*self.truth.labels, *self.detections.labels]).value_counts()
+        names = [name for name in self.colors if name in labels.index[:LEGEND_ENTRIES]]
+        counted = ["objects", "detections", *(["errors"] if self._errors is not None else [])]
+        handles = []
+        for name, marker in zip(counted, ("s", CORNERS, "v"), strict=False):
+            style = {"markersize": 6, **ERROR_STYLE}
+            if name != "errors":
+                color = self._colors_of(name).get(*self.colors) if len(self.colors) == 1 else "0.3"
+                style = {"markersize": 9, "color": color, "fillstyle": "none"}
+            handles.append(Line2D([], [], linestyle="", marker=marker, label=" ", **style))
+        if len(self._outlines.get_segments()):
+            handles.append(Line2D([], [], label="test ground", path_effects=HALO, **BLOCK_STYLE))
         if self.controls is not None:  # the buttons tell, and texts take long to draw
-            self._add_toggles()
+            self._add_toggles(labels.index)
             names = list(self.colors)
-        else:
+        elif len(self.colors) > 1:
             handles += [
                 Line2D([], [], color=self.colors[name], linewidth=3, label=_shorten(name))
                 for name in names
@@ -655,31 +746,44 @@ class Explorer:
             self.ax.get_legend().remove()
         legend = self.ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.01),
                                 fontsize=9, frameon=False)  # fmt: skip
-        self._counts = legend.get_texts()[:2]
+        self._counts = dict(zip(counted, legend.get_texts(), strict=False))
+
+    def _colors_of(self, layer: str) -> dict[str, str]:
+        """Return label -> colour: one label needs none, and leaves it to objects and detections."""
+        if len(self.colors) != 1:
+            return self.colors
+        color = imutils.TRUTH_COLOR if layer == "objects" else imutils.DETECTION_COLOR
+        return dict.fromkeys(self.colors, color)
+
+    @property
+    def _layers(self) -> dict[str, Layer]:
+        return {"objects": self.truth, "detections": self.detections, "errors": self.errors}
+
+    def _in_view(self, name: str) -> np.ndarray:
+        """Return the rows of a layer that are to be seen."""
+        layer, least = self._layers[name], self.score if name == "detections" else -np.inf
+        seen = layer.chosen(least, self.hidden) & layer.within(self.view)
+        return np.flatnonzero(seen & (name not in self.hidden_layers))
 
     def _draw_boxes(self) -> None:
-        layers, view = (self.truth, self.detections), self.view
-        shown = [
-            np.flatnonzero(layer.chosen(least, self.hidden) & layer.within(view))
-            for layer, least in zip(layers, (-np.inf, self.score), strict=True)
-        ]
-        total = sum(map(len, shown))
-        as_boxes, every = total <= MAX_BOXES, -(-total // MAX_POINTS)
-        for layer, rows, count, name in zip(
-            layers, shown, self._counts, ("objects", "detections"), strict=True
-        ):
-            part = f", 1 of {every} drawn" if every > 1 else ""
-            count.set_text(f"{len(rows)} of {len(layer.df)} {name}{part}")
-        shown = [rows[:: max(every, 1)] for rows in shown]
-        colors = [
-            layer.colors(self.colors)[rows] for layer, rows in zip(layers, shown, strict=True)
-        ]
-        boxes = [layer.boxes[rows] for layer, rows in zip(layers, shown, strict=True)]
+        rows = {name: self._in_view(name) for name in self._counts}
+        wrong = rows.pop("errors", [])
+        total = sum(map(len, rows.values()))
+        as_boxes, every = total <= MAX_BOXES, max(1, -(-total // MAX_POINTS))
+        for name, count in self._counts.items():
+            part = f", 1 of {every} drawn" if every > 1 and name in rows else ""
+            seen = len(rows.get(name, wrong))
+            count.set_text(f"{seen} of {len(self._layers[name].df)} {name}{part}")
+        layers = [(self._layers[name], at[::every], name) for name, at in rows.items()]
+        colors = [layer.colors(self._colors_of(name))[at] for layer, at, name in layers]
+        boxes = [layer.boxes[at] for layer, at, _ in layers]
+        errors = self.errors.boxes[wrong[:: max(1, len(wrong) // MAX_BOXES)]]
+        self._marks.set_offsets(np.stack([errors[:, [0, 2]].mean(axis=1), errors[:, 1]], axis=1))
         for artists, visible in ((self._lines, as_boxes), (self._points, not as_boxes)):
             for artist in artists:
                 artist.set_visible(visible)
         if as_boxes:
-            widths = np.interp(self.detections.scores[shown[1]], (0, 1), SURE)
+            widths = np.interp(self.detections.scores[layers[1][1]], (0, 1), SURE)
             self._lines[0].set(segments=outlines(boxes[0]), colors=colors[0])
             self._lines[1].set(segments=corners(boxes[1]), colors=np.repeat(colors[1], 4, axis=0),
                                linewidths=np.repeat(widths, 4))  # fmt: skip
@@ -748,9 +852,14 @@ class Explorer:
             self._timer.start()
 
     @property
+    def drawn(self) -> bool:
+        """Whether the view and the boxes as they are now have been drawn."""
+        return self._state() == self._drawn
+
+    @property
     def busy(self) -> bool:
         """Whether something is still to be drawn or read."""
-        return self._state() != self._drawn or self.ground.busy
+        return not self.drawn or self.ground.busy
 
     def settle(self, patience: float = np.inf) -> None:
         """Do all work at once, for at most some seconds."""
@@ -776,14 +885,32 @@ class Explorer:
         canvas.observe(self._close, "comm")  # ipympl has no event for a figure that is closed
         canvas.toolbar.pan()  # a drag moves the ground, as on any map
         buttons = []
+        if len(self.rasters) > 1 and self.stepping:
+            choice = widgets.Dropdown(
+                options=list(self.rasters), value=self.ground.raster.identifier,
+                tooltip="which raster to show", layout={"width": "200px"},
+            )  # fmt: skip
+            choice.observe(self._choose_raster, "value")
+            self._switches["raster"] = choice
+            buttons.append(choice)
         steps = [
             ("Previous", "key p", lambda _: self.go(-1)), ("Next", "key n", lambda _: self.go(1)),
         ]  # fmt: skip
         whole = ("All", "key h: the whole raster", lambda _: self.home())
-        for text, tip, answer in (*(steps if len(self.stops) else []), whole):
+        for text, tip, answer in (*(steps if self.stepping else []), whole):
             button = widgets.Button(description=text, tooltip=tip, layout={"width": "80px"})
             button.on_click(answer)
             buttons.append(button)
+        for name in self._counts:
+            switch = widgets.ToggleButton(
+                value=name not in self.hidden_layers, description=name, layout={"width": "auto"},
+                tooltip=f"key {name[0]}: show or hide all {name}",
+            )  # fmt: skip
+            switch.observe(
+                lambda change, name=name: self.show_layer(name, shown=change["new"]), "value"
+            )
+            self._switches[name] = switch
+            buttons.append(switch)
         if "score" in self.detections.df:
             slider = widgets.FloatSlider(
                 self.score, min=0, max=1, step=0.01, description="score from",
@@ -792,20 +919,26 @@ class Explorer:
             slider.observe(lambda change: self.set_score(change["new"]), "value")
             buttons.append(slider)
         wrap = widgets.Layout(flex_flow="row wrap")
-        self._toggles = widgets.Box(layout=wrap)
+        self._toggle_box = widgets.Box(layout=wrap)
+        hint = widgets.HTML("<small>Keys work once the picture was clicked.</small>")
         self.controls = widgets.VBox(
-            [widgets.Box(buttons, layout=wrap), self._toggles, *more, canvas]
+            [widgets.Box(buttons, layout=wrap), self._toggle_box, *more, hint, canvas]
         )
         self._draw_legend()
         self._change()
         display(self.controls)
 
-    def _add_toggles(self) -> None:
-        """Let there be a button for each label, also for those that came later."""
+    def _choose_raster(self, change: Mapping[str, str]) -> None:
+        if change["new"] != self.ground.raster.identifier:
+            self.open(change["new"])
+
+    def _add_toggles(self, names: Collection[str]) -> None:
+        """Let there be a button for each of these labels, the same as before where it was there."""
         import ipywidgets as widgets
 
-        made = list(self._toggles.children)
-        for name in list(self.colors)[len(made) :]:
+        for name in names:
+            if name in self._toggles:
+                continue
             toggle = widgets.ToggleButton(
                 value=name not in self.hidden, description=name, tooltip="show or hide",
                 layout={"width": "auto", "border_left": f"8px solid {self.colors[name]}"},
@@ -813,8 +946,10 @@ class Explorer:
             toggle.observe(
                 lambda change, name=name: self.show_label(name, shown=change["new"]), "value"
             )
-            made.append(toggle)
-        self._toggles.children = made
+            self._toggles[name] = toggle
+        shown = tuple(self._toggles[name] for name in self.colors if name in names)
+        # one label is shown by the switches of objects and detections
+        self._toggle_box.children = shown if len(shown) > 1 else ()
 
     # -- events ---------------------------------------------------------------------------------
 
@@ -837,11 +972,10 @@ class Explorer:
         """Select the smallest box around a point (px), a detection before an object."""
         x0, _, x1, _ = self.view
         reach = CLICK * (x1 - x0) / self.ax.bbox.width
-        for name, layer, least in (("detection", self.detections, self.score),
-                                   ("object", self.truth, -np.inf)):  # fmt: skip
-            row = layer.at(x, y, reach, layer.chosen(least, self.hidden))
+        for name in ("detections", "objects"):
+            row = self._layers[name].at(x, y, reach, self._in_view(name))
             if row is not None:
-                self.select(layer.df.iloc[row], name)
+                self.select(self._layers[name].df.iloc[row], name.removesuffix("s"))
                 return
         self.select(None)
 
@@ -851,7 +985,7 @@ class Explorer:
 
     def _key(self, event: KeyEvent) -> None:
         key = event.key or ""
-        if not self.on_key(key) and key in KEYS:
+        if not self.on_key(key) and key in KEYS and (self.stepping or key not in "np"):
             KEYS[key](self)
 
     def _close(self, _event: object) -> None:
@@ -875,37 +1009,44 @@ KEYS: dict[str, Callable[[Explorer], None]] = {
     "+": lambda e: e.zoom(ZOOM), "=": lambda e: e.zoom(ZOOM), "-": lambda e: e.zoom(1 / ZOOM),
     "left": lambda e: e.pan(-0.25, 0), "right": lambda e: e.pan(0.25, 0),
     "up": lambda e: e.pan(0, -0.25), "down": lambda e: e.pan(0, 0.25),
+    "o": lambda e: e.toggle_layer("objects"), "d": lambda e: e.toggle_layer("detections"),
+    "e": lambda e: e.toggle_layer("errors"),
     "escape": lambda e: e.select(None),
 }  # fmt: skip
 
 
 def explore(
-    raster: fileio.Raster,
+    raster: fileio.Raster | Sequence[ImageData],
     annotations: pd.DataFrame | None = None,
     detections: pd.DataFrame | None = None,
     errors: pd.DataFrame | None = None,
     score: float = 0.0,
+    blocks: pd.DataFrame | None = None,
 ) -> Axes:
-    """Explore a raster of any size: pan, zoom, its objects and detections, the values of each.
+    """Explore rasters of any size: pan, zoom, objects and detections, the values of each.
 
-    With ipympl (`use_backend`) there are controls: a score from which on detections are shown, and
-    buttons for labels, the next and the previous error. In the figure the wheel zooms and a drag
-    pans; a click on a box lists the values of its row; `n` and `p` go to the next and the previous
-    error, `h` shows all of the raster, `+`, `-` and the arrows move. Without ipympl it is a picture
-    of the whole raster. Objects are thin outlines and detections corners, the thicker the surer,
-    both in the colour of their label; where very many are in view, points.
+    With ipympl (`use_backend`) there are controls: which raster, a score from which on detections
+    are shown, buttons for objects, detections, errors and labels, the next and the previous error.
+    In the figure the wheel zooms and a drag pans; a click on a box lists the values of its row; `n`
+    and `p` go to the next and the previous error, on whichever raster it is, `h` shows all of the
+    raster, `+`, `-` and the arrows move, `o`, `d` and `e` hide or show objects, detections and the
+    marks of errors. Without ipympl it is a picture of a whole raster. Objects are thin outlines and
+    detections corners, the thicker the surer, in the colour of their label, if there are several;
+    where very many are in view, points. A triangle stands above each error.
 
-    The raster is read as far as it is looked at: of overviews where it has them, otherwise coarsely
+    A raster is read as far as it is looked at: of overviews where it has them, otherwise coarsely
     at once and then better and better.
 
     Args:
-        raster: The raster.
-        annotations: The objects: `label, xmin, ymin, xmax, ymax` (px) and whatever is to be seen of
-            them. With a column `raster`, only rows of this raster are taken; so in the others.
+        raster: The raster, or annotated ones; the one with the most errors is shown first.
+        annotations: The objects of the raster: `label, xmin, ymin, xmax, ymax` (px) and whatever is
+            to be seen of them. With a column `raster`, only rows of this raster are taken; so in
+            the others. Annotated rasters bring their own.
         detections: The detections, with a `score`.
         errors: The rows that `n` and `p` go through, see `atlas.classify_errors`; None: all
             detections by falling score.
         score: From which on detections are shown at first.
+        blocks: Ground blocks; those of the test are outlined.
 
     Returns:
         The Axes, in px of the raster: whatever moves its limits moves the view. Its attribute
@@ -914,9 +1055,16 @@ def explore(
     Raises:
         InputError: A table lacks columns.
     """
+    if not isinstance(raster, Sequence):
+        rasters, objects = {raster.identifier: raster}, {raster.identifier: annotations}
+    else:
+        wrong = pd.Series(dtype=str) if errors is None else errors["raster"].astype(str)
+        first = sorted(raster, key=lambda image: -(wrong == image.image_identifier).sum())
+        rasters = {image.image_identifier: image.raster for image in first}
+        objects = {image.image_identifier: image.df for image in first}
     with_widgets = has_widgets()
     with plt.ioff() if with_widgets else nullcontext():
-        explorer = Explorer(raster, annotations, detections, errors)
+        explorer = Explorer(rasters, objects, detections, errors, blocks)
     explorer.set_score(score)
     explorer.ax.explorer = explorer  # lives as long as its figure; events hold it weakly
     if with_widgets:

@@ -37,7 +37,14 @@ import tiling
 from explore import explore as explore  # with the other pictures
 from explore import outlines, preview
 from ImageData import BOX_COLUMNS, ImageData, InputError, Window
-from imutils import COLORS, OTHER, class_colors, label_colors
+from imutils import (
+    COLORS,
+    DETECTION_COLOR,
+    OTHER,
+    TRUTH_COLOR,
+    class_colors,
+    label_colors,
+)  # fmt: skip
 from mapview import map_view as map_view
 from ModelConfig import HYPERPARAMETERS
 from review import review as review
@@ -58,7 +65,6 @@ MAX_BINS = 256  # of a histogram of values
 LOOK = 1.0  # s between two looks at a training's record
 REST = 20  # times as long as a look took, at least, before the next one
 WIDTH = 9.0  # inches, a notebook's cell
-TRUTH_COLOR, DETECTION_COLOR = COLORS[1], COLORS[4]  # of the boxes of an error
 CONTEXT = 3.0  # side of an error's cut-out, in sides of what it shows
 LEAST_CUTOUT = 32  # px
 CAPTION = 28  # letters of a caption's line

@@ -20,6 +20,7 @@ COLORS = (  # of Okabe and Ito, which colour-blind people tell apart
     "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442",
 )  # fmt: skip
 OTHER = "#808080"  # of labels beyond the colours
+TRUTH_COLOR, DETECTION_COLOR = COLORS[1], COLORS[4]  # of boxes whose label needs no colour
 BACKGROUND_NAME, BACKGROUND_COLOR = "background", "#C8C8C8"  # of maps
 GOLDEN = 0.618034  # of the circle of hues, between two colours
 STRETCHES = ("none", "minmax", "percentile", "log")

@@ -40,21 +40,40 @@ UNSURE, BY_HAND = "unsure", "by hand"
 ORIGINAL = "original"
 ADDING = ("spurious", "duplicate", UNSURE)  # kinds that propose an object to add
 SAME_OBJECT = 0.9  # IoU from which on a box of an evaluation is that of an annotation
-NEAR = 0.2  # of the score under the threshold; detections down to there are unsure
+NEAR = 0.4  # of the score threshold; detections by so much under it are unsure
+MOST_UNSURE = 200  # the surest of them
 KNOWN = 0.1  # IoU with an annotation from which on a detection of low score tells nothing new
 QUESTIONS = {  # what is asked, what is done if the model is right, and if the annotations are
-    "missed": ("The model found nothing where there is a {true_label}", "Remove it", "Keep it"),
-    "spurious": ("The model found a {label} where there is nothing", "Add it", "Leave it out"),
-    "mislocalised": ("The model put this {true_label} elsewhere", "Move it", "Keep its box"),
-    "mislabelled": ("The model takes this {true_label} for a {label}", "Relabel it", "Keep it"),
-    "duplicate": ("The model found a second object here: {label}", "Add it", "Leave it out"),
-    UNSURE: ("The model is not sure of this {label}", "Add it", "Leave it out"),
-}
+    "missed": (
+        "The model found no {true_label} here. Is the annotation wrong?",
+        "Yes, remove it", "No, keep it",
+    ),
+    "spurious": (
+        "Is there a {label} that is not annotated?", "Yes, add it", "No, leave it out",
+    ),
+    "mislocalised": (
+        "Is the {true_label} where the model put it, rather than where it is annotated?",
+        "Yes, move it", "No, keep its box",
+    ),
+    "mislabelled": (
+        "Is this a {label}, rather than a {true_label}?", "Yes, relabel it", "No, keep its label",
+    ),
+    "duplicate": (
+        "Is there a second object here, a {label}?", "Yes, add it", "No, leave it out",
+    ),
+    UNSURE: (
+        "The model is not sure: is there a {label}?", "Yes, add it", "No, leave it out",
+    ),
+}  # fmt: skip
 PAUSE = 2.0  # s without a decision, after which the annotation files are written
 
 
 def find_unsure(
-    detections: pd.DataFrame, objects: pd.DataFrame, score_threshold: float, near: float = NEAR
+    detections: pd.DataFrame,
+    objects: pd.DataFrame,
+    score_threshold: float,
+    near: float = NEAR,
+    most: int = MOST_UNSURE,
 ) -> pd.DataFrame:
     """List the detections just under the threshold that lie on no object, best first.
 
@@ -63,13 +82,14 @@ def find_unsure(
             they were measured: those on ground that does not count are left out.
         objects: The objects known so far: `raster, xmin, ymin, xmax, ymax`.
         score_threshold: Detections from this score on are sure.
-        near: How far under it the others may be.
+        near: By which share of the threshold the others may be under it.
+        most: How many to list, the surest.
 
     Returns:
         Rows as `atlas.classify_errors` gives them, of the kind "unsure".
     """
     scores = detections["score"]
-    rows = detections[scores.lt(score_threshold) & scores.ge(score_threshold - near)]
+    rows = detections[scores.lt(score_threshold) & scores.ge(score_threshold * (1 - near))]
     if "found" in rows:
         rows = rows[rows["found"] == -1]
     known = np.zeros(len(rows), dtype=bool)
@@ -79,6 +99,9 @@ def find_unsure(
         one, other = shapely.STRtree(shapely.box(*others.T)).query(shapely.box(*boxes.T))
         known[mine[one[imutils.pair_iou(boxes[one], others[other]) >= KNOWN]]] = True
     rows = rows[~known].sort_values("score", ascending=False)
+    if len(rows) > most:
+        log.info("%d detections are unsure, the %d surest are to be decided on", len(rows), most)
+    rows = rows.head(most)
     return rows.assign(kind=UNSURE, true_label=None).reset_index(drop=True)
 
 
@@ -91,7 +114,8 @@ class Review:
         journal: The decisions, in order; columns `JOURNAL`.
         tables: Identifier -> the annotations as decided, with `source`.
         deferred: Whether annotation files wait for `save`; the journal never waits.
-        pending: Places in `items` of those to decide, the current one first.
+        kind: The only kind that is asked about; None: all.
+        raster: The only raster that is asked about; None: all.
     """
 
     def __init__(
@@ -134,8 +158,9 @@ class Review:
             self.items.loc[known, name] = self.items.loc[known, name].map(str)
         self._clean = {name: _read_clean(name, clean_dir) for name in rasters}
         self._keys = [_key(row) for row in self.items.to_dict("records")]
+        self.kind, self.raster = None, None
         self._passed: list[int] = []
-        self.pending = list(range(len(self.items)))
+        self._open = list(range(len(self.items)))  # in the order in which they are asked
         self.deferred, self._unsaved = False, set()
         self._journal_path = self.folder / "journal.csv"
         self._read_journal()
@@ -159,9 +184,39 @@ class Review:
     # -- the queue ------------------------------------------------------------------------------
 
     @property
+    def pending(self) -> list[int]:
+        """Places in `items` of those to decide, of the kind and raster chosen, the next first."""
+        chosen = self._of(self.kind, self.raster)
+        return [i for i in self._open if chosen[i]]
+
+    def choose(self, kind: str | None = None, raster: str | None = None) -> None:
+        """Ask about items of one kind or on one raster only; None: of all.
+
+        Raises:
+            InputError: There is no such kind or raster.
+        """
+        for what, name, known in (("kind", kind, QUESTIONS), ("raster", raster, self.rasters)):
+            if name is not None and name not in known:
+                raise InputError(f"{what} must be one of {sorted(known)} or None, got {name!r}")
+        self.kind, self.raster = kind, raster
+        self._skip_stale()
+
+    def count(self, kind: str | None = None, raster: str | None = None) -> int:
+        """Count the items to decide of a kind and on a raster; None: of all."""
+        return int(self._of(kind, raster)[self._open].sum())
+
+    def _of(self, kind: str | None, raster: str | None) -> np.ndarray:
+        chosen = np.ones(len(self.items), dtype=bool)
+        for name, value in (("kind", kind), ("raster", raster)):
+            if value is not None:
+                chosen &= (self.items[name] == value).to_numpy()
+        return chosen
+
+    @property
     def current(self) -> pd.Series | None:
-        """The item to decide; None: all are."""
-        return self.items.loc[self.pending[0]] if self.pending else None
+        """The item to decide; None: all of the kind and raster chosen are."""
+        pending = self.pending
+        return self.items.loc[pending[0]] if pending else None
 
     @property
     def labels(self) -> list[str]:
@@ -204,12 +259,14 @@ class Review:
     def skip(self) -> None:
         """Leave the item for later: it comes again after all others."""
         self._item()
-        self.pending.append(self.pending.pop(0))
+        self._open.append(self._take())
 
     def add(
         self, raster: str, center_xy: tuple[float, float], rim_xy: tuple[float, float], label: str
     ) -> None:
         """Add an object that neither the model nor the annotations have, as a square box.
+
+        What of it reaches over the edge of the raster is cut off.
 
         Args:
             raster: Identifier of its raster.
@@ -218,20 +275,36 @@ class Review:
             label: Its label.
 
         Raises:
-            InputError: The label is empty, the two points are the same, or the object reaches over
-                the edge of the raster.
+            InputError: The label is empty, the two points are the same, or the centre is not on
+                the raster.
         """
-        (x, y), radius = center_xy, float(np.hypot(*np.subtract(rim_xy, center_xy)))
-        size = self.rasters[raster].width, self.rasters[raster].height
-        box = [x - radius, y - radius, x + radius, y + radius]
-        if radius < annotations.MIN_SIDE or min(box) < 0 or box[2] > size[0] or box[3] > size[1]:
+        self.check_center(raster, center_xy)
+        radius = float(np.hypot(*np.subtract(rim_xy, center_xy)))
+        if radius < annotations.MIN_SIDE:
             raise InputError(
-                f"an object must lie on the raster, 0 to {size} px, got the box {np.round(box, 1)};"
-                " click its centre, then its rim"
+                f"centre and rim must lie {annotations.MIN_SIDE} px apart at least, got "
+                f"{radius:.1f} px; click the centre, then a point on the rim"
             )
+        size = self.rasters[raster].width, self.rasters[raster].height
+        low = [max(c - radius, 0.0) for c in center_xy]
+        high = [min(c + radius, float(side)) for c, side in zip(center_xy, size, strict=True)]
+        box = [*low, *high]
         place = {"raster": raster, "kind": BY_HAND}
         new = dict(zip(NEW_BOX_COLUMNS, box, strict=True)) | {"new_label": _checked(label)}
         self._record(place | {"decision": "add"} | new)
+
+    def check_center(self, raster: str, center_xy: tuple[float, float]) -> None:
+        """Refuse a centre (px) that is not on its raster.
+
+        Raises:
+            InputError: It is not.
+        """
+        size = self.rasters[raster].width, self.rasters[raster].height
+        if not all(0 <= c < side for c, side in zip(center_xy, size, strict=True)):
+            raise InputError(
+                f"the centre must be on the raster of {size[0]} x {size[1]} px, got "
+                f"{center_xy[0]:.1f}, {center_xy[1]:.1f}; click on the picture"
+            )
 
     def undo(self) -> None:
         """Take back the last decision, whoever took it, and ask its item again."""
@@ -243,8 +316,11 @@ class Review:
         self._carry_out()
         self._changed(last["raster"])
         if last["kind"] != BY_HAND and _key(last) in self._keys:
-            self.pending.insert(0, self._keys.index(_key(last)))
-        self.pending[1:1], self._passed = self._passed, []  # their objects may be back
+            item = self._keys.index(_key(last))
+            self._open.insert(0, item)
+            if not self._of(self.kind, self.raster)[item]:
+                self.kind, self.raster = None, None
+        self._open[1:1], self._passed = self._passed, []  # their objects may be back
         self._skip_stale()
 
     def _item(self) -> pd.Series:
@@ -259,8 +335,14 @@ class Review:
     def _decide(self, item: pd.Series, decision: str, new: dict[str, object]) -> None:
         entry = {name: item[name] for name in JOURNAL if name in item.index}
         self._record(entry | {"decision": decision} | new)
-        self.pending.pop(0)
+        self._take()
         self._skip_stale()
+
+    def _take(self) -> int:
+        """Take the current item out of the queue."""
+        item = self.pending[0]
+        self._open.remove(item)
+        return item
 
     def _skip_stale(self) -> None:
         """Pass over items on objects that an earlier decision has removed or moved."""
@@ -269,7 +351,7 @@ class Review:
             if _find(self.tables[item["raster"]], item[TRUE_BOX_COLUMNS]) is not None:
                 return
             log.info("%s: the object of an item is not there any more", item["raster"])
-            self._passed.append(self.pending.pop(0))
+            self._passed.append(self._take())
 
     # -- what is decided ------------------------------------------------------------------------
 
@@ -319,16 +401,10 @@ class Review:
         self._carry_out()
         self._unsaved |= set(self.journal["raster"])
         decided = set(map(_key, self.journal.to_dict("records")))
-        known = {*self.pending, *self._passed}
+        known = {*self._open, *self._passed}
         taken_back = [i for i in range(len(self.items)) if i not in known]
-        self._passed, self.pending = (
-            [],
-            [
-                i
-                for i in (*self.pending, *self._passed, *taken_back)
-                if self._keys[i] not in decided
-            ],
-        )
+        items = (*self._open, *self._passed, *taken_back)
+        self._passed, self._open = [], [i for i in items if self._keys[i] not in decided]
 
     def _save_journal(self, journal: pd.DataFrame) -> None:
         fileio.write_table(self._journal_path, journal)
@@ -464,7 +540,8 @@ class Desk:
     """A figure that shows the current item of a review, with keys and buttons to decide it.
 
     Keys beside those of the explorer: `y` follows the model, `x` the annotations, `s` skips, `u`
-    takes back, `a` adds an object by two clicks on its centre and its rim, 1 to 9 relabel.
+    takes back, `a` adds an object by two clicks on its centre and its rim (`u` goes a step back,
+    `escape` leaves off), 1 to 9 relabel. What is asked can be answered once it was drawn.
 
     Attributes:
         review: The review.
@@ -478,54 +555,59 @@ class Desk:
 
         Args:
             review: The review.
-            detections: Those to show beside the unsure ones; None shows those of the items.
+            detections: Those to show beside the one that is asked about; None shows no others.
         """
-        item = review.current
-        self.label = next(iter(review.labels), "") if item is None else str(item["label"])
         self.review, self.message = review, ""
-        found = review.items[review.items["kind"] != "missed"]
-        if detections is not None:  # they may end where the unsure ones begin
-            found = pd.concat([detections, found[found["kind"] == UNSURE]], ignore_index=True)
-        self._detections, self._stops = found, found[:0]  # what comes next is the queue's affair
+        self.label = next(iter(review.labels), "")
+        self._found = review.items[:0] if detections is None else detections
         self._center: tuple[float, float] | None = None
-        self._adding, self._controls = False, None
-        self._raster = next(iter(review.rasters))
-        self.explorer = explore.Explorer(review.rasters[self._raster], *self._boxes(), self._stops)
+        self._adding, self._controls, self._shown, self._counting = False, None, None, False
+        self.explorer = explore.Explorer(review.rasters, review.tables)
+        self.explorer.stepping = False  # what comes next is the queue's affair
         self.explorer.on_click, self.explorer.on_key = self._click, self._key
         self.explorer.on_close = review.save
-        self._timer = self.explorer.figure.canvas.new_timer(interval=int(1000 * PAUSE))
+        canvas = self.explorer.figure.canvas
+        canvas.mpl_connect("draw_event", self._enable)
+        self._timer = canvas.new_timer(interval=int(1000 * PAUSE))
         self._timer.single_shot = True
         self._timer.add_callback(review.save)
         (self._mark,) = self.explorer.ax.plot([], [], "+", color="white", markersize=14, zorder=9)
         self.refresh()
 
-    def _boxes(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        return self.review.tables[self._raster], self._detections
-
     def refresh(self) -> None:
         """Show the current item, and the annotations as they are now."""
-        item, review = self.review.current, self.review
-        if item is not None and item["raster"] != self._raster:
-            self._raster = item["raster"]
-            self.explorer.open(review.rasters[self._raster], *self._boxes(), self._stops)
-        else:
-            self.explorer.show_boxes(*self._boxes())
-        done, names = len(review.journal), ("Follow the model", "Keep")
-        self._shown = None if item is None else review.pending[0]
+        item, review, found = self.review.current, self.review, self._found
+        shown = None if item is None else review.pending[0]
+        if shown != self._shown:
+            self._adding, self._center = False, None  # of another place
+            if item is not None:
+                of_model = item["kind"] in (*ADDING, "mislabelled")
+                self.label = str(item["label" if of_model else "true_label"])
+        self._shown = shown
+        if item is not None and item["kind"] != "missed":
+            place = (found[BOX_COLUMNS] == item[BOX_COLUMNS].astype(float)).all(axis=1)
+            if not (place & (found["raster"] == item["raster"])).any():
+                found = pd.concat([*([found] if len(found) else []), item.to_frame().T])
+        here = self.explorer.ground.raster.identifier
+        there = review.raster or here if item is None else item["raster"]
+        self.explorer.show_boxes(review.tables, found, None if there == here else there)
+        done, names = len(review.journal), None
         if item is None:
             review.save()
+            left = review.count()
             self.message = f"All is decided: {done} decisions are in {review.folder}"
-            self.explorer.select(None)
+            if left:
+                self.message = f"All of these are decided; {left} others are to go, choose them"
         else:
             question, *names = QUESTIONS[item["kind"]]
-            text = {name: item[name] for name in ("label", "true_label")}
+            question = question.format(label=item["label"], true_label=item["true_label"])
             score = "" if pd.isna(item["score"]) else f", score {item['score']:.2f}"
-            self.message = f"{question.format(**text)} ({item['kind']}{score}). "
-            self.message += f"{done} decided, {len(review.pending)} to go"
+            self.message = f"{question} y: {names[0]}. x: {names[1]}. ({item['kind']}{score}; "
+            self.message += f"{done} decided, {len(review.pending)} to go)"
             self.explorer.show_row(item, item["kind"])
         if self._adding:
             where = "the rim" if self._center else "the centre"
-            self.message = f"Click {where} of the {self.label} to add (a: not now)"
+            self.message = f"Click {where} of the {self.label} to add (u: a step back, a: not now)"
         self._mark.set_data(*([[v] for v in self._center] if self._center else [[], []]))
         self._tell(names)
 
@@ -543,29 +625,58 @@ class Desk:
             self._timer.stop()  # the pause begins anew
             self._timer.start()
 
+    def answer(self, name: str, *values: object) -> None:
+        """Do as `act`, but only if what is asked has been drawn: nobody answers unseen."""
+        if self.explorer.drawn:
+            self.act(name, *values)
+
+    def undo(self) -> None:
+        """Go one step back: from the rim to the centre, from an addition, from a decision."""
+        if self._adding:
+            self._adding, self._center = self._center is not None, None
+            self._tell_of_adding()
+        else:
+            self.act("undo")
+
     def toggle_adding(self) -> None:
         """Begin, or leave off, to add an object."""
         self._adding, self._center = not self._adding, None
+        self._tell_of_adding()
+
+    def _tell_of_adding(self) -> None:
+        view = self.explorer.view  # the object to add may be far from what is asked
         self.refresh()
+        self.explorer.look_at(
+            (view[0] + view[2]) / 2, (view[1] + view[3]) / 2, view[2] - view[0], view[3] - view[1]
+        )
 
     def _click(self, x: float, y: float) -> bool:
         if not self._adding:
             return False
-        if self._center is None:
-            self._center = (x, y)
-            self.refresh()
-        else:
+        raster = self.explorer.ground.raster.identifier
+        if self._center is not None:
             center, self._center, self._adding = self._center, None, False
-            self.act("add", self._raster, center, (x, y), self.label)
+            self.act("add", raster, center, (x, y), self.label)
+            return True
+        try:
+            self.review.check_center(raster, (x, y))
+        except InputError as error:
+            self.message = str(error)
+            self._tell(None)
+        else:
+            self._center = x, y
+            self._tell_of_adding()
         return True
 
     def _key(self, key: str) -> bool:
         if key.isdigit() and 0 < int(key) <= len(self.review.labels):
-            self.act("relabel", self.review.labels[int(key) - 1])
-        elif key == "a":
+            self.answer("relabel", self.review.labels[int(key) - 1])
+        elif key == "a" or (key == "escape" and self._adding):
             self.toggle_adding()
-        elif key in ACTIONS:
-            self.act(ACTIONS[key])
+        elif key == "u":
+            self.undo()
+        elif key in ANSWERS:
+            self.answer(ANSWERS[key])
         else:
             return False
         return True
@@ -581,39 +692,74 @@ class Desk:
             made.on_click(lambda _: answer())
             return made
 
-        accept = button("", "key y: the model is right", lambda: self.act("accept"))
-        reject = button("", "key x: the annotations are right", lambda: self.act("reject"))
+        accept = button("", "key y: the model is right", lambda: self.answer("accept"))
+        reject = button("", "key x: the annotations are right", lambda: self.answer("reject"))
         accept.button_style, reject.button_style = "success", "warning"
+        skip = button("Skip", "key s", lambda: self.answer("skip"))
         label = widgets.Combobox(
             value=self.label, options=self.review.labels, ensure_option=False,
             placeholder="label, also a new one", layout={"width": "160px"},
         )  # fmt: skip
         label.observe(lambda change: setattr(self, "label", change["new"]), "value")
+        keys = ", ".join(f"{i} {name}" for i, name in enumerate(self.review.labels[:9], start=1))
+        relabel = button("Relabel", f"the object gets this label; keys: {keys}",
+                         lambda: self.answer("relabel", self.label))  # fmt: skip
+        choices = {
+            name: widgets.Dropdown(layout={"width": "180px"}, tooltip=f"which {name} to ask about")
+            for name in (("kind", "raster") if len(self.review.rasters) > 1 else ("kind",))
+        }
+        self._controls = (accept, reject, skip, relabel), label, choices
+        self._count_choices()
+        for choice in choices.values():
+            choice.observe(self._choose, "value")
         row = [
-            accept, reject, button("Skip", "key s", lambda: self.act("skip")),
-            button("Undo", "key u", lambda: self.act("undo")), label,
-            button("Relabel", "the object gets this label; keys 1 to 9: that label",
-                   lambda: self.act("relabel", self.label)),
+            accept, reject, skip, button("Undo", "key u", self.undo), label, relabel,
             button("Add a missing one", "key a: with this label, click its centre and its rim",
-                   self.toggle_adding),
+                   self.toggle_adding), *choices.values(),
         ]  # fmt: skip
-        self._controls = accept, reject, label
         self.review.deferred = True  # to a pause, of which only such a figure knows
         row = widgets.Box(row, layout=widgets.Layout(flex_flow="row wrap"))
         self.explorer.add_controls(row)
         self.refresh()
 
+    def _count_choices(self) -> None:
+        """Say how many there are to decide of each kind, and on each raster."""
+        review, (*_, choices) = self.review, self._controls
+        for name, known in (("kind", QUESTIONS), ("raster", review.rasters)):
+            if name in choices:
+                chosen = getattr(review, name)
+                counts = {value: review.count(**{name: value}) for value in (None, *known)}
+                options = [  # None would be no choice at all
+                    (f"{value or f'all {name}s'} ({count:,})", value or "")
+                    for value, count in counts.items()
+                    if count or value in (None, chosen) or name == "raster"
+                ]
+                self._counting = True  # new options choose the first of them
+                choices[name].options, choices[name].value = options, chosen or ""
+                self._counting = False
+
+    def _choose(self, change: object) -> None:
+        chosen = {name: choice.value or None for name, choice in self._controls[-1].items()}
+        if not self._counting:
+            self.act("choose", *chosen.values())
+
     def _tell(self, names: tuple[str, str] | None) -> None:
         self.explorer.say(self.message)
         if self._controls is not None:
-            *buttons, label = self._controls
-            label.options = self.review.labels
-            for button, name in zip(buttons, names or (), strict=False):
-                button.description = name
-                button.disabled = self.review.current is None
+            (accept, reject, *_), label, _ = self._controls
+            label.options, label.value = self.review.labels, self.label
+            for button, name, key in zip((accept, reject), names or (), "yx", strict=False):
+                button.description = f"{name} ({key})"
+            self._count_choices()
+            self._enable()
+
+    def _enable(self, _event: object = None) -> None:
+        if self._controls is not None:
+            for button in self._controls[0]:
+                button.disabled = self.review.current is None or not self.explorer.drawn
 
 
-ACTIONS = {"y": "accept", "x": "reject", "s": "skip", "u": "undo"}
+ANSWERS = {"y": "accept", "x": "reject", "s": "skip"}
 
 
 def review(
@@ -635,7 +781,7 @@ def review(
         items: See `Review`.
         folder: Where journal and annotation files go.
         clean_dir: See `Review`.
-        detections: Those to show beside the unsure ones; None shows those of the items.
+        detections: Those to show beside the one that is asked about; None shows no others.
         user: Who decides; None asks the system.
 
     Returns:

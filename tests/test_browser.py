@@ -139,6 +139,22 @@ def test_wheel_key_label_and_score_change_what_the_explorer_shows(lab):
     lab.page.screenshot("explorer_no_score")
 
 
+def test_another_raster_is_chosen_and_keys_are_not_those_of_the_notebook(lab):
+    cell = lab.index("implot.explore(")
+    lab.show(cell, CANVAS)
+    before, cells = lab.settled(cell), len(lab.saved().cells)
+    choice = lab.find(cell, ".widget-dropdown select")
+    told = "new Event('change', {bubbles: true})"
+    lab.page.js(f"(s => {{ s.selectedIndex = 1; s.dispatchEvent({told}) }})({choice})")
+    shown = changed(lab, cell, before)
+    lab.page.screenshot("explorer_other_raster")
+    take_keys(lab, cell)
+    for key in "oedd":  # some of which cut, add or run cells elsewhere
+        lab.page.key(key)
+        shown = changed(lab, cell, shown)
+    assert len(lab.saved().cells) == cells
+
+
 def test_a_decision_in_the_review_is_a_line_of_its_journal(lab):
     cell = lab.index("implot.review(")
     journal = lab.path.parent / "runs" / "tiny" / "review" / "journal.csv"
@@ -154,6 +170,31 @@ def test_a_decision_in_the_review_is_a_line_of_its_journal(lab):
     decisions = pd.read_csv(journal)
     assert len(decisions) == lines
     assert decisions["user"].notna().all()
+
+
+def test_an_object_is_added_in_the_review_by_two_clicks(lab):
+    cell, cells = lab.index("implot.review("), len(lab.saved().cells)
+    journal = lab.path.parent / "runs" / "tiny" / "review" / "journal.csv"
+    lab.show(cell, CANVAS)
+    shown = lab.settled(cell)
+    take_keys(lab, cell)
+    for key in "aa":  # begun and left, by the keys that add cells elsewhere
+        lab.page.key(key)
+        shown = changed(lab, cell, shown)
+    lab.click(cell, "button[title^='key a']")
+    changed(lab, cell, shown)
+    lab.show(cell, CANVAS)
+    for across in (0.35, 0.4):
+        place = lab.place(cell, CANVAS, across, 0.6)
+        lab.page.drag(place, place)
+        lab.settled(cell)
+        lab.page.screenshot(f"review_add_{across}")
+
+    def added():
+        return journal.exists() and (pd.read_csv(journal)["kind"] == "by hand").sum() == 1
+
+    wait_for(added, "the object")
+    assert len(lab.saved().cells) == cells
 
 
 def test_a_catalogue_is_a_map_with_the_raster_on_it(lab):

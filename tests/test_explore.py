@@ -11,11 +11,13 @@ import pandas as pd
 import pytest
 from matplotlib.backend_bases import CloseEvent, KeyEvent, MouseEvent
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 
 import explore
 import fileio
 import implot
-from ImageData import BOX_COLUMNS, InputError, Window
+import imutils
+from ImageData import BOX_COLUMNS, ImageData, InputError, Window
 
 
 @pytest.fixture(autouse=True)
@@ -212,7 +214,7 @@ def test_only_boxes_in_view_are_drawn_and_very_many_become_points(tmp_path, monk
     explorer.set_score(0.4)
     explorer.settle()
     assert len(explorer._points[0].get_offsets()) == 225
-    assert explorer._counts[0].get_text() == "900 of 900 objects, 1 of 4 drawn"
+    assert explorer._counts["objects"].get_text() == "900 of 900 objects, 1 of 4 drawn"
 
 
 def test_scores_and_labels_choose_what_is_drawn(tmp_path):
@@ -228,7 +230,7 @@ def test_scores_and_labels_choose_what_is_drawn(tmp_path):
     explorer.settle()
     assert len(explorer._lines[0].get_segments()) == 0
     assert len(explorer._lines[1].get_segments()) == 4
-    assert explorer._counts[1].get_text() == "1 of 3 detections"
+    assert explorer._counts["detections"].get_text() == "1 of 3 detections"
     np.testing.assert_allclose(explorer._lines[1].get_segments()[0][1], [110, 110])
 
 
@@ -320,6 +322,51 @@ def test_keys_go_through_errors_and_back_home(tmp_path):
     assert explorer.view[0] == pytest.approx(home[0] + 0.25 * (home[2] - home[0]))
 
 
+def test_several_rasters_are_gone_through_one_after_the_other(tmp_path):
+    rasters = [make_raster(tmp_path / f"{name}.tif") for name in "rs"]
+    images = [
+        ImageData(raster, raster.identifier, frame([[10, 10, 30, 30]] * n))
+        for n, raster in enumerate(rasters, start=1)
+    ]
+    errors = frame([[x, x, x + 20, x + 20] for x in (100, 200, 300)], kind="missed",
+                   raster=["s", "r", "s"])  # fmt: skip
+    blocks = pd.DataFrame(
+        [["r", 0, 0, 600, 900, "test"], ["s", 600, 0, 600, 900, "test"], ["s", 0, 0, 9, 9, ""]],
+        columns=["raster", "x", "y", "width", "height", "split"],
+    )  # fmt: skip
+    explorer = implot.explore(images, None, None, errors, blocks=blocks).explorer
+    assert list(explorer.rasters) == ["s", "r"]  # the one with the most errors first
+    ((corner, *_),) = explorer._outlines.get_segments()
+    assert corner.tolist() == [600, 0]
+    places = []
+    for _ in range(4):
+        explorer.go(1)
+        places.append((explorer.ground.raster.identifier, int(explorer.selected["xmin"])))
+    assert places == [("s", 100), ("s", 300), ("r", 200), ("s", 100)]
+    explorer.settle()
+    assert (len(explorer.truth.df), len(explorer._marks.get_offsets())) == (2, 1)
+    explorer.home()
+    explorer.settle()
+    np.testing.assert_allclose(explorer._marks.get_offsets(), [[110, 100], [310, 300]])
+    explorer.toggle_layer("errors")
+    explorer.settle()
+    assert not len(explorer._marks.get_offsets())
+    explorer.open("r")
+    explorer.go(-1)
+    assert explorer.selected["xmin"] == 200  # the last of the raster that was turned to
+
+
+def test_one_label_leaves_colour_to_objects_and_detections(tmp_path):
+    raster = make_raster(tmp_path / "r.tif")
+    boxes = [[10, 10, 40, 40], [110, 110, 140, 140]]
+    explorer = implot.explore(raster, frame(boxes), frame(boxes, score=0.9)).explorer
+    colors = [to_hex(lines.get_colors()[0]).upper() for lines in explorer._lines]
+    assert colors == [imutils.TRUTH_COLOR, imutils.DETECTION_COLOR]
+    explorer = implot.explore(raster, frame(boxes, ["a", "b"]), frame(boxes, score=0.9)).explorer
+    colors = [to_hex(lines.get_colors()[0]) for lines in explorer._lines]
+    assert colors[0] == colors[1] == explorer.colors["a"].lower()
+
+
 def test_without_errors_the_surest_detection_comes_first(tmp_path):
     raster = make_raster(tmp_path / "r.tif")
     boxes = [[x, x, x + 20, x + 20] for x in (100, 200, 300)]
@@ -386,7 +433,8 @@ def test_the_controls_do_what_the_methods_do(tmp_path, monkeypatch):
     try:
         ax = implot.explore(raster, None, frame(boxes, ["a", "b"], score=[0.2, 0.6]))
         explorer, (box,) = ax.explorer, shown
-        buttons, toggles, canvas = box.children
+        buttons, toggles, hint, canvas = box.children
+        assert "Keys work" in hint.value
         assert canvas is explorer.figure.canvas
         slider = next(c for c in buttons.children if isinstance(c, widgets.FloatSlider))
         slider.value = 0.5
@@ -396,8 +444,16 @@ def test_the_controls_do_what_the_methods_do(tmp_path, monkeypatch):
         assert explorer.hidden == {"b"}
         explorer.settle()
         assert len(explorer._lines[1].get_segments()) == 0
-        buttons.children[1].click()
-        assert explorer.selected is not None
+        named = {b.description: b for b in buttons.children}
+        named["Next"].click()
+        assert explorer.selected["label"] == "b"
+        toggles.children[1].value = True
+        toggles.children[1].value = False
+        assert explorer.selected is None  # no pointer at what is hidden
+        send(explorer, "key_press_event", key="d")
+        assert (named["detections"].value, explorer.hidden_layers) == (False, {"detections"})
+        named["detections"].value = True
+        assert not explorer.hidden_layers
         plt.close(explorer.figure)
         assert explorer.controls is None
         assert slider.comm is None  # closed

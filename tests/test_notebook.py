@@ -46,7 +46,7 @@ def tiny_run(tmp_path_factory):
 
 
 def computing_seconds():
-    """Those of processes that have ended; the clock's seconds are those of a machine's other work."""
+    """Those of processes that have ended; the clock's depend on the machine's other work."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

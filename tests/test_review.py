@@ -241,11 +241,42 @@ def test_missing_objects_are_added_by_centre_and_rim(ground):
     assert read(ground) == UNTOUCHED | {(245, 245, 255, 255, "new")}
     assert sources(opened)[245].startswith("added by hand, anna 20")
     assert opened.current["kind"] == "missed"  # nothing else is decided by it
-    for rim, label in (((250, 250), "new"), ((900, 250), "new"), ((253, 254), " ")):
+    for center, rim, label in (
+        ((250, 250), (250, 250), "new"), ((600, 250), (590, 250), "new"),
+        ((250, -0.1), (250, 9), "new"), ((250, 250), (253, 254), " "),
+    ):  # fmt: skip
         with pytest.raises(InputError):
-            opened.add("r", (250, 250), rim, label)
+            opened.add("r", center, rim, label)
     opened.undo()
     assert read(ground) == UNTOUCHED
+
+
+def test_what_reaches_over_the_edge_is_cut_off(ground):
+    opened = open_review(ground)
+    opened.add("r", (597, 4), (592, 4), "new")
+    assert read(ground) == UNTOUCHED | {(592, 0, 600, 9, "new")}
+
+
+def test_one_kind_or_raster_can_be_chosen(ground):
+    opened = open_review(ground)
+    opened.choose(kind="mislabelled")
+    assert (opened.current["kind"], len(opened.pending), opened.count()) == ("mislabelled", 1, 5)
+    opened.accept()
+    assert opened.current is None
+    assert (opened.count(), opened.count("mislabelled"), opened.count(raster="r")) == (4, 0, 4)
+    with pytest.raises(InputError, match="nothing is left"):
+        opened.skip()
+    opened.undo()
+    assert opened.current["kind"] == "mislabelled"
+    opened.choose("spurious", "r")
+    opened.accept()
+    opened.choose("missed")
+    opened.undo()  # of another kind: all are asked about again
+    assert (opened.kind, opened.current["kind"], len(opened.pending)) == (None, "spurious", 5)
+    with pytest.raises(InputError, match="kind must be one of"):
+        opened.choose("odd")
+    with pytest.raises(InputError, match=r"raster must be one of \['r'\] or None, got 's'"):
+        opened.choose(raster="s")
 
 
 def test_items_on_objects_that_are_gone_are_passed_over(ground):
@@ -279,6 +310,8 @@ def test_detections_that_are_not_sure_and_lie_on_nothing_come_best_first():
     unsure = review.find_unsure(found, objects, 0.5)
     assert unsure["score"].tolist() == [0.45, 0.35]
     assert set(unsure["kind"]) == {"unsure"}
+    assert review.find_unsure(found, objects, 0.5, most=1)["score"].tolist() == [0.45]
+    assert len(review.find_unsure(found, objects, 0.5, near=0.9)) == 3
     none = review.find_unsure(found.assign(found=-2), objects, 0.5)
     assert none.empty
 
@@ -310,31 +343,88 @@ def open_desk(ground, items=ITEMS):
     return opened, plt.figure(number).axes[0].desk
 
 
+def press(desk, keys):
+    for key in keys:
+        desk.explorer.settle()  # what is asked is drawn
+        send(desk.explorer, "key_press_event", key=key)
+
+
 def test_keys_and_clicks_decide(ground):
     opened, desk = open_desk(ground)
-    assert desk.message.startswith("The model found nothing where there is a a (missed)")
-    assert desk.message.endswith("0 decided, 5 to go")
+    assert desk.message == (
+        "The model found no a here. Is the annotation wrong? y: Yes, remove it. x: No, keep it. "
+        "(missed; 0 decided, 5 to go)"
+    )
     x0, y0, x1, y1 = desk.explorer.view
     assert ((x0 + x1) / 2, (y0 + y1) / 2) == (20, 20)
     for key in "np":  # the queue alone goes on
-        send(desk.explorer, "key_press_event", key=key)
+        press(desk, key)
         assert desk.explorer.view == (x0, y0, x1, y1)
-    for key in "yxs2u":
-        send(desk.explorer, "key_press_event", key=key)
+    press(desk, "yxs2u")
     assert opened.journal[["kind", "decision"]].to_numpy().tolist() == [
         ["missed", "accept"], ["spurious", "reject"],
     ]  # fmt: skip
     desk.label = "c"
-    send(desk.explorer, "key_press_event", key="a")
+    press(desk, "a")
     assert desk.message.startswith("Click the centre of the c")
     desk.explorer.look_at(250, 250, 60, 60)
     desk.explorer.settle()
     click(desk.explorer, (250, 250))
+    view = desk.explorer.view
+    np.testing.assert_allclose(view, (220, 220, 280, 280), atol=45)  # not back at the item
     click(desk.explorer, (250, 260))
     (added,) = read(ground) - UNTOUCHED
     np.testing.assert_allclose(added[:4], [240, 240, 260, 260], atol=0.5)
     assert added[4] == "c"
     assert len(desk.explorer.truth.df) == 4 + 2  # three and the new one, and what does not count
+
+
+def test_nothing_is_answered_before_it_was_drawn(ground):
+    opened, desk = open_desk(ground)
+    for key in "yyxs12":
+        send(desk.explorer, "key_press_event", key=key)
+    assert opened.journal["kind"].tolist() == ["missed"]
+    assert opened.pending == [1, 2, 3, 4]
+    press(desk, "y")
+    assert opened.journal["kind"].tolist() == ["missed", "spurious"]
+    send(desk.explorer, "key_press_event", key="u")  # needs no looking
+    assert opened.journal["kind"].tolist() == ["missed"]
+
+
+def test_an_addition_is_left_step_by_step_and_by_every_decision(ground):
+    opened, desk = open_desk(ground)
+    press(desk, "x")
+    press(desk, "a")
+    click(desk.explorer, (410, 40))
+    assert desk.message.startswith("Click the rim")
+    press(desk, "u")
+    assert desk.message.startswith("Click the centre")
+    press(desk, "u")
+    assert "y: Yes" in desk.message
+    assert len(opened.journal) == 1  # an earlier decision stays
+    for leave in ("escape", "x"):
+        press(desk, "a")
+        click(desk.explorer, (410, 40))
+        press(desk, [leave])
+        assert "y: Yes" in desk.message
+        click(desk.explorer, (410, 50))
+    assert set(opened.journal["decision"]) == {"reject"}
+    press(desk, "a")
+    click(desk.explorer, (-3, 50))
+    assert desk.message.startswith("the centre must be on the raster of 600 x 500 px, got -3.0")
+    assert desk.label == "b"  # of the item
+
+
+def test_only_the_item_and_what_is_sure_is_drawn(ground):
+    folder, raster = ground
+    sure = pd.DataFrame([item("", [400, 10, 420, 30], "a"), item("", [9, 9, 31, 31], "a")])
+    items = pd.DataFrame([ITEMS[1], item("unsure", [50, 60, 70, 80], "a", score=0.1)])
+    opened = implot.review({"r": raster}, items, folder / "review", detections=sure, user="anna")
+    desk = plt.figure(plt.get_fignums()[0]).axes[0].desk
+    assert len(desk.explorer.detections.df) == 2
+    opened.skip()
+    desk.refresh()
+    assert desk.explorer.detections.scores.tolist() == [0.9, 0.9, 0.1]
 
 
 def test_what_cannot_be_decided_is_said(ground):
@@ -355,25 +445,42 @@ def test_the_desk_has_buttons(ground, monkeypatch):
     plt.switch_backend("module://ipympl.backend_nbagg")
     try:
         opened, desk = open_desk(ground)
-        (whole, *_), row = shown[0].children[0].children, shown[0].children[-2]
+        (whole, *_), row = shown[0].children[0].children, shown[0].children[2]
         assert whole.description == "All"
-        accept, reject, skip, undo, label, relabel, add = row.children
-        assert (accept.description, reject.description) == ("Remove it", "Keep it")
-        reject.click()
-        assert (accept.description, reject.description) == ("Add it", "Leave it out")
+        accept, reject, skip, undo, label, relabel, add, kind = row.children
+        assert accept.disabled  # until it is drawn
+
+        def press(button):
+            desk.explorer.figure.canvas.draw()
+            assert not button.disabled
+            button.click()
+
+        assert (accept.description, reject.description) == ("Yes, remove it (y)", "No, keep it (x)")
+        assert kind.options[:2] == (("all kinds (5)", ""), ("missed (1)", "missed"))
+        press(reject)
+        assert (accept.description, reject.description) == (
+            "Yes, add it (y)", "No, leave it out (x)",
+        )  # fmt: skip
+        assert kind.options[0][0] == "all kinds (4)"
         label.value = "brand new"
-        relabel.click()
+        press(relabel)
         assert "brand new" in label.options
+        assert label.value == "b"  # of the next item
         toggles = shown[0].children[1].children
         assert [toggle.description for toggle in toggles] == ["a", "b", "brand new"]
-        skip.click()
-        undo.click()
-        undo.click()
+        press(skip)
+        press(undo)
+        assert [t.description for t in shown[0].children[1].children] == ["a", "b"]
+        press(undo)
         assert not len(opened.journal)
         assert not (ground[0] / "review" / "r.csv").exists()  # until a pause
-        accept.click()
-        add.click()
-        assert desk.message.startswith("Click the centre of the brand new")
+        kind.value = "mislabelled"
+        assert accept.description == "Yes, relabel it (y)"
+        kind.value = ""
+        press(accept)
+        label.value = "another"
+        press(add)
+        assert desk.message.startswith("Click the centre of the another")
         plt.close(desk.explorer.figure)
         assert read(ground) == ACCEPTED[0]
         assert accept.comm is None
