@@ -330,18 +330,13 @@ class LargeRasterSegModel(TileModel):
         loss = self.loss(logits, mask)
         if stage == "train" and self.conf.train.hard_negatives:
             self._difficulty = _loss_by_tile(logits.detach(), mask)
-        if self._measures(stage) and self._takes_part():
+        if self._collects(stage):
             seen = logits
             if self.conf.views != "none" and self.trainer.state.fn != "fit":
                 seen = segment_views(self, images, VIEWS[self.conf.views])
             self.collector.add(seen.argmax(dim=1), mask, targets)
         values = torch.tensor([float(loss.detach()), len(images), 0.0], dtype=torch.float64)
         return loss, values
-
-    def _takes_part(self) -> bool:
-        """Tell whether a batch is measured; while training, some may be left out."""
-        every = self.conf.validation.batch_metrics
-        return self.trainer.state.fn != "fit" or self.batch_idx % every == 0
 
     @override
     def _loss_of_tile(self, images: Tensor, target: Mapping[str, Tensor]) -> Tensor:

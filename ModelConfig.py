@@ -176,7 +176,7 @@ class ValidationConfig(EvaluationConfig):
     """The same, and how often it happens while training."""
 
     pr_compute_interval: Positive = 1  # epochs between two measurements of AP, precision and recall
-    # while training, one in so many batches is measured, the first at least; of segmentation
+    # while training, one in so many batches is measured, the first at least
     batch_metrics: Positive = 1
 
 
@@ -315,6 +315,8 @@ class VisualizationConfig:
                 "batch_range must be [first, last, step] with a step of at least 1, or [], got "
                 f"{numbers}"
             )
+        if self.colormap and not Path(self.colormap).is_file():
+            raise ValueError(f"there is no colormap {self.colormap}")
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> VisualizationConfig:
@@ -559,6 +561,11 @@ class RunParameters:
                         "'segmentation'"
                     )
         VisualizationConfig.of(self.VISUALIZATION)
+        if self.PREDICT_FROM and not Path(self.PREDICT_FROM).is_file():
+            raise InputError(
+                f"PREDICT_FROM must name a checkpoint, there is no {self.PREDICT_FROM}; None takes "
+                "this run's best"
+            )
         if self.USE_STRATIFICATION is not None and self.VALIDATION_FILENAMES:
             raise InputError(
                 "USE_STRATIFICATION chooses blocks of ground to validate on, and "

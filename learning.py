@@ -256,6 +256,12 @@ class TileModel(pl.LightningModule):
             return outermost or epoch % self.conf.validation.pr_compute_interval == 0
         return stage != "train"
 
+    def _collects(self, stage: str) -> bool:
+        """Tell whether a batch is measured; while training, some may be left out."""
+        every = self.conf.validation.batch_metrics
+        training = stage == "validation" and self.trainer.state.fn == "fit"
+        return self._measures(stage) and not (training and self.batch_idx % every)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch.
 

@@ -317,7 +317,7 @@ def _train(
         )
     if not conf.train.epochs:
         # Lightning takes the model, and leaves it as it is
-        trainer.fit(model, datamodule=module)
+        trainer.fit(model, datamodule=module, weights_only=True)
         trainer.save_checkpoint(best)
     elif known and known["finished"]:
         set_progress(trainer, known["epoch"], known["step"])
