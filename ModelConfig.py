@@ -902,16 +902,13 @@ class RunParameters:
     def prediction_options(self) -> dict[str, Any]:
         """Return the arguments of `predict.prepare` that are parameters."""
         shapes = {"geometry": self.CATALOGUE_GEOMETRY, "density_cell": self.DENSITY_CELL}
-        return (
-            (shapes if self.TASK == "detection" else {})
-            | {
-                "device": "cuda" if self.ACCELERATOR == "gpu" else self.ACCELERATOR,
-                "scheduler": self.SCHEDULER,
-                "precision": self.PRECISION,
-                "resolution_tolerance": self.RESOLUTION_TOLERANCE,
-            }
-            | self.PREDICT_OPTIONS
-        )
+        options = {
+            "device": "cuda" if self.ACCELERATOR == "gpu" else self.ACCELERATOR,
+            "scheduler": self.SCHEDULER,
+            "precision": self.PRECISION,
+            "resolution_tolerance": self.RESOLUTION_TOLERANCE,
+        }
+        return (shapes if self.TASK == "detection" else {}) | options | self.PREDICT_OPTIONS
 
     def model_config(self) -> ModelConfig:
         """Return what all trials share; each trial then sets its own hyperparameters."""

@@ -52,7 +52,7 @@ import tiling
 from ImageData import ImageData, InputError, Window
 from LargeRasterOR import LargeRasterORModel
 from learning import TileModel, __version__
-from logger import configure_logger, make_model_logger
+from logger import check_logger, configure_logger, make_model_logger
 from ModelConfig import HYPERPARAMETERS, PLACE, ModelConfig, Record, Search, VisualizationConfig
 from study import Claim, LostTrialError, Queue
 from trials import LAST_CHECKPOINT, SearchData, task_of, train_iteration
@@ -141,6 +141,7 @@ def run_search(
     Raises:
         InputError: The run holds trials made from other input, or every trial failed.
     """
+    check_logger(logger, logger_options or {})
     run_dir, conf = Path(run_dir), copy.copy(conf)
     for name in ("init_from", "weights"):  # workers may be started elsewhere
         value = getattr(conf, name)

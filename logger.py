@@ -363,8 +363,8 @@ class MLFlowModelLogger(_Mirror, MLFlowLogger, LoggerProtocol):
         self.record = DefaultModelLogger(log_save_dir, name)
         self._told: set[str] = set()
         if "://" not in uri:
-            uri = Path(uri).absolute().as_uri()
-        if uri.startswith("file:"):  # which MLflow 3.7 and later refuse, unless this is said
+            uri = Path(uri.removeprefix("file:")).absolute().as_uri()
+        if uri.startswith("file:"):  # which newer MLflow refuses, unless this is said
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         MLFlowLogger.__init__(
             self, experiment_name, run_name="_".join(filter(None, [run_name, name])),
@@ -459,6 +459,22 @@ LOGGERS: dict[Record, type[DefaultModelLogger | _Mirror]] = {
 }  # fmt: skip
 
 
+def check_logger(kind: Record, options: Mapping[str, Any]) -> None:
+    """Refuse options that a logger does not have.
+
+    Raises:
+        InputError: Names them, and those that it has.
+    """
+    known = inspect.signature(LOGGERS[kind].__init__).parameters
+    own = [n for n in known if n not in ("self", "log_save_dir", "name", "init", "version")]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    if strange := [n for n in options if n not in own and not open_ended]:
+        raise InputError(
+            f"LOGGER_OPTIONS names {strange}, which the logger {kind!r} does not have; it has "
+            f"{own or 'none'}"
+        )
+
+
 def make_model_logger(
     save_dir: Path,
     kind: Record = "default",
@@ -485,14 +501,7 @@ def make_model_logger(
         ModuleNotFoundError: Its package is not installed.
     """
     options = dict(options or {})
-    known = inspect.signature(LOGGERS[kind].__init__).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    own = [n for n in known if n not in ("self", "log_save_dir", "name", "init", "version")]
-    if strange := [n for n in options if n not in own and not open_ended]:
-        raise InputError(
-            f"LOGGER_OPTIONS names {strange}, which the logger {kind!r} does not have; it has "
-            f"{own or 'none'}"
-        )
+    check_logger(kind, options)
     logger = LOGGERS[kind](save_dir, name=name, **options)
     logger.log_hyperparams(hyperparams)
     return logger

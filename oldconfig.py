@@ -226,13 +226,16 @@ def _gpu_limit(value: object, source: Source) -> _Noted:
 
 
 def _logger(option: str) -> Convert:
-    def convert(value: object, _: Source) -> dict[str, Any] | _Noted:
+    def convert(value: object, source: Source) -> dict[str, Any] | _Noted:
         if importlib.util.find_spec("mlflow") is None:
             return _LeftOut(
                 "mlflow is not installed, records stay in the run's folder; to have them in mlflow "
                 "as well: pip install mlflow-skinny"
             )
-        return {"LOGGER": "mlflow", f"LOGGER_OPTIONS/{option}": str(value)}
+        text = str(value)
+        if option == "uri" and ":" not in text:
+            text = _folder(text, source)
+        return {"LOGGER": "mlflow", f"LOGGER_OPTIONS/{option}": text}
 
     return convert
 
@@ -589,7 +592,8 @@ def read_config(path: Path | str) -> OldConfig:
 def merge(given: Mapping[str, Any], config: OldConfig) -> dict[str, Any]:
     """Put the values of a YAML where the parameters cell has what nobody touched.
 
-    Options of a dictionary are put beside those that are there.
+    Options of a dictionary are put beside those that are there. A name that was given to the run
+    stays.
 
     Raises:
         InputError: A parameter was set in the notebook, and to another value by the YAML; both are
@@ -606,6 +610,8 @@ def merge(given: Mapping[str, Any], config: OldConfig) -> dict[str, Any]:
                     for k in value.keys() & here.keys() if here[k] != value[k]]  # fmt: skip
             clashes += sorted(both)
             merged[name] = {**here, **value}
+        elif name == "RUN_NAME" and here != untouched:
+            continue  # no key says it; it is only the file's name where nobody gives one
         elif here not in (untouched, value):
             clashes.append(f"{name} = {here!r}, but the YAML says {value!r}")
         else:

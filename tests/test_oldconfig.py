@@ -257,12 +257,21 @@ def test_a_parameter_that_contradicts_the_yaml_is_named_with_both(folder, change
 
 
 def test_what_the_yaml_leaves_open_the_notebook_decides(folder):
-    given = {"CONFIG_YAML": str(write(folder)), "PATCH_SIZES": [512], "TEST_PROPORTION": 0.3,
-             "MODEL_OPTIONS": {"train.patience": 3}}  # fmt: skip
+    given = {"CONFIG_YAML": str(write(folder)), "PATCH_SIZES": [512], "RUN_NAME": "again",
+             "TEST_PROPORTION": 0.3, "MODEL_OPTIONS": {"train.patience": 3}}  # fmt: skip
     run = RunParameters.from_notebook(notebook_parameters() | given)
+    assert run.RUN_NAME == "again"
     assert run.TEST_PROPORTION == 0.3
     assert run.MODEL_OPTIONS["train.patience"] == 3
     assert run.MODEL_OPTIONS["train.gamma"] == 0.9
+
+
+def test_mlflow_is_used_where_it_is_installed(folder, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    run = RunParameters.from_notebook(notebook_parameters() | {"CONFIG_YAML": str(write(folder))})
+    assert run.logger == "mlflow"
+    assert run.LOGGER_OPTIONS.pop("uri").endswith("/mlruns")
+    assert run.LOGGER_OPTIONS == {"experiment_name": "gdl-training", "run_name": "gdl"}
 
 
 def test_rasters_marked_val_are_the_validation(folder):
