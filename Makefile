@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH_VENV := .bench-venv
 BENCH_READY := $(BENCH_VENV)/.ready
-NOTEBOOK := $(if $(PARAMS),lab_$(basename $(notdir $(PARAMS))),main).ipynb
+NOTEBOOK := $(if $(PARAMS),lab_$(subst /,_,$(basename $(PARAMS))),main).ipynb
 STAGES := clean tiling dask read train predict metrics memory
 # no password is asked for where nobody can type it
 SUDO := $(shell [ "$$(id -u)" = 0 ] || { [ -t 0 ] && echo sudo; } || echo sudo -n)
@@ -47,10 +47,11 @@ chromium: $(READY)
 lab: sample $(filter-out main.ipynb,$(NOTEBOOK))
 	$(BIN)/jupyter lab $(NOTEBOOK) $(if $(SUDO),,--allow-root)
 
-# made anew when the parameters change; what was done in the one before stays beside it
-lab_%.ipynb: $(PARAMS) | $(READY)
-	[ ! -e $@ ] || mv $@ $@~
-	$(BIN)/papermill --prepare-only main.ipynb $@ -f $(PARAMS) -p INTERACTIVE True
+# made anew when parameters or notebook change; what was done in the one before stays beside it
+lab_%.ipynb: $(PARAMS) main.ipynb | $(READY)
+	$(BIN)/papermill --prepare-only main.ipynb $@.tmp -f $(PARAMS) -p INTERACTIVE True
+	[ ! -e $@ ] || mv $@ $(basename $@).$$(date +%Y%m%d_%H%M%S).ipynb
+	mv $@.tmp $@
 
 # a stage that fails is left out of the report, and named at the end
 bench: $(BENCH_READY)

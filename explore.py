@@ -53,7 +53,8 @@ ZOOM = 1.25  # by which a wheel's step enlarges
 CLICK = 4  # px of the screen within which a press and its release are a click
 LEGEND_ENTRIES = 12
 ROW_LINES, VALUE_LETTERS = 20, 18  # of the values of a row
-TITLE_LETTERS, TITLE_LINES = 105, 2  # above the picture
+TITLE_LETTERS, TITLE_LINES = 105, 3  # above the picture
+MAX_BLOCKS = 500  # in view; more are not outlined
 SURE = (0.8, 2.2)  # width of a detection's corners at scores of 0 and 1, points
 HALO = [withStroke(linewidth=2.5, foreground="black")]
 ERROR_STYLE = {"markerfacecolor": "white", "markeredgecolor": "black"}
@@ -354,9 +355,9 @@ class Layer:
             self.scores = self.df["score"].to_numpy(dtype=float)
 
     def chosen(self, least_score: float, hidden: Collection[str]) -> np.ndarray:
-        """Tell which boxes have the score and a label that is not hidden, as bool (N,)."""
+        """Tell which boxes have the score, if any, and a label that is not hidden, as bool (N,)."""
         shown = np.array([name not in hidden for name in self.names], dtype=bool)
-        return (self.scores >= least_score) & shown[self.codes] if len(shown) else self.scores > 1
+        return ~(self.scores < least_score) & shown[self.codes] if len(shown) else self.scores > 1
 
     def within(self, view_xyxy: tuple[float, float, float, float]) -> np.ndarray:
         """Tell which boxes touch a view, as bool (N,)."""
@@ -379,6 +380,12 @@ class Layer:
         """
         rows = among[self.within((x - reach, y - reach, x + reach, y + reach))[among]]
         return int(rows[imutils.box_area(self.boxes[rows]).argmin()]) if len(rows) else None
+
+
+def _only(labels: pd.Series) -> str | None:
+    """Return the label that all have; None: there are none, or several."""
+    names = labels.unique()
+    return names[0] if len(names) == 1 else None
 
 
 def _shorten(value: object) -> str:
@@ -469,7 +476,7 @@ class Explorer:
         hidden: Labels that are not shown.
         hidden_layers: What else is not shown, of "objects", "detections" and "errors".
         selected: The row whose values are shown, if any.
-        stepping: Whether keys and buttons go from error to error, and to other rasters.
+        stepping: Whether controls go from error to error, to other rasters and scores.
         on_click: Called with x and y (px) of a click before a row is chosen; True: that is all.
         on_key: Called with a key before `KEYS`; True: that is all.
         on_close: Called when the figure is closed.
@@ -497,7 +504,7 @@ class Explorer:
         self.on_close: Callable[[], None] = lambda: None
         self.score, self.selected = 0.0, None
         self.hidden, self.hidden_layers = set(), set()
-        self.controls, self.colors = None, {}
+        self.controls, self.colors, self._labels, self._plain = None, {}, set(), None
         self.rasters, self._errors, self._blocks = dict(rasters), errors, blocks
         if errors is not None and "raster" in errors:  # all of one, then those of the next
             place = errors["raster"].astype(str).map({name: i for i, name in enumerate(rasters)})
@@ -506,7 +513,7 @@ class Explorer:
         self.figure = plt.figure(figsize=FIGURE_SIZE)
         canvas, manager = self.figure.canvas, self.figure.canvas.manager
         # no layout engine: measuring texts anew would take longer than all else
-        self.ax = self.figure.add_axes((0.075, 0.075, 0.655, 0.84), axes_class=MapAxes)
+        self.ax = self.figure.add_axes((0.075, 0.075, 0.655, 0.82), axes_class=MapAxes)
         self.ax.set(xlabel="x (px)", ylabel="y (px)", facecolor="0.15")
         self.ax.autoscale(enable=False)
         self.ax.locator_params(nbins=5)  # texts take long to draw
@@ -524,14 +531,17 @@ class Explorer:
         pointers = [withStroke(linewidth=4.5, foreground="black")]
         self._pointers = LineCollection([], colors="white", linewidths=2, zorder=5,
                                         path_effects=pointers)  # fmt: skip
-        self._outlines = LineCollection([], zorder=2, path_effects=HALO, **BLOCK_STYLE)
-        for lines in (*self._lines, self._pointers, self._outlines):
+        self._outlines = [
+            LineCollection([], zorder=2, colors="black", linewidths=2),
+            LineCollection([], zorder=2, **BLOCK_STYLE),
+        ]
+        for lines in (*self._lines, self._pointers, *self._outlines):
             self.ax.add_collection(lines, autolim=False)
         (self._bar,) = self.ax.plot([], [], color="white", linewidth=3, zorder=6,
                                     solid_capstyle="butt", path_effects=HALO)  # fmt: skip
         self._bar_text = self.ax.text(0, 0, "", color="white", fontsize=9, ha="left", va="bottom",
                                       zorder=6, path_effects=HALO)  # fmt: skip
-        self._title = self.figure.text(0.075, 0.927, "", fontsize=10, parse_math=False)
+        self._title = self.figure.text(0.075, 0.905, "", fontsize=10, parse_math=False)
         self._values = self.figure.text(0.745, 0.075, "", fontsize=8, family="monospace",
                                         va="bottom")  # fmt: skip
         self._timer = canvas.new_timer(interval=1)
@@ -565,6 +575,8 @@ class Explorer:
         """
         raster = self.rasters[name]
         self.ground, self._drawn = Ground(raster), None
+        if self._errors is None:
+            self._stop = -1
         self.ax.format_coord = self.ground.format_place
         self._title.set_text(f"{raster.path.name}, {raster.width} x {raster.height} px")
         if "raster" in self._switches:
@@ -586,6 +598,14 @@ class Explorer:
             raster: Identifier of the raster to turn to; None: stay.
         """
         self._objects, self._detections = objects, detections
+        tables = [t for t in (*objects.values(), detections) if t is not None and "label" in t]
+        labels = pd.concat([t["label"] for t in tables] or [pd.Series(dtype=str)]).astype(str)
+        if set(labels.unique()) - set(self.colors):
+            # a label keeps its colour when others come
+            self._plain = self._plain or (None if self.colors else _only(labels))
+            known = self.colors or ({self._plain: imutils.TRUTH_COLOR} if self._plain else {})
+            self.colors = imutils.label_colors(labels, known)
+        self._labels = set(labels.unique())
         if raster is None:
             self._choose_boxes()
         else:
@@ -595,21 +615,18 @@ class Explorer:
         name = self.ground.raster.identifier
         self.truth = Layer(self._objects.get(name), name)
         self.detections, self.errors = Layer(self._detections, name), Layer(self._errors, name)
-        if {*self.truth.names, *self.detections.names} - set(self.colors):
-            # a label keeps its colour when others come
-            labels = [*self.truth.labels, *self.detections.labels]
-            self.colors = imutils.label_colors(labels, self.colors)
         self.select(None)
-        self._outlines.set_segments(self._test_ground(name))
+        self._test = self._test_ground(name)
         self._draw_legend()
         self._change()
 
-    def _test_ground(self, name: str) -> list[np.ndarray]:
+    def _test_ground(self, name: str) -> np.ndarray:
+        """Return the test blocks of a raster, xyxy (N, 4)."""
         if self._blocks is None:
-            return []
+            return np.empty((0, 4))
         test = self._blocks[(self._blocks["raster"] == name) & (self._blocks["split"] == "test")]
         low, size = test[["x", "y"]].to_numpy(float), test[["width", "height"]].to_numpy(float)
-        return list(outlines(np.concatenate([low, low + size], axis=1)))
+        return np.concatenate([low, low + size], axis=1)
 
     # -- the view -------------------------------------------------------------------------------
 
@@ -678,6 +695,8 @@ class Explorer:
     def set_score(self, score: float) -> None:
         """Show detections from this score on."""
         self.score = score
+        if self._errors is None:
+            self._stop = -1
         self._change()
 
     def show_label(self, label: str, *, shown: bool) -> None:
@@ -690,6 +709,8 @@ class Explorer:
     def show_layer(self, name: str, *, shown: bool) -> None:
         """Show or hide all "objects", all "detections", or the marks of all "errors"."""
         (self.hidden_layers.discard if shown else self.hidden_layers.add)(name)
+        if not shown and name != "errors":
+            self.select(None)
         if name in self._switches:
             self._switches[name].value = shown
         self._change()
@@ -714,7 +735,7 @@ class Explorer:
         self._redraw()
 
     def say(self, text: str) -> None:
-        """Write one or two lines above the picture."""
+        """Write up to three lines above the picture."""
         lines = textwrap.wrap(text, TITLE_LETTERS, max_lines=TITLE_LINES, placeholder=" ...")
         self._title.set_text("\n".join(lines))
         self._redraw()
@@ -727,20 +748,20 @@ class Explorer:
         for name, marker in zip(counted, ("s", CORNERS, "v"), strict=False):
             style = {"markersize": 6, **ERROR_STYLE}
             if name != "errors":
-                color = self._colors_of(name).get(*self.colors) if len(self.colors) == 1 else "0.3"
+                color = self._colors_of(name)[self._plain] if self._plain else "0.3"
                 style = {"markersize": 9, "color": color, "fillstyle": "none"}
             handles.append(Line2D([], [], linestyle="", marker=marker, label=" ", **style))
-        if len(self._outlines.get_segments()):
+        if len(self._test):
             handles.append(Line2D([], [], label="test ground", path_effects=HALO, **BLOCK_STYLE))
         if self.controls is not None:  # the buttons tell, and texts take long to draw
-            self._add_toggles(labels.index)
-            names = list(self.colors)
+            self._add_toggles()
+            names = list(labels.index)
         elif len(self.colors) > 1:
             handles += [
                 Line2D([], [], color=self.colors[name], linewidth=3, label=_shorten(name))
                 for name in names
             ]
-        if hidden := len(self.colors) - len(names):
+        if hidden := len(labels) - len(names):
             handles.append(Line2D([], [], linestyle="", label=f"... {hidden} more labels"))
         if self.ax.get_legend() is not None:
             self.ax.get_legend().remove()
@@ -749,11 +770,10 @@ class Explorer:
         self._counts = dict(zip(counted, legend.get_texts(), strict=False))
 
     def _colors_of(self, layer: str) -> dict[str, str]:
-        """Return label -> colour: one label needs none, and leaves it to objects and detections."""
-        if len(self.colors) != 1:
+        """Return label -> colour: a label alone has one as an object and one as a detection."""
+        if self._plain is None or layer == "objects":
             return self.colors
-        color = imutils.TRUTH_COLOR if layer == "objects" else imutils.DETECTION_COLOR
-        return dict.fromkeys(self.colors, color)
+        return self.colors | {self._plain: imutils.DETECTION_COLOR}
 
     @property
     def _layers(self) -> dict[str, Layer]:
@@ -778,6 +798,11 @@ class Explorer:
         colors = [layer.colors(self._colors_of(name))[at] for layer, at, name in layers]
         boxes = [layer.boxes[at] for layer, at, _ in layers]
         errors = self.errors.boxes[wrong[:: max(1, len(wrong) // MAX_BOXES)]]
+        x0, y0, x1, y1 = self._test.T
+        left, top, right, bottom = self.view
+        test = self._test[(x1 > left) & (y1 > top) & (x0 < right) & (y0 < bottom)]
+        for lines in self._outlines:
+            lines.set_segments(outlines(test if len(test) <= MAX_BLOCKS else test[:0]))
         self._marks.set_offsets(np.stack([errors[:, [0, 2]].mean(axis=1), errors[:, 1]], axis=1))
         for artists, visible in ((self._lines, as_boxes), (self._points, not as_boxes)):
             for artist in artists:
@@ -911,7 +936,7 @@ class Explorer:
             )
             self._switches[name] = switch
             buttons.append(switch)
-        if "score" in self.detections.df:
+        if "score" in self.detections.df and self.stepping:
             slider = widgets.FloatSlider(
                 self.score, min=0, max=1, step=0.01, description="score from",
                 readout_format=".2f", layout={"width": "320px"},
@@ -932,11 +957,11 @@ class Explorer:
         if change["new"] != self.ground.raster.identifier:
             self.open(change["new"])
 
-    def _add_toggles(self, names: Collection[str]) -> None:
-        """Let there be a button for each of these labels, the same as before where it was there."""
+    def _add_toggles(self) -> None:
+        """Let there be a button for each label, the same as before where it was there."""
         import ipywidgets as widgets
 
-        for name in names:
+        for name in self._labels:
             if name in self._toggles:
                 continue
             toggle = widgets.ToggleButton(
@@ -947,7 +972,7 @@ class Explorer:
                 lambda change, name=name: self.show_label(name, shown=change["new"]), "value"
             )
             self._toggles[name] = toggle
-        shown = tuple(self._toggles[name] for name in self.colors if name in names)
+        shown = tuple(self._toggles[name] for name in self.colors if name in self._labels)
         # one label is shown by the switches of objects and detections
         self._toggle_box.children = shown if len(shown) > 1 else ()
 
@@ -968,12 +993,16 @@ class Explorer:
         if not self.on_click(x, y):
             self.click(x, y)
 
+    @property
+    def reach(self) -> float:
+        """How far apart places may be on the ground and are the same to who clicks, px."""
+        x0, _, x1, _ = self.view
+        return CLICK * (x1 - x0) / self.ax.bbox.width
+
     def click(self, x: float, y: float) -> None:
         """Select the smallest box around a point (px), a detection before an object."""
-        x0, _, x1, _ = self.view
-        reach = CLICK * (x1 - x0) / self.ax.bbox.width
         for name in ("detections", "objects"):
-            row = self._layers[name].at(x, y, reach, self._in_view(name))
+            row = self._layers[name].at(x, y, self.reach, self._in_view(name))
             if row is not None:
                 self.select(self._layers[name].df.iloc[row], name.removesuffix("s"))
                 return
@@ -1043,8 +1072,8 @@ def explore(
             to be seen of them. With a column `raster`, only rows of this raster are taken; so in
             the others. Annotated rasters bring their own.
         detections: The detections, with a `score`.
-        errors: The rows that `n` and `p` go through, see `atlas.classify_errors`; None: all
-            detections by falling score.
+        errors: The rows that `n` and `p` go through, see `atlas.classify_errors`; None: the
+            detections of the raster shown, by falling score.
         score: From which on detections are shown at first.
         blocks: Ground blocks; those of the test are outlined.
 
@@ -1053,13 +1082,23 @@ def explore(
         `explorer` is the `Explorer`.
 
     Raises:
-        InputError: A table lacks columns.
+        InputError: A table lacks columns, or annotated rasters come with annotations beside them.
     """
     if not isinstance(raster, Sequence):
         rasters, objects = {raster.identifier: raster}, {raster.identifier: annotations}
     else:
+        for name, df in (("detections", detections), ("errors", errors), ("blocks", blocks)):
+            if df is not None and "raster" not in df:
+                raise InputError(
+                    f"{name} of several rasters need a column raster, got {list(df.columns)}"
+                )
         wrong = pd.Series(dtype=str) if errors is None else errors["raster"].astype(str)
         first = sorted(raster, key=lambda image: -(wrong == image.image_identifier).sum())
+        if annotations is not None or not first:
+            raise InputError(
+                f"annotated rasters bring their annotations; got {len(first)} rasters"
+                + (" and a table of annotations; leave it out" if first else "; give one at least")
+            )
         rasters = {image.image_identifier: image.raster for image in first}
         objects = {image.image_identifier: image.df for image in first}
     with_widgets = has_widgets()

@@ -159,6 +159,7 @@ class Review:
         self._clean = {name: _read_clean(name, clean_dir) for name in rasters}
         self._keys = [_key(row) for row in self.items.to_dict("records")]
         self.kind, self.raster = None, None
+        self._chosen = self._of(None, None)
         self._passed: list[int] = []
         self._open = list(range(len(self.items)))  # in the order in which they are asked
         self.deferred, self._unsaved = False, set()
@@ -184,10 +185,14 @@ class Review:
     # -- the queue ------------------------------------------------------------------------------
 
     @property
+    def remaining(self) -> int:
+        """How many items are to decide, chosen or not."""
+        return len(self._open)
+
+    @property
     def pending(self) -> list[int]:
         """Places in `items` of those to decide, of the kind and raster chosen, the next first."""
-        chosen = self._of(self.kind, self.raster)
-        return [i for i in self._open if chosen[i]]
+        return [i for i in self._open if self._chosen[i]]
 
     def choose(self, kind: str | None = None, raster: str | None = None) -> None:
         """Ask about items of one kind or on one raster only; None: of all.
@@ -199,11 +204,15 @@ class Review:
             if name is not None and name not in known:
                 raise InputError(f"{what} must be one of {sorted(known)} or None, got {name!r}")
         self.kind, self.raster = kind, raster
+        self._chosen = self._of(kind, raster)
         self._skip_stale()
 
-    def count(self, kind: str | None = None, raster: str | None = None) -> int:
-        """Count the items to decide of a kind and on a raster; None: of all."""
-        return int(self._of(kind, raster)[self._open].sum())
+    def count(self, by: str) -> pd.Series:
+        """Count the items to decide by "kind" or "raster", within what is chosen of the other."""
+        kind, raster = (None, self.raster) if by == "kind" else (self.kind, None)
+        chosen = self._of(kind, raster)
+        left = [i for i in self._open if chosen[i]]
+        return self.items.loc[left, by].value_counts()
 
     def _of(self, kind: str | None, raster: str | None) -> np.ndarray:
         chosen = np.ones(len(self.items), dtype=bool)
@@ -215,8 +224,8 @@ class Review:
     @property
     def current(self) -> pd.Series | None:
         """The item to decide; None: all of the kind and raster chosen are."""
-        pending = self.pending
-        return self.items.loc[pending[0]] if pending else None
+        item = next((i for i in self._open if self._chosen[i]), None)
+        return None if item is None else self.items.loc[item]
 
     @property
     def labels(self) -> list[str]:
@@ -318,8 +327,8 @@ class Review:
         if last["kind"] != BY_HAND and _key(last) in self._keys:
             item = self._keys.index(_key(last))
             self._open.insert(0, item)
-            if not self._of(self.kind, self.raster)[item]:
-                self.kind, self.raster = None, None
+            if not self._chosen[item]:
+                self.choose()
         self._open[1:1], self._passed = self._passed, []  # their objects may be back
         self._skip_stale()
 
@@ -346,12 +355,15 @@ class Review:
 
     def _skip_stale(self) -> None:
         """Pass over items on objects that an earlier decision has removed or moved."""
-        while self.current is not None and self.current["kind"] not in ADDING:
-            item = self.current
-            if _find(self.tables[item["raster"]], item[TRUE_BOX_COLUMNS]) is not None:
+        kinds, names = self.items["kind"].to_numpy(), self.items["raster"].to_numpy()
+        boxes = self.items[TRUE_BOX_COLUMNS].to_numpy(dtype=float)
+        there = {name: df[BOX_COLUMNS].to_numpy(dtype=float) for name, df in self.tables.items()}
+        for i in self.pending:
+            if kinds[i] in ADDING or _find(there[names[i]], boxes[i]) is not None:
                 return
-            log.info("%s: the object of an item is not there any more", item["raster"])
-            self._passed.append(self._take())
+            log.info("%s: the object of an item is not there any more", names[i])
+            self._open.remove(i)
+            self._passed.append(i)
 
     # -- what is decided ------------------------------------------------------------------------
 
@@ -443,13 +455,15 @@ class Review:
             added = annotations.measure_bboxes(pd.DataFrame([added]))
             self.tables[entry["raster"]] = pd.concat([table, added], ignore_index=True)
             return
-        index = _find(table, row[TRUE_BOX_COLUMNS])
-        if index is None:
+        boxes, box_before = table[BOX_COLUMNS], row[TRUE_BOX_COLUMNS]
+        place = _find(boxes.to_numpy(dtype=float), box_before.to_numpy(dtype=float))
+        if place is None:
             raise InputError(
                 f"{self.folder / 'journal.csv'}: an object at {list(row[TRUE_BOX_COLUMNS])} of "
                 f"{entry['raster']} was decided on, but is not in the annotations, which have "
                 f"changed since; move {self.folder} away, then a new review begins"
             )
+        index = table.index[place]
         if pd.isna(new):
             self.tables[entry["raster"]] = table.drop(index=index).reset_index(drop=True)
             return
@@ -488,14 +502,13 @@ def _key(row: Mapping[str, object]) -> tuple[object, ...]:
     return (row["raster"], str(row["kind"]), str(row["label"]), *box)
 
 
-def _find(table: pd.DataFrame, box: pd.Series) -> int | None:
-    """Return the index of the annotation with a box, which files may have rounded."""
-    if table.empty:
+def _find(boxes: np.ndarray, box: np.ndarray) -> int | None:
+    """Return the place among boxes (N, 4) of one (4,), which files may have rounded."""
+    if not len(boxes):
         return None
-    box = np.broadcast_to(box.to_numpy(dtype=float), (len(table), 4))
-    iou = imutils.pair_iou(table[BOX_COLUMNS].to_numpy(dtype=float), box)
+    iou = imutils.pair_iou(boxes, np.broadcast_to(box, boxes.shape))
     best = int(iou.argmax())
-    return table.index[best] if iou[best] >= SAME_OBJECT else None
+    return best if iou[best] >= SAME_OBJECT else None
 
 
 def _read_clean(name: str, clean_dir: Path | None) -> pd.DataFrame:
@@ -540,8 +553,9 @@ class Desk:
     """A figure that shows the current item of a review, with keys and buttons to decide it.
 
     Keys beside those of the explorer: `y` follows the model, `x` the annotations, `s` skips, `u`
-    takes back, `a` adds an object by two clicks on its centre and its rim (`u` goes a step back,
-    `escape` leaves off), 1 to 9 relabel. What is asked can be answered once it was drawn.
+    takes back, 1 to 9 relabel. `a` adds an object by two clicks on its centre and its rim; until
+    then 1 to 9 choose its label, `u` goes a step back, `escape` leaves off. Nothing is answered
+    before it was drawn, nor while the figure shows something else.
 
     Attributes:
         review: The review.
@@ -562,6 +576,7 @@ class Desk:
         self._found = review.items[:0] if detections is None else detections
         self._center: tuple[float, float] | None = None
         self._adding, self._controls, self._shown, self._counting = False, None, None, False
+        self._away = False  # from what is asked, at an object that was added
         self.explorer = explore.Explorer(review.rasters, review.tables)
         self.explorer.stepping = False  # what comes next is the queue's affair
         self.explorer.on_click, self.explorer.on_key = self._click, self._key
@@ -574,103 +589,108 @@ class Desk:
         (self._mark,) = self.explorer.ax.plot([], [], "+", color="white", markersize=14, zorder=9)
         self.refresh()
 
-    def refresh(self) -> None:
-        """Show the current item, and the annotations as they are now."""
-        item, review, found = self.review.current, self.review, self._found
-        shown = None if item is None else review.pending[0]
-        if shown != self._shown:
-            self._adding, self._center = False, None  # of another place
-            if item is not None:
-                of_model = item["kind"] in (*ADDING, "mislabelled")
-                self.label = str(item["label" if of_model else "true_label"])
-        self._shown = shown
-        if item is not None and item["kind"] != "missed":
-            place = (found[BOX_COLUMNS] == item[BOX_COLUMNS].astype(float)).all(axis=1)
-            if not (place & (found["raster"] == item["raster"])).any():
-                found = pd.concat([*([found] if len(found) else []), item.to_frame().T])
-        here = self.explorer.ground.raster.identifier
-        there = review.raster or here if item is None else item["raster"]
-        self.explorer.show_boxes(review.tables, found, None if there == here else there)
-        done, names = len(review.journal), None
+    def refresh(self, note: str = "") -> None:
+        """Show the current item, and the annotations as they are now.
+
+        Args:
+            note: What to tell beside.
+        """
+        item, review = self.review.current, self.review
+        self._shown, self._away = self._next(), False
+        self._adding, self._center = False, None
+        if item is not None:
+            of_model = item["kind"] in (*ADDING, "mislabelled")
+            self.label = str(item["label" if of_model else "true_label"])
+        self._show_boxes(review.raster if item is None else item["raster"])
         if item is None:
             review.save()
-            left = review.count()
-            self.message = f"All is decided: {done} decisions are in {review.folder}"
-            if left:
-                self.message = f"All of these are decided; {left} others are to go, choose them"
+            self.explorer.select(None)
         else:
-            question, *names = QUESTIONS[item["kind"]]
-            question = question.format(label=item["label"], true_label=item["true_label"])
-            score = "" if pd.isna(item["score"]) else f", score {item['score']:.2f}"
-            self.message = f"{question} y: {names[0]}. x: {names[1]}. ({item['kind']}{score}; "
-            self.message += f"{done} decided, {len(review.pending)} to go)"
             self.explorer.show_row(item, item["kind"])
-        if self._adding:
-            where = "the rim" if self._center else "the centre"
-            self.message = f"Click {where} of the {self.label} to add (u: a step back, a: not now)"
-        self._mark.set_data(*([[v] for v in self._center] if self._center else [[], []]))
-        self._tell(names)
+        self._tell(note)
+
+    def _next(self) -> int | None:
+        return next(iter(self.review.pending), None)
+
+    def _show_boxes(self, raster: str | None) -> None:
+        """Show the boxes of a raster; None: of the one that is shown already."""
+        here = self.explorer.ground.raster.identifier
+        there, found = here if raster is None else raster, self._found
+        found = found[found["raster"].astype(str) == there]
+        if self._shown is not None:  # an unsure one may not be among those to show
+            row = self.review.items.loc[[self._shown]]
+            same = (found[BOX_COLUMNS].to_numpy(float) == row[BOX_COLUMNS].to_numpy(float)).all(1)
+            if row["kind"].item() != "missed" and not same.any():
+                found = pd.concat([found, row]) if len(found) else row
+        self.explorer.show_boxes(self.review.tables, found, None if there == here else there)
 
     def act(self, name: str, *values: object) -> None:
         """Call a method of the review and show what follows; what cannot be is said."""
         try:
             getattr(self.review, name)(*values)
         except InputError as error:
-            if self.review.current is not None and self.review.pending[0] != self._shown:
-                self.refresh()  # others have decided
-            self.message = str(error)
-            self._tell(None)
+            self.refresh(str(error))
         else:
             self.refresh()
-            self._timer.stop()  # the pause begins anew
-            self._timer.start()
+            self._save_later()
+
+    def _save_later(self) -> None:
+        self._timer.stop()  # the pause begins anew
+        self._timer.start()
 
     def answer(self, name: str, *values: object) -> None:
-        """Do as `act`, but only if what is asked has been drawn: nobody answers unseen."""
-        if self.explorer.drawn:
+        """Do as `act`, but only if what is asked is what has been drawn."""
+        if self._adding or not self.explorer.drawn:
+            return
+        if self._away or self._next() != self._shown:  # by a cell of the notebook
+            self.refresh()
+        else:
             self.act(name, *values)
 
     def undo(self) -> None:
         """Go one step back: from the rim to the centre, from an addition, from a decision."""
         if self._adding:
             self._adding, self._center = self._center is not None, None
-            self._tell_of_adding()
+            self._tell()
         else:
             self.act("undo")
 
     def toggle_adding(self) -> None:
         """Begin, or leave off, to add an object."""
         self._adding, self._center = not self._adding, None
-        self._tell_of_adding()
-
-    def _tell_of_adding(self) -> None:
-        view = self.explorer.view  # the object to add may be far from what is asked
-        self.refresh()
-        self.explorer.look_at(
-            (view[0] + view[2]) / 2, (view[1] + view[3]) / 2, view[2] - view[0], view[3] - view[1]
-        )
+        if self._adding or self._away:
+            self._tell()
+        else:
+            self.refresh()
 
     def _click(self, x: float, y: float) -> bool:
         if not self._adding:
             return False
-        raster = self.explorer.ground.raster.identifier
-        if self._center is not None:
-            center, self._center, self._adding = self._center, None, False
-            self.act("add", raster, center, (x, y), self.label)
-            return True
+        raster, note = self.explorer.ground.raster.identifier, ""
         try:
-            self.review.check_center(raster, (x, y))
+            if self._center is None:
+                self.review.check_center(raster, (x, y))
+                self._center = x, y
+            elif np.hypot(x - self._center[0], y - self._center[1]) > self.explorer.reach:
+                self.review.add(raster, self._center, (x, y), self.label)
+                self._adding, self._center, self._away = False, None, True
+                self._show_boxes(raster)
+                self._save_later()
+            else:
+                note = "That is the centre itself."
         except InputError as error:
-            self.message = str(error)
-            self._tell(None)
-        else:
-            self._center = x, y
-            self._tell_of_adding()
+            self._center, note = None, f"{error}."
+        self._tell(note)
         return True
 
     def _key(self, key: str) -> bool:
         if key.isdigit() and 0 < int(key) <= len(self.review.labels):
-            self.answer("relabel", self.review.labels[int(key) - 1])
+            label = self.review.labels[int(key) - 1]
+            if self._adding:
+                self.label = label
+                self._tell()
+            else:
+                self.answer("relabel", label)
         elif key == "a" or (key == "escape" and self._adding):
             self.toggle_adding()
         elif key == "u":
@@ -680,6 +700,37 @@ class Desk:
         else:
             return False
         return True
+
+    def _tell(self, note: str = "") -> None:
+        """Write what is asked, or what to do, and let the buttons follow."""
+        item, review = self.review.current, self.review
+        done, left, names = len(review.journal), len(review.pending), ()
+        if item is None:
+            others = review.remaining - left
+            text = f"All is decided: {done} decisions are in {review.folder}"
+            if others:
+                text = f"All of these are decided; {others} others are to go, choose them"
+        else:
+            question, *names = QUESTIONS[item["kind"]]
+            question = question.format(label=item["label"], true_label=item["true_label"])
+            score = "" if pd.isna(item["score"]) else f", score {item['score']:.2f}"
+            text = f"{question} y: {names[0]}. x: {names[1]}. ({item['kind']}{score}; "
+            text += f"{done} decided, {left} to go)"
+        if self._adding:
+            where = "the rim" if self._center else "the centre"
+            text = f"Click {where} of the {self.label} to add (u: a step back, escape: not now)"
+        elif self._away:
+            text = f"The {self.label} is added. a: one more, u: take it back, y: on with the review"
+        self.message = f"{note} {text}".strip()
+        self.explorer.say(self.message)
+        self._mark.set_data(*([[v] for v in self._center] if self._center else [[], []]))
+        if self._controls is not None:
+            (accept, reject, *_), label, _ = self._controls
+            label.options, label.value = self.review.labels, self.label
+            for button, name, key in zip((accept, reject), names, "yx", strict=False):
+                button.description = f"{name} ({key})"
+            self._count_choices()
+            self._enable()
 
     # -- widgets --------------------------------------------------------------------------------
 
@@ -725,38 +776,29 @@ class Desk:
     def _count_choices(self) -> None:
         """Say how many there are to decide of each kind, and on each raster."""
         review, (*_, choices) = self.review, self._controls
-        for name, known in (("kind", QUESTIONS), ("raster", review.rasters)):
-            if name in choices:
-                chosen = getattr(review, name)
-                counts = {value: review.count(**{name: value}) for value in (None, *known)}
-                options = [  # None would be no choice at all
-                    (f"{value or f'all {name}s'} ({count:,})", value or "")
-                    for value, count in counts.items()
-                    if count or value in (None, chosen) or name == "raster"
-                ]
+        for name, choice in choices.items():
+            chosen, counts = getattr(review, name), review.count(name)
+            known = review.rasters if name == "raster" else QUESTIONS
+            options = [(f"all {name}s ({counts.sum():,})", "")]  # None would be no choice at all
+            options += [
+                (f"{value} ({counts.get(value, 0):,})", value)
+                for value in known if name == "raster" or value in counts or value == chosen
+            ]  # fmt: skip
+            if choice.options != tuple(options):
                 self._counting = True  # new options choose the first of them
-                choices[name].options, choices[name].value = options, chosen or ""
+                choice.options, choice.value = options, chosen or ""
                 self._counting = False
 
-    def _choose(self, change: object) -> None:
-        chosen = {name: choice.value or None for name, choice in self._controls[-1].items()}
+    def _choose(self, _change: object) -> None:
         if not self._counting:
-            self.act("choose", *chosen.values())
-
-    def _tell(self, names: tuple[str, str] | None) -> None:
-        self.explorer.say(self.message)
-        if self._controls is not None:
-            (accept, reject, *_), label, _ = self._controls
-            label.options, label.value = self.review.labels, self.label
-            for button, name, key in zip((accept, reject), names or (), "yx", strict=False):
-                button.description = f"{name} ({key})"
-            self._count_choices()
-            self._enable()
+            choices = self._controls[-1]
+            self.act("choose", *(c.value or None for c in choices.values()))
 
     def _enable(self, _event: object = None) -> None:
         if self._controls is not None:
+            waits = self.review.current is None or self._adding or not self.explorer.drawn
             for button in self._controls[0]:
-                button.disabled = self.review.current is None or not self.explorer.drawn
+                button.disabled = waits
 
 
 ANSWERS = {"y": "accept", "x": "reject", "s": "skip"}

@@ -183,7 +183,10 @@ class Page:
 
     def key(self, key: str) -> None:
         """Press a key, such as "n" or "Escape", where the focus is."""
-        text = {"text": key} if len(key) == 1 else {}
+        text = {}
+        if len(key) == 1:  # JupyterLab goes by the place of the key
+            code = {"code": f"Key{key.upper()}", "windowsVirtualKeyCode": ord(key.upper())}
+            text = {"text": key} | code
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
 
@@ -301,7 +304,7 @@ class Lab:
     def pixels(self, index: int) -> np.ndarray:
         """Return the first figure in a cell, uint8 (height, width, 4); without one, (0, 0, 4)."""
         url = self.page.js(f"{self.find(index, CANVAS)}?.toDataURL()")
-        if url is None:
+        if url in (None, "data:,"):  # without a size, before it is drawn
             return np.empty((0, 0, 4), np.uint8)
         data = base64.b64decode(url.partition(",")[2])
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"))

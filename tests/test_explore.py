@@ -177,12 +177,12 @@ def test_a_view_is_read_at_the_resolution_of_the_screen(tmp_path):
     explorer = implot.explore(raster).explorer
     assert max(explorer._picture.get_array().shape) == explore.PICTURE_SIDE
     width, height = explorer.ax.bbox.width, explorer.ax.bbox.height
-    explorer.look_at(1000, 1000, 900, 800)
+    explorer.look_at(1000, 1000, 900, 700)
     explorer.settle()
     x0, y0, x1, y1 = explorer.view
     assert (x1 - x0) / width == pytest.approx((y1 - y0) / height)  # a px is square
     assert x1 - x0 >= 900
-    assert y1 - y0 >= 800
+    assert y1 - y0 >= 700
     shape = explorer._picture.get_array().shape
     assert shape[2] == 3
     assert abs(shape[1] - width) <= 2
@@ -329,15 +329,16 @@ def test_several_rasters_are_gone_through_one_after_the_other(tmp_path):
         for n, raster in enumerate(rasters, start=1)
     ]
     errors = frame([[x, x, x + 20, x + 20] for x in (100, 200, 300)], kind="missed",
-                   raster=["s", "r", "s"])  # fmt: skip
+                   raster=["s", "r", "s"], score=[np.nan, 0.9, 0.8])  # fmt: skip
     blocks = pd.DataFrame(
         [["r", 0, 0, 600, 900, "test"], ["s", 600, 0, 600, 900, "test"], ["s", 0, 0, 9, 9, ""]],
         columns=["raster", "x", "y", "width", "height", "split"],
     )  # fmt: skip
     explorer = implot.explore(images, None, None, errors, blocks=blocks).explorer
     assert list(explorer.rasters) == ["s", "r"]  # the one with the most errors first
-    ((corner, *_),) = explorer._outlines.get_segments()
+    ((corner, *_),) = explorer._outlines[1].get_segments()
     assert corner.tolist() == [600, 0]
+    assert explorer._counts["errors"].get_text() == "2 of 2 errors"  # without a score, too
     places = []
     for _ in range(4):
         explorer.go(1)
@@ -365,6 +366,66 @@ def test_one_label_leaves_colour_to_objects_and_detections(tmp_path):
     explorer = implot.explore(raster, frame(boxes, ["a", "b"]), frame(boxes, score=0.9)).explorer
     colors = [to_hex(lines.get_colors()[0]) for lines in explorer._lines]
     assert colors[0] == colors[1] == explorer.colors["a"].lower()
+
+
+def test_the_walk_begins_anew_on_another_raster_and_with_another_score(tmp_path):
+    rasters = [make_raster(tmp_path / f"{name}.tif") for name in "rs"]
+    images = [ImageData(raster, raster.identifier, frame([])) for raster in rasters]
+    found = frame([[x, x, x + 20, x + 20] for x in (100, 200, 300)] * 2,
+                  raster=[*"rrrsss"], score=[0.9, 0.8, 0.7] * 2)  # fmt: skip
+    explorer = implot.explore(images, None, found).explorer
+    explorer.go(1)
+    explorer.go(1)
+    explorer.open("s")
+    explorer.go(1)
+    assert (explorer.selected["raster"], explorer.selected["score"]) == ("s", 0.9)
+    explorer.set_score(0.75)
+    explorer.go(-1)
+    assert explorer.selected["score"] == 0.8
+    with pytest.raises(InputError, match="bring their annotations"):
+        implot.explore(images, found)
+    with pytest.raises(InputError, match="got 0 rasters; give one"):
+        implot.explore([])
+    with pytest.raises(InputError, match="detections of several rasters need a column raster"):
+        implot.explore(images, None, found.drop(columns="raster"))
+
+
+def test_colours_do_not_depend_on_what_was_looked_at(tmp_path):
+    rasters = [make_raster(tmp_path / f"{name}.tif") for name in "rs"]
+    boxes = [[10, 10, 40, 40], [110, 110, 140, 140]]
+    tables = [frame(boxes), frame(boxes, ["a", "b"])]
+    images = [ImageData(raster, raster.identifier, df)
+              for raster, df in zip(rasters, tables, strict=True)]  # fmt: skip
+    explorer = implot.explore(images).explorer
+    before = explorer._lines[0].get_colors()[0].tolist()
+    for name in "sr":
+        explorer.open(name)
+        explorer.settle()
+    assert explorer._lines[0].get_colors()[0].tolist() == before
+    texts = [text.get_text() for text in explorer.ax.get_legend().get_texts()]
+    assert texts[2:] == ["a"]
+    # one that comes to a label alone gets another colour, and none changes its own
+    explorer = implot.explore(rasters[0], frame(boxes), frame(boxes, score=0.9)).explorer
+    explorer.show_boxes({"r": frame(boxes, ["a", "new"])}, frame(boxes, score=0.9))
+    explorer.settle()
+    colors = [[to_hex(c).upper() for c in lines.get_colors()] for lines in explorer._lines]
+    assert colors[0][0] == imutils.TRUTH_COLOR
+    assert set(colors[1]) == {imutils.DETECTION_COLOR}
+    assert colors[0][1] not in (imutils.TRUTH_COLOR, imutils.OTHER)
+
+
+def test_very_many_test_blocks_are_outlined_once_few_are_in_view(tmp_path, monkeypatch):
+    raster = make_raster(tmp_path / "r.tif")
+    places = [
+        ["r", x, y, 100, 100, "test"] for x in range(0, 1200, 100) for y in range(0, 900, 100)
+    ]
+    blocks = pd.DataFrame(places, columns=["raster", "x", "y", "width", "height", "split"])
+    monkeypatch.setattr(explore, "MAX_BLOCKS", 50)
+    explorer = implot.explore(raster, blocks=blocks).explorer
+    assert not len(explorer._outlines[1].get_segments())
+    explorer.look_at(150, 150, 20, 20)
+    explorer.settle()
+    assert len(explorer._outlines[1].get_segments()) == 1
 
 
 def test_without_errors_the_surest_detection_comes_first(tmp_path):
