@@ -448,8 +448,14 @@ class TensorBoardModelLogger(_Mirror, TensorBoardLogger, LoggerProtocol):
 
     @override
     @rank_zero_only
-    def close(self, status: str = "success") -> None:
+    def finalize(self, status: str = "success") -> None:
+        """Write down what there is; a fit and a test share one record, which `close` ends."""
         self.experiment.flush()
+
+    @override
+    @rank_zero_only
+    def close(self, status: str = "success") -> None:
+        self.save()
         self.experiment.close()
 
 

@@ -286,10 +286,6 @@ def _methods(value: object, source: Source) -> _Noted:
     return _Noted("BALANCE_SEARCH, which thresholds optimal_parameters_search looks for")
 
 
-def _manifest(value: object, source: Source) -> str:
-    return source.find(value)
-
-
 def _validation(value: object, source: Source) -> dict[str, Any] | _Noted:
     percent = _percent(value, source)
     if "validation" in source.marked:
@@ -462,7 +458,7 @@ KEYS: dict[str, tuple[str, Convert]] = {
     ),
     "data_analysis.optimal_parameters_search": ("BALANCE_SEARCH", _search),
     "data_analysis.sampling_method": ("BALANCE_SEARCH", _methods),
-    "sample.prep_csv_file": ("MANIFEST", _manifest),
+    "sample.prep_csv_file": ("MANIFEST", _file),
     "sample.val_percent": ("VALIDATION_PROPORTION", _validation),
     "sample.use_stratification": ("USE_STRATIFICATION", _stratification),
     "sample.overlap": ("TILE_OVERLAP", _overlap),
@@ -677,6 +673,8 @@ def _flatten(sections: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
                 if value is None:  # a section that is blank
                     flat.update({k: None for k in known if k.startswith(f"{key}.")})
                 visit(f"{key}.", value or {})
+            elif key in groups:
+                problems.append(f"{key} must hold keys, got {value!r}")
             else:
                 problems.append(f"unknown key {key}; {_hint(key, [*known, *groups])}")
 

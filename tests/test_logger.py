@@ -344,6 +344,8 @@ def test_tensorboard_has_the_metrics_and_the_files_stay(tmp_path, train):
     train(logger)
     logger.log({"training_time": 1.5, "error_message": "all is well"})
     logger.close()
+    names = sorted(path.name for path in (tmp_path / "tensorboard").iterdir())
+    assert [name.partition(".")[0] for name in names] == ["events", "hparams"]
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     losses = pd.read_csv(tmp_path / "metrics.csv").dropna(subset="train_loss")

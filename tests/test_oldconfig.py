@@ -212,6 +212,7 @@ def test_the_table_says_of_every_key_what_it_became(folder):
         ({"global.batch_size": 4}, "key global.batch_size; did you mean training.batch_size"),
         ({"training.augmentation.rotate": 4}, "did you mean training.augmentation.rotate_"),
         ({"trainning": {"batch_size": 4}}, "unknown key trainning; did you mean training"),
+        ({"training.augmentation": 5}, "training.augmentation must hold keys, got 5"),
         ({"global.task": "classification"}, "global.task must be segmentation"),
         ({"global.model_name": "unett"}, "there is no 'unett'; did you mean unet"),
         ({"global.aux_vector_file": "r.gpkg"}, "global.aux_vector_file = 'r.gpkg' is not used"),
