@@ -193,7 +193,7 @@ class LargeRasterORModel(TileModel):
     def _common_step(self, batch: Batch, stage: str) -> tuple[Tensor, Tensor]:
         """Return the loss, and `LOSSES` with the number of tiles, float64, on the CPU."""
         images, targets = batch
-        measures = self._measures(stage)
+        measures = self._collects(stage)
         fused = measures and self.conf.views != "none" and self.trainer.state.fn != "fit"
         losses, detections = self.network(images, targets, detect=measures and not fused)
         loss = torch.stack(list(losses.values())).sum()

@@ -330,7 +330,7 @@ class LargeRasterSegModel(TileModel):
         loss = self.loss(logits, mask)
         if stage == "train" and self.conf.train.hard_negatives:
             self._difficulty = _loss_by_tile(logits.detach(), mask)
-        if self._measures(stage):
+        if self._collects(stage):
             seen = logits
             if self.conf.views != "none" and self.trainer.state.fn != "fit":
                 seen = segment_views(self, images, VIEWS[self.conf.views])

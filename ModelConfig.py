@@ -25,18 +25,21 @@ from pydantic.dataclasses import dataclass
 
 from ImageData import InputError
 from manifest import read_manifest
+from oldconfig import OldConfig, merge, read_config
 
 Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large"]
 Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 Geometry = Literal["box", "circle"]
 Task = Literal["detection", "segmentation"]
-Optimizer = Literal[  # torch's
-    "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "asgd", "nadam", "radam",
-    "rmsprop", "sgd",
+Optimizer = Literal[  # torch's, and adabound
+    "adabound", "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "asgd", "nadam",
+    "radam", "rmsprop", "sgd",
 ]  # fmt: skip
 Views = Literal["none", "flips", "turns", "all"]
 Search = Literal["grid", "random", "tpe"]
 CatalogueFormat = Literal["gpkg", "geojson", "parquet", "csv", "json", "txt"]
+Record = Literal["default", "wandb", "mlflow", "tensorboard"]
+Dataset = Literal["train", "validation", "test"]
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -73,8 +76,11 @@ MAY_CHANGE = {
     "FORCE_CREATION", "ACCELERATOR", "DEVICES", "NUM_NODES", "WORKERS", "RUNS_DIR", "DF_DIR",
     "IMG_DIR", "TILING_DIRECTORY", "IMAGE_OUTPUT_DIRECTORY", "MATERIALIZE_TILES", "WANDB_ACTIVE",
     "WANDB_PROJECT", "PLOT_IMAGE", "INTERACTIVE", "PREDICT_FILENAMES", "CATALOGUE_FORMATS",
-    "CATALOGUE_GEOMETRY", "DENSITY_CELL", "SCHEDULER",
+    "CATALOGUE_GEOMETRY", "DENSITY_CELL", "SCHEDULER", "LOGGER", "LOGGER_OPTIONS", "CONFIG_YAML",
+    "BALANCE_SEARCH", "VISUALIZATION", "PREDICT_FROM", "PREDICT_OPTIONS",
 }  # fmt: skip
+# fields of the model's configuration that say where it is trained, not what comes of it
+PLACE = ("workers", "accelerator", "devices", "num_nodes", "max_used_ram", "max_used_perc")
 PARAMETER_OF = {  # field of the model's configuration -> parameter of a run
     "batch_size": "BATCH_SIZES", "train.epochs": "N_EPOCHS", "train.lr": "LEARNING_RATES",
     "train.optimizer": "OPTIMIZER", "train.min_visible": "MIN_VISIBLE", "workers": "WORKERS",
@@ -127,7 +133,7 @@ class AugmentConfig:
 class TrainConfig:
     """How the weights are learned."""
 
-    epochs: Positive = 3
+    epochs: Annotated[int, Field(ge=0)] = 3  # 0: none, the weights of init_from are measured
     lr: PositiveFloat = 1e-3  # peak learning rate, reached after the warm-up
     optimizer: Optimizer = "adamw"
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
@@ -141,6 +147,7 @@ class TrainConfig:
     patience: Positive | None = None  # measurements without a better one after which it ends
     averaging: Literal["none", "ema", "swa"] = "ema"  # of the weights that are measured and kept
     averaging_share: Proportion = 0.03  # of all steps, over which ema reaches
+    max_tiles: Positive | None = None  # at most so many, beside their turned twins; None: all
     random_windows: bool = True  # each visit of a tile moves and zooms it within its block
     min_visible: SampleShare = 0.25  # of an object's area, for a random window to show it
     repeat_threshold: Share = 0.1  # labels in a smaller share of the tiles come more often; 0: none
@@ -161,6 +168,7 @@ class EvaluationConfig:
 
     iou_threshold: SampleShare = 0.5  # a detection finds an object from this IoU on
     score_threshold: Share = 0.05  # detections below it are never kept
+    max_tiles: Positive | None = None  # at most so many are measured; None: all
 
 
 @dataclass(config=_STRICT)
@@ -168,6 +176,8 @@ class ValidationConfig(EvaluationConfig):
     """The same, and how often it happens while training."""
 
     pr_compute_interval: Positive = 1  # epochs between two measurements of AP, precision and recall
+    # while training, one in so many batches is measured, the first at least
+    batch_metrics: Positive = 1
 
 
 @dataclass(config=_STRICT)
@@ -203,6 +213,10 @@ class ModelConfig:
     accelerator: str = "auto"  # Lightning's: auto, cpu, gpu, mps, ...
     devices: Devices = 1  # of this machine: how many, or which; "auto": all GPUs
     num_nodes: Positive = 1  # machines that train together, by torchrun
+    # of GPUs that may be taken, what others use at most; then `devices` is how many are taken of
+    # those, or fewer where there are fewer, and one processor where the machine has no GPU
+    max_used_ram: NotNegative | None = None  # MB
+    max_used_perc: Percent | None = None  # of the time
     precision: Precision = "auto"  # auto: bf16-mixed where hardware has it and is faster by it
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     backbone: Backbone = "resnet18"
@@ -277,6 +291,53 @@ class ModelConfig:
         return TypeAdapter(cls).validate_python(dict(values))
 
 
+@dataclass(config=_STRICT)
+class VisualizationConfig:
+    """Which tiles are drawn while a model of pixels' classes is trained, and when."""
+
+    batch_range: list[int] = field(default_factory=list)  # first, last (excluded), step; []: none
+    at_checkpoint: bool = True  # whenever a better model was kept
+    at_ckpt_min_ep_diff: Annotated[int, Field(ge=0)] = 0  # epochs between two such drawings
+    at_ckpt_dataset: Dataset = "validation"
+    at_init: bool = True  # before the first epoch
+    at_init_dataset: Dataset = "validation"
+    at_evaluation: bool = True  # validation tiles in every epoch, test tiles at the end
+    at_train: bool = True  # training tiles, as they are learnt
+    grid: bool = True  # one picture per tile; False: a file for each of its parts
+    heatmaps: bool = True  # the probability of every class, too
+    colormap: str | None = None  # CSV of value, name and colour of the classes
+
+    def __post_init__(self) -> None:
+        """Refuse a range that is none."""
+        numbers = self.batch_range
+        if numbers and (len(numbers) != 3 or numbers[0] < 0 or numbers[2] < 1):
+            raise ValueError(
+                "batch_range must be [first, last, step] with a step of at least 1, or [], got "
+                f"{numbers}"
+            )
+        if self.colormap and not Path(self.colormap).is_file():
+            raise ValueError(f"there is no colormap {self.colormap}")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> VisualizationConfig:
+        """Read what VISUALIZATION holds.
+
+        Raises:
+            InputError: An option is unknown, or its value out of range.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(name.removeprefix("vis_"), known, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+                raise InputError(f"VISUALIZATION names {name!r}, which is no option; {hint}")
+        try:
+            return TypeAdapter(cls).validate_python(dict(options))
+        except ValidationError as error:
+            lines = [f"{'.'.join(map(str, e['loc']))}: {_wrong(e)}" for e in error.errors()]
+            raise InputError("VISUALIZATION: " + "\n".join(lines)) from None
+
+
 def _dotted(values: Mapping[str, Any], before: str = "") -> list[str]:
     names = []
     for name, value in values.items():
@@ -285,9 +346,9 @@ def _dotted(values: Mapping[str, Any], before: str = "") -> list[str]:
     return names
 
 
-def _listed(manifest: object) -> dict[str, Any]:
+def _listed(manifest: object, bucket: str | None) -> dict[str, Any]:
     """Return the parameters that a manifest stands for."""
-    rows = read_manifest(Path(str(manifest)))
+    rows = read_manifest(Path(str(manifest)), bucket)
     images = rows["image"].map(_absolute)
     return {
         "IMAGE_FILENAMES": images.tolist(),
@@ -308,6 +369,13 @@ def count_trials(space: Mapping[str, Sequence[int | float]], search: Search, n_t
     if search == "grid":
         return combinations
     return n_trials if len(space["learning_rate"]) > 1 else min(n_trials, combinations)
+
+
+def missing_logger(name: str) -> str:
+    """Say how to have a logger whose package is not installed, or how to do without."""
+    package = {"mlflow": "mlflow-skinny"}.get(name, name)
+    without = "WANDB_ACTIVE = False" if name == "wandb" else "LOGGER = 'default'"
+    return f"{name} is not installed: pip install {package}, or set {without}"
 
 
 def check_storage(url: str) -> None:
@@ -331,7 +399,9 @@ class RunParameters:
     """
 
     TASK: Task
+    CONFIG_YAML: FileName | None
     MANIFEST: FileName | None
+    BUCKET: FileName | None
     DF_FILENAMES: list[FileName]
     IMAGE_FILENAMES: list[FileName]
     DF_DIR: Path
@@ -358,7 +428,7 @@ class RunParameters:
     CLIP_TO_RASTER: bool
     DROP_DUPLICATES: bool
     LABEL_PERCENTILE: Annotated[float, Field(gt=0, le=100)]
-    CLASSES: list[FileName] | dict[str, FileName | int] | None
+    CLASSES: Positive | list[FileName] | dict[str, FileName | int] | None
     MASK_REFERENCE: bool
     ROTATION_ANGLES: list[Literal[90, 180, 270]]
     IMAGE_OUTPUT_DIRECTORY: Path | None
@@ -366,6 +436,7 @@ class RunParameters:
     BLOCK_SIZE: Positive | None
     TEST_PROPORTION: Proportion
     VALIDATION_PROPORTION: Proportion
+    USE_STRATIFICATION: Percent | None
     TEST_FILENAMES: list[FileName] | None
     VALIDATION_FILENAMES: list[FileName] | None
     PATCH_SIZES: Annotated[list[Annotated[int, Field(ge=32)]], Field(min_length=1)]
@@ -377,10 +448,11 @@ class RunParameters:
     CENSORED_PIXELS_LIMIT: Annotated[int, Field(ge=0)]
     MIN_ANNOTATED: Percent
     CLASS_PROPORTION: dict[FileName, Percent]
+    BALANCE_SEARCH: list[Literal["min_annotated", "class_proportion"]]
     MATERIALIZE_TILES: bool
     FORCE_CREATION: bool
     BATCH_SIZES: Annotated[list[Positive], Field(min_length=1)]
-    N_EPOCHS: Annotated[list[Positive], Field(min_length=1)]
+    N_EPOCHS: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     SAMPLE_SIZES: Annotated[list[SampleShare], Field(min_length=1)]
     LEARNING_RATES: Annotated[list[PositiveFloat], Field(min_length=1)]
     SEARCH: Search
@@ -400,7 +472,10 @@ class RunParameters:
     PR_COMPUTE_INTERVAL: Positive
     IOU_THRESHOLD: SampleShare
     SCORE_THRESHOLD: Share
+    VISUALIZATION: dict[str, Any]
     PREDICT_FILENAMES: list[FileName]
+    PREDICT_FROM: FileName | None
+    PREDICT_OPTIONS: dict[str, Any]
     CATALOGUE_FORMATS: Annotated[list[CatalogueFormat], Field(min_length=1)]
     CATALOGUE_GEOMETRY: Geometry
     DENSITY_CELL: Positive | None
@@ -413,6 +488,8 @@ class RunParameters:
     SEED: Annotated[int, Field(ge=0, lt=2**32)]
     RUN_NAME: Annotated[str, Field(pattern=r"^[\w][\w.+-]*$")]
     RUNS_DIR: Path
+    LOGGER: Record
+    LOGGER_OPTIONS: dict[str, Any]
     WANDB_ACTIVE: bool
     WANDB_PROJECT: str
     PLOT_IMAGE: bool
@@ -464,9 +541,35 @@ class RunParameters:
                     f"{parameter} must differ in their stems, which name the rasters; "
                     f"{doubled} occur more than once"
                 )
-        if self.WANDB_ACTIVE and importlib.util.find_spec("wandb") is None:
+        if self.WANDB_ACTIVE and self.LOGGER not in ("default", "wandb"):
             raise InputError(
-                "wandb is not installed: pip install wandb, or set WANDB_ACTIVE = False"
+                f"WANDB_ACTIVE = True stands for LOGGER = 'wandb', but LOGGER = {self.LOGGER!r}; a "
+                "training has one record beside its files, choose"
+            )
+        if self.logger != "default" and importlib.util.find_spec(self.logger) is None:
+            raise InputError(missing_logger(self.logger))
+        if 0 in self.N_EPOCHS and self.INIT_FROM is None:
+            raise InputError(
+                "N_EPOCHS = 0 measures the weights that a model starts from, and INIT_FROM is "
+                "None; name a checkpoint there, or train"
+            )
+        if self.TASK == "detection":
+            for name in ("VISUALIZATION", "USE_STRATIFICATION", "BALANCE_SEARCH"):
+                if getattr(self, name):
+                    raise InputError(
+                        f"{name} is of segmentation; leave it as it was, or set TASK = "
+                        "'segmentation'"
+                    )
+        VisualizationConfig.of(self.VISUALIZATION)
+        if self.PREDICT_FROM and not Path(self.PREDICT_FROM).is_file():
+            raise InputError(
+                f"PREDICT_FROM must name a checkpoint, there is no {self.PREDICT_FROM}; None takes "
+                "this run's best"
+            )
+        if self.USE_STRATIFICATION is not None and self.VALIDATION_FILENAMES:
+            raise InputError(
+                "USE_STRATIFICATION chooses blocks of ground to validate on, and "
+                f"VALIDATION_FILENAMES = {self.VALIDATION_FILENAMES} rasters; leave one of both"
             )
         if self.STORAGE is not None:
             check_storage(self.STORAGE)
@@ -517,8 +620,10 @@ class RunParameters:
             hint = f"did you mean {close[0]}?" if close else "own variables go in lower case"
             problems.append(f"unknown parameter {name}; {hint}")
         problems += [f"parameter {name} is missing" for name in sorted(known - set(given))]
+        if given.get("CONFIG_YAML") and not problems:
+            given = merge(given, read_config(given["CONFIG_YAML"]))
         if given.get("MANIFEST"):
-            given |= _listed(given["MANIFEST"])
+            given |= _listed(given["MANIFEST"], given.get("BUCKET"))
         problems += [
             f"{name} holds the text 'None'; in YAML, nothing is written null"
             for name, value in given.items()
@@ -601,6 +706,26 @@ class RunParameters:
                 f"the results in {self.run_dir} were made with {', '.join(changed)}; set another "
                 "RUN_NAME, or FORCE_CREATION = True to start over"
             )
+
+    @property
+    def logger(self) -> str:
+        """Where trainings are recorded beside their files; "default": nowhere."""
+        return "wandb" if self.WANDB_ACTIVE else self.LOGGER
+
+    def logger_options(self) -> dict[str, Any]:
+        """Return the arguments of `gridsearch.run_search` that say where trainings are recorded."""
+        project = {"project": self.WANDB_PROJECT} if self.logger == "wandb" else {}
+        return {"logger": self.logger, "logger_options": project | self.LOGGER_OPTIONS}
+
+    @property
+    def config(self) -> OldConfig:
+        """What the YAML of CONFIG_YAML says, in our words."""
+        return read_config(self.CONFIG_YAML)
+
+    @property
+    def predict_checkpoint(self) -> Path:
+        """Checkpoint of the model that predicts other rasters."""
+        return Path(self.PREDICT_FROM) if self.PREDICT_FROM else self.run_dir / "best.ckpt"
 
     @property
     def run_dir(self) -> Path:
@@ -732,16 +857,25 @@ class RunParameters:
             "seed": self.SEED,
         }
 
+    def stratification_options(self) -> dict[str, Any]:
+        """Return the arguments of `splits.stratify_validation` that are parameters."""
+        return {
+            "validation_percent": 100 * self.VALIDATION_PROPORTION,
+            "tolerance": self.USE_STRATIFICATION,
+            "seed": self.SEED,
+        }
+
     def tiling_options(self, classes: Sequence[str] = ()) -> dict[str, Any]:
         """Return the fields of `tiling.TilingOptions` that are parameters.
 
         Args:
-            classes: Of a segmentation, names by class id.
+            classes: Of a segmentation, names by class id; CLASS_PROPORTION may name either.
 
         Raises:
             InputError: CLASS_PROPORTION names a class that is none.
         """
-        if strangers := sorted(set(self.CLASS_PROPORTION) - set(classes)):
+        known = {str(i): i for i in range(len(classes))} | {n: i for i, n in enumerate(classes)}
+        if strangers := sorted(set(self.CLASS_PROPORTION) - set(known)):
             raise InputError(
                 f"CLASS_PROPORTION names {strangers}, which are no classes; there are "
                 f"{list(classes) or 'none, as TASK is detection'}"
@@ -757,7 +891,7 @@ class RunParameters:
             "seed": self.SEED,
             "min_annotated": self.MIN_ANNOTATED,
             "class_proportion": {
-                list(classes).index(name): least for name, least in self.CLASS_PROPORTION.items()
+                known[name]: least for name, least in self.CLASS_PROPORTION.items()
             },
         }
 
@@ -768,12 +902,13 @@ class RunParameters:
     def prediction_options(self) -> dict[str, Any]:
         """Return the arguments of `predict.prepare` that are parameters."""
         shapes = {"geometry": self.CATALOGUE_GEOMETRY, "density_cell": self.DENSITY_CELL}
-        return (shapes if self.TASK == "detection" else {}) | {
+        options = {
             "device": "cuda" if self.ACCELERATOR == "gpu" else self.ACCELERATOR,
             "scheduler": self.SCHEDULER,
             "precision": self.PRECISION,
             "resolution_tolerance": self.RESOLUTION_TOLERANCE,
         }
+        return (shapes if self.TASK == "detection" else {}) | options | self.PREDICT_OPTIONS
 
     def model_config(self) -> ModelConfig:
         """Return what all trials share; each trial then sets its own hyperparameters."""

@@ -27,6 +27,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -956,8 +957,10 @@ class TileDataModule(pl.LightningDataModule):
         """Select the tiles; nothing is read yet."""
         super().__init__()
         self.conf, masks = conf, labels is not None
-        train, validation, test = splits.split_dataset_train_test(tiles, sample_size, conf.seed)
-        _, full_validation, _ = splits.split_dataset_train_test(tiles, 1.0, conf.seed)
+        limits = (conf.train.max_tiles, conf.validation.max_tiles, conf.test.max_tiles)
+        select = partial(splits.split_dataset_train_test, tiles, seed=conf.seed, limits=limits)
+        train, validation, test = select(sample_size)
+        _, full_validation, _ = select(1.0)
         target_size = conf.segmentation.target_size if masks else None
         if target_size and target_size > train["width"].min():
             raise InputError(

@@ -30,7 +30,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,11 @@ import tiling
 from ImageData import ImageData, InputError, Window
 from LargeRasterOR import LargeRasterORModel
 from learning import TileModel, __version__
-from logger import configure_logger, make_model_logger
-from ModelConfig import HYPERPARAMETERS, ModelConfig, Search
+from logger import check_logger, configure_logger, make_model_logger
+from ModelConfig import HYPERPARAMETERS, PLACE, ModelConfig, Record, Search, VisualizationConfig
 from study import Claim, LostTrialError, Queue
 from trials import LAST_CHECKPOINT, SearchData, task_of, train_iteration
+from visualization import TileGallery
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +77,9 @@ class Plan:
         n_trials: How many, where it is not all of a grid.
         pruning: Whether hopeless trials are stopped.
         storage: The database of the queue, without its password; None: a file in the run's folder.
-        wandb_active: Whether records go to Weights & Biases as well.
-        wandb_project: Its project there.
+        logger: Where records go beside their files, see `logger.make_model_logger`.
+        logger_options: What it is told.
+        visualization: Which tiles are drawn while training, see `ModelConfig.VisualizationConfig`.
     """
 
     name: str
@@ -87,8 +89,9 @@ class Plan:
     n_trials: int
     pruning: bool
     storage: str | None
-    wandb_active: bool
-    wandb_project: str
+    logger: Record = "default"
+    logger_options: dict[str, Any] = field(default_factory=dict)
+    visualization: dict[str, Any] = field(default_factory=dict)
 
 
 def run_search(
@@ -104,8 +107,9 @@ def run_search(
     force: bool = False,
     retry_failed: bool = False,
     parameters: Mapping[str, Any] | None = None,
-    wandb_active: bool = False,
-    wandb_project: str = "LargeRasterOR",
+    logger: Record = "default",
+    logger_options: Mapping[str, Any] | None = None,
+    visualization: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> pd.DataFrame:
     """Train and test every combination that is not done yet, then rank all of them.
@@ -126,8 +130,9 @@ def run_search(
         force: Forget earlier trials of this run.
         retry_failed: Train once more what failed earlier; a changed grid does so in any case.
         parameters: Recorded as `parameters.json` once the search is known to go ahead.
-        wandb_active: Send the records to Weights & Biases as well.
-        wandb_project: Its project there.
+        logger: Where the records go beside their files, see `logger.make_model_logger`.
+        logger_options: What it is told.
+        visualization: Which tiles are drawn while training, see `ModelConfig.VisualizationConfig`.
         progress: Show bars.
 
     Returns:
@@ -136,6 +141,7 @@ def run_search(
     Raises:
         InputError: The run holds trials made from other input, or every trial failed.
     """
+    check_logger(logger, logger_options or {})
     run_dir, conf = Path(run_dir), copy.copy(conf)
     for name in ("init_from", "weights"):  # workers may be started elsewhere
         value = getattr(conf, name)
@@ -162,9 +168,11 @@ def run_search(
             made_from=fileio.fingerprint(marks),
             space={name: list(values) for name, values in search_space.items()},
             search=search, n_trials=n_trials, pruning=pruning, storage=study.public_url(storage),
-            wandb_active=wandb_active, wandb_project=wandb_project,
+            logger=logger, logger_options=dict(logger_options or {}),
+            visualization=dict(visualization or {}),
         )  # fmt: skip
         _write_search(run_dir, plan, data, conf)
+    conf.devices = _free_devices(conf)
     ranks.processes(conf.accelerator, conf.devices, conf.num_nodes)  # several machines join in
     queue = _open_queue(plan, conf.seed, run_dir, storage, retry_failed=retry_failed)
     _work(queue, plan, data, conf, run_dir, marks, wait=True, progress=progress)
@@ -205,6 +213,7 @@ def join_search(
         plan, data, conf = _read_search(run_dir)
         marks = _check_same_input(data, conf, run_dir, joining=True)
     conf.accelerator, conf.devices = accelerator or conf.accelerator, devices or conf.devices
+    conf.devices = _free_devices(conf)
     _check_fitness(data, conf)
     queue = _open_queue(
         plan, conf.seed, run_dir, storage or plan.storage, retry_failed=retry_failed
@@ -349,8 +358,8 @@ def _train_trial(
     if (trial_dir / "result.json").exists():  # its worker died before it could say so
         return _read_json(trial_dir / "result.json")
     logger = make_model_logger(
-        trial_dir, wandb_active=plan.wandb_active, project=plan.wandb_project,
-        name=f"{run_dir.name}_{key}", hyperparams=hyperparams,
+        trial_dir, plan.logger, plan.logger_options, name=f"{run_dir.name}_{key}",
+        hyperparams=hyperparams,
     )  # fmt: skip
     status, start = "failed", time.monotonic()
     record = {"hyperparams": hyperparams, "made_from": mark, "values": {},
@@ -360,9 +369,10 @@ def _train_trial(
     name = "result.json"
     try:
         judge = _Judge(claim, pruning=plan.pruning)
+        watchers = [judge, *_gallery(plan, trial_dir)]
         with fileio.writing(trial_dir):
             record["values"] = train_iteration(
-                hyperparams, data, conf, trial_dir, logger, [judge], progress=progress
+                hyperparams, data, conf, trial_dir, logger, watchers, progress=progress
             )
         status = "success"
     except optuna.TrialPruned:
@@ -386,6 +396,12 @@ def _train_trial(
             (trial_dir / LAST_CHECKPOINT).unlink(missing_ok=True)
         logger.close(status)
     return record
+
+
+def _gallery(plan: Plan, trial_dir: Path) -> list[pl.Callback]:
+    """Return what draws tiles while training, if it is to."""
+    conf = VisualizationConfig.of(plan.visualization)
+    return [TileGallery(conf, trial_dir / "visualization")] if conf.batch_range else []
 
 
 class _Judge(pl.Callback):
@@ -641,7 +657,7 @@ def _check_same_input(
     configuration = conf.to_dict()
     configuration["validation"].pop("pr_compute_interval")
     # what a trial sets itself, and what only says where it runs, may differ
-    for name in ("batch_size", "workers", "accelerator", "devices", "num_nodes"):
+    for name in ("batch_size", *PLACE):
         configuration.pop(name)
     for name in ("epochs", "lr"):
         configuration["train"].pop(name)
@@ -672,6 +688,10 @@ def _check_same_input(
         )
     fileio.write_json(record, now | {"tiles": before["tiles"] | tiles})
     return {size: fileio.fingerprint([common, tiles[str(size)]]) for size in data.tilings}
+
+
+def _free_devices(conf: ModelConfig) -> int | str | list[int]:
+    return ranks.free_devices(conf.accelerator, conf.devices, conf.max_used_ram, conf.max_used_perc)
 
 
 def _check_fitness(data: SearchData, conf: ModelConfig) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -69,6 +70,7 @@ LEAST_CUTOUT = 32  # px
 CAPTION = 28  # letters of a caption's line
 MOST_TICKS = 6  # values of a hyperparameter, above which they are taken for a range
 NO_CLASS = 255  # of class maps
+HEAT = "inferno"  # colours of probabilities
 OVERLAY = 0.5  # of a class map over its raster
 PANORAMA = 3  # times as wide as high, from which on pictures lie below each other
 PLACE = 24  # letters of a raster's name below a picture
@@ -1347,6 +1349,87 @@ def plot_class_errors(
         for i in shown.tolist() if i < len(labels)
     ]  # fmt: skip
     _legend_below(figure, handles)
+    return figure
+
+
+class TilePictures(NamedTuple):
+    """A tile as pictures, uint8 (H, W, 3), see `draw_tile`.
+
+    Attributes:
+        input: What the network sees.
+        label: Its true classes; white where nothing is known.
+        prediction: The class that the network finds most probable.
+        heatmaps: By class id, the probability of the class, dark for 0 to bright for 1.
+    """
+
+    input: np.ndarray
+    label: np.ndarray
+    prediction: np.ndarray
+    heatmaps: tuple[np.ndarray, ...]
+
+
+def draw_tile(
+    image: np.ndarray, truth: np.ndarray, probabilities: np.ndarray, colors: Sequence[str]
+) -> TilePictures:
+    """Turn a tile and what a network says of it into pictures, each of a pixel per pixel.
+
+    Args:
+        image: (bands, H, W), stretched; the first three bands are red, green and blue.
+        truth: Class ids (H, W), 255 where nothing is known.
+        probabilities: Of the classes, (C, H, W).
+        colors: Of the classes, #RRGGBB.
+    """
+    bands = image[:3] if len(image) >= 3 else image[:1]
+    seen = imutils.preview_stretch(bands, np.ones(image.shape[1:], bool))
+    seen = seen if seen.ndim == 3 else np.repeat(seen[..., None], 3, axis=2)
+    paint = _paint_table(dict(enumerate(colors)))[:, :3]
+    paint[NO_CLASS] = 255
+    heat = (plt.get_cmap(HEAT)(probabilities)[..., :3] * 255).round().astype(np.uint8)
+    found = probabilities.argmax(axis=0)
+    return TilePictures(seen.astype(np.uint8), paint[truth], paint[found], tuple(heat))
+
+
+def plot_tile_prediction(
+    pictures: TilePictures,
+    labels: Sequence[str],
+    colors: Sequence[str],
+    *,
+    heatmaps: bool = True,
+    title: str = "",
+) -> Figure:
+    """Draw a tile, its true and its predicted classes, and how probable each class is.
+
+    Args:
+        pictures: See `draw_tile`.
+        labels: Names of the classes, by class id.
+        colors: Their colours, #RRGGBB.
+        heatmaps: Whether to draw the probabilities.
+        title: Of all.
+    """
+    panels = [("input", pictures.input), ("label", pictures.label),
+              ("prediction", pictures.prediction)]  # fmt: skip
+    if heatmaps:
+        panels += [(_cut(name), heat) for name, heat in zip(labels, pictures.heatmaps, strict=True)]
+    columns = min(len(panels), 3 if len(panels) <= 9 else 5)
+    figure, axes = _grid(len(panels), columns, WIDTH / columns, 0.25)
+    # for what lies below: a scale of the probabilities, and the legend
+    figure.set_figheight(figure.get_figheight() + (1.0 if heatmaps else 0.5))
+    for ax, (name, picture) in zip(axes, panels, strict=True):
+        ax.imshow(picture, interpolation="nearest")
+        ax.set_title(name, fontsize="medium")
+        ax.set(xticks=[], yticks=[])
+    if heatmaps:
+        scale = ScalarMappable(Normalize(0, 1), HEAT)
+        figure.colorbar(
+            scale, ax=axes, location="bottom", label="probability of a class", shrink=0.5,
+            aspect=40, pad=0.02,
+        )  # fmt: skip
+    patches = [Patch(facecolor=color, edgecolor="0.3", linewidth=0.5, label=_cut(name))
+               for name, color in zip(labels, colors, strict=True)]  # fmt: skip
+    if (pictures.label == 255).all(axis=2).any():
+        patches.append(Patch(facecolor="white", edgecolor="0.3", linewidth=0.5, label="unknown"))
+    _legend_below(figure, patches)
+    figure.suptitle(_cut(title, 2 * CAPTION), fontsize="medium")
     return figure
 
 

@@ -29,6 +29,7 @@ from datasets import Batch
 from ImageData import InputError
 from ModelConfig import ModelConfig, TrainConfig
 from networks import DataContract, read_checkpoint
+from optimizers import OPTIMIZERS
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +50,6 @@ VIEWS = {  # of tiles -> quarter turns, mirrored
     "all": tuple((turns, mirrored) for mirrored in (False, True) for turns in range(4)),
 }
 STAGES = {"train": "train_", "validation": "val_", "test": "test_"}  # -> prefix of logged names
-OPTIMIZERS = {  # name -> class of torch
-    "adadelta": torch.optim.Adadelta, "adafactor": torch.optim.Adafactor,
-    "adagrad": torch.optim.Adagrad, "adam": torch.optim.Adam, "adamax": torch.optim.Adamax,
-    "adamw": torch.optim.AdamW, "asgd": torch.optim.ASGD, "nadam": torch.optim.NAdam,
-    "radam": torch.optim.RAdam, "rmsprop": torch.optim.RMSprop, "sgd": torch.optim.SGD,
-}  # fmt: skip
 FUSED = ("adam", "adamw", "sgd")  # have one kernel for all weights on every device
 WITH_MOMENTUM = ("rmsprop", "sgd")
 
@@ -161,6 +156,7 @@ class TileModel(pl.LightningModule):
         sums = len(self.LOSSES) + 2
         self.sums = {stage: torch.zeros(sums, dtype=torch.float64) for stage in STAGES}
         self.seconds = 0.0
+        self.batch_idx = 0  # of the batch that is being measured
 
     # -- what a task adds ----------------------------------------------------------------------
 
@@ -260,6 +256,12 @@ class TileModel(pl.LightningModule):
             return outermost or epoch % self.conf.validation.pr_compute_interval == 0
         return stage != "train"
 
+    def _collects(self, stage: str) -> bool:
+        """Tell whether a batch is measured; while training, some may be left out."""
+        every = self.conf.validation.batch_metrics
+        training = stage == "validation" and self.trainer.state.fn == "fit"
+        return self._measures(stage) and not (training and self.batch_idx % every)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch.
 
@@ -309,13 +311,14 @@ class TileModel(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Take note of the loss of a batch and collect what it shows."""
-        self._evaluation_step(batch, "validation")
+        self._evaluation_step(batch, "validation", batch_idx)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Take note of the loss of a batch and collect what it shows."""
-        self._evaluation_step(batch, "test")
+        self._evaluation_step(batch, "test", batch_idx)
 
-    def _evaluation_step(self, batch: Batch, stage: str) -> None:
+    def _evaluation_step(self, batch: Batch, stage: str, batch_idx: int) -> None:
+        self.batch_idx = batch_idx
         if batch[1]:  # of few tiles, a rank gets none
             _, values = self._common_step(batch, stage)
             self._add_to_epoch(stage, *values.split([len(self.LOSSES), 2]))

@@ -1,8 +1,9 @@
 """What is remembered: the application's log, and the record of every training.
 
 `configure_logger` decides where the modules' log lines go. A training's record is one object that
-satisfies `LoggerProtocol` and is also a Lightning logger: `DefaultModelLogger` writes plain files,
-`WandbModelLogger` writes the same files and sends them to Weights & Biases.
+satisfies `LoggerProtocol` and is also a Lightning logger: `DefaultModelLogger` writes plain files;
+`WandbModelLogger`, `MLFlowModelLogger` and `TensorBoardModelLogger` write the same files, and send
+them to Weights & Biases, to MLflow, or to event files for TensorBoard.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
+import importlib
+import inspect
 import io
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import sys
@@ -25,12 +29,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
-from pytorch_lightning.loggers import Logger, WandbLogger
+from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 from typing_extensions import override
 
 from fileio import append_line, atomic_path, write_json, write_text, writing
 from ImageData import InputError
+from ModelConfig import Record, missing_logger
 
 PROJECT_DIR = Path(__file__).parent
 HANDLER_PREFIX = "LargeRasterOR."  # names our handlers, so that a later call finds them
@@ -257,27 +262,13 @@ def _is_before(row: Mapping[str, str], step: float) -> bool:
     return bool(row["step"]) and float(row["step"]) < step
 
 
-class WandbModelLogger(WandbLogger, LoggerProtocol):
-    """The record of `DefaultModelLogger`, sent to Weights & Biases as well."""
+class _Mirror:
+    """What loggers have in common that mirror the files of a `DefaultModelLogger`.
 
-    def __init__(self, log_save_dir: Path | str, project: str, name: str, **init: object) -> None:
-        """Prepare a run; it begins with the first thing recorded.
+    It comes before one of Lightning's loggers among the bases.
+    """
 
-        Args:
-            log_save_dir: Directory of the files; wandb's own go to `wandb/` in it.
-            project: wandb's project.
-            name: Name of the training, and of wandb's run.
-            init: Anything else that `wandb.init` takes: `entity`, `tags`, `mode="offline"`.
-
-        Raises:
-            ModuleNotFoundError: wandb is not installed.
-        """
-        _import_wandb()
-        self.record = DefaultModelLogger(log_save_dir, name)
-        self._messages: list[str] = []
-        # Every training is a run of its own, even after one that was not closed.
-        init = {"reinit": "create_new"} | init
-        super().__init__(name=name, save_dir=log_save_dir, project=project, **init)
+    record: DefaultModelLogger
 
     @override
     @rank_zero_only
@@ -294,7 +285,32 @@ class WandbModelLogger(WandbLogger, LoggerProtocol):
     @override
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        self.record.rewind(step)  # wandb's run is another one, of the rest
+        self.record.rewind(step)  # the mirror's run is another one, of the rest
+
+
+class WandbModelLogger(_Mirror, WandbLogger, LoggerProtocol):
+    """The record of `DefaultModelLogger`, sent to Weights & Biases as well."""
+
+    def __init__(
+        self, log_save_dir: Path | str, name: str, project: str = "LargeRasterOR", **init: object
+    ) -> None:
+        """Prepare a run; it begins with the first thing recorded.
+
+        Args:
+            log_save_dir: Directory of the files; wandb's own go to `wandb/` in it.
+            name: Name of the training, and of wandb's run.
+            project: wandb's project.
+            init: Anything else that `wandb.init` takes: `entity`, `tags`, `mode="offline"`.
+
+        Raises:
+            ModuleNotFoundError: wandb is not installed.
+        """
+        _import_package("wandb")
+        self.record = DefaultModelLogger(log_save_dir, name)
+        self._messages: list[str] = []
+        # Every training is a run of its own, even after one that was not closed.
+        init = {"reinit": "create_new"} | init
+        WandbLogger.__init__(self, name=name, save_dir=log_save_dir, project=project, **init)
 
     @override
     @rank_zero_only
@@ -307,7 +323,7 @@ class WandbModelLogger(WandbLogger, LoggerProtocol):
     @rank_zero_only
     def log_artifact(self, path: Path, name: str, kind: str, description: str = "") -> None:
         self.record.log_artifact(path, name, kind, description)
-        artifact = _import_wandb().Artifact(name=name, type=kind, description=description)
+        artifact = _import_package("wandb").Artifact(name=name, type=kind, description=description)
         artifact.add_file(str(path))
         self.experiment.log_artifact(artifact)
 
@@ -318,19 +334,181 @@ class WandbModelLogger(WandbLogger, LoggerProtocol):
             self._experiment.finish(exit_code=int(status != "success"))
 
 
+class MLFlowModelLogger(_Mirror, MLFlowLogger, LoggerProtocol):
+    """The record of `DefaultModelLogger`, sent to MLflow as well: to a server, or to a folder."""
+
+    def __init__(
+        self,
+        log_save_dir: Path | str,
+        name: str,
+        uri: str = "./mlruns",
+        experiment_name: str = "LargeRasterOR",
+        run_name: str = "",
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Prepare a run; it begins with the first thing recorded.
+
+        Args:
+            log_save_dir: Directory of the files.
+            name: Name of the training.
+            uri: MLflow's server or database, or a folder, which is made.
+            experiment_name: Of MLflow.
+            run_name: Of MLflow's run, before the training's name.
+            tags: Of the run.
+
+        Raises:
+            ModuleNotFoundError: mlflow is not installed.
+        """
+        _import_package("mlflow")
+        self.record = DefaultModelLogger(log_save_dir, name)
+        self._told: set[str] = set()
+        if "://" not in uri:
+            uri = Path(uri.removeprefix("file:")).absolute().as_uri()
+        if uri.startswith("file:"):  # which newer MLflow refuses, unless this is said
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        MLFlowLogger.__init__(
+            self, experiment_name, run_name="_".join(filter(None, [run_name, name])),
+            tracking_uri=uri, tags=dict(tags or {}),
+        )  # fmt: skip
+
+    # what is written beside, as Lightning asks a logger for one directory
+    save_dir = root_dir = log_dir = property(lambda self: self.record.save_dir)
+
+    @override
+    @rank_zero_only
+    def log_hyperparams(self, params: Mapping[str, Any] | Namespace) -> None:
+        self.record.log_hyperparams(params)
+        params = vars(params) if isinstance(params, Namespace) else params
+        new = {name: value for name, value in params.items() if name not in self._told}
+        self._told |= new.keys()  # MLflow's have one value, the first
+        MLFlowLogger.log_hyperparams(self, new)
+
+    @override
+    @rank_zero_only
+    def log_message(self, message: str) -> None:
+        self.record.log_message(message)
+        text = (Path(self.record.save_dir) / "messages.jsonl").read_text(encoding="utf-8")
+        self.experiment.log_text(self.run_id, text, "messages.jsonl")
+
+    @override
+    @rank_zero_only
+    def log_artifact(self, path: Path, name: str, kind: str, description: str = "") -> None:
+        self.record.log_artifact(path, name, kind, description)
+        self.experiment.log_artifact(self.run_id, str(path), kind)
+
+    @override
+    @rank_zero_only
+    def finalize(self, status: str = "success") -> None:
+        """Wait: a fit and a test share one record, which `close` ends."""
+
+    @override
+    @rank_zero_only
+    def close(self, status: str = "success") -> None:
+        if self._initialized:
+            self.experiment.set_terminated(
+                self.run_id, "FINISHED" if status == "success" else "FAILED"
+            )
+
+
+class TensorBoardModelLogger(_Mirror, TensorBoardLogger, LoggerProtocol):
+    """The record of `DefaultModelLogger`, and event files for TensorBoard beside it."""
+
+    def __init__(self, log_save_dir: Path | str, name: str, **init: object) -> None:
+        """Prepare the event files; they go to `tensorboard/` in the directory.
+
+        Args:
+            log_save_dir: Directory of the files.
+            name: Name of the training.
+            init: Anything else that torch's `SummaryWriter` takes, such as `flush_secs`.
+
+        Raises:
+            ModuleNotFoundError: tensorboard is not installed.
+        """
+        _import_package("tensorboard")
+        self.record = DefaultModelLogger(log_save_dir, name)
+        TensorBoardLogger.__init__(
+            self, log_save_dir, name="tensorboard", version="", default_hp_metric=False, **init
+        )
+
+    # what is written beside, as Lightning asks a logger for one directory
+    save_dir = root_dir = property(lambda self: self.record.save_dir)
+    log_dir = property(lambda self: str(Path(self.record.save_dir) / "tensorboard"))
+
+    @override
+    @rank_zero_only
+    def log_message(self, message: str) -> None:
+        self.record.log_message(message)
+        self.experiment.add_text("messages", str(message))
+
+    @override
+    @rank_zero_only
+    def log_artifact(self, path: Path, name: str, kind: str, description: str = "") -> None:
+        self.record.log_artifact(path, name, kind, description)
+        self.experiment.add_text(f"{kind}/{name}", str(path))
+
+    @override
+    @rank_zero_only
+    def finalize(self, status: str = "success") -> None:
+        """Write down what there is; a fit and a test share one record, which `close` ends."""
+        self.experiment.flush()
+
+    @override
+    @rank_zero_only
+    def close(self, status: str = "success") -> None:
+        self.save()
+        self.experiment.close()
+
+
+LOGGERS: dict[Record, type[DefaultModelLogger | _Mirror]] = {
+    "default": DefaultModelLogger, "wandb": WandbModelLogger, "mlflow": MLFlowModelLogger,
+    "tensorboard": TensorBoardModelLogger,
+}  # fmt: skip
+
+
+def check_logger(kind: Record, options: Mapping[str, Any]) -> None:
+    """Refuse options that a logger does not have.
+
+    Raises:
+        InputError: Names them, and those that it has.
+    """
+    known = inspect.signature(LOGGERS[kind].__init__).parameters
+    own = [n for n in known if n not in ("self", "log_save_dir", "name", "init", "version")]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    if strange := [n for n in options if n not in own and not open_ended]:
+        raise InputError(
+            f"LOGGER_OPTIONS names {strange}, which the logger {kind!r} does not have; it has "
+            f"{own or 'none'}"
+        )
+
+
 def make_model_logger(
-    save_dir: Path, *, wandb_active: bool, project: str, name: str, hyperparams: Mapping[str, Any]
-) -> DefaultModelLogger | WandbModelLogger:
+    save_dir: Path,
+    kind: Record = "default",
+    options: Mapping[str, Any] | None = None,
+    *,
+    name: str,
+    hyperparams: Mapping[str, Any],
+) -> DefaultModelLogger | WandbModelLogger | MLFlowModelLogger | TensorBoardModelLogger:
     """Open the record of a training.
 
     It is one object, for the Trainer and for the training's own messages. The files are always
-    written; with wandb they are mirrored, by a logger that holds a `DefaultModelLogger`, since a
-    list of two loggers would make every caller loop.
+    written; other records mirror them, by a logger that holds a `DefaultModelLogger`, since a list
+    of two loggers would make every caller loop.
+
+    Args:
+        save_dir: Where the files go.
+        kind: Where the record goes as well.
+        options: Further arguments of that logger.
+        name: Of the training.
+        hyperparams: Its first entries.
+
+    Raises:
+        InputError: The logger has no such option.
+        ModuleNotFoundError: Its package is not installed.
     """
-    if wandb_active:
-        logger = WandbModelLogger(save_dir, project, name)
-    else:
-        logger = DefaultModelLogger(save_dir, name)
+    options = dict(options or {})
+    check_logger(kind, options)
+    logger = LOGGERS[kind](save_dir, name=name, **options)
     logger.log_hyperparams(hyperparams)
     return logger
 
@@ -368,13 +546,11 @@ def _is_number(value: object) -> bool:
     return scalar and not isinstance(value, str)  # NumPy's strings have ndim 0
 
 
-def _import_wandb() -> ModuleType:
+def _import_package(name: str) -> ModuleType:
     try:
-        import wandb
+        return importlib.import_module(name)
     except ImportError:
-        cure = "wandb is not installed: pip install wandb, or set WANDB_ACTIVE = False"
-        raise ModuleNotFoundError(cure) from None
-    return wandb
+        raise ModuleNotFoundError(missing_logger(name)) from None
 
 
 def _readable(value: object) -> object:

@@ -37,15 +37,7 @@ def read_manifest(path: Path, bucket: str | None = None) -> pd.DataFrame:
         InputError: Names each line that is wrong, and why.
     """
     path = Path(path)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = [(i, [field.strip() for field in row])
-                     for i, row in enumerate(csv.reader(file), start=1)]  # fmt: skip
-    except OSError as error:
-        raise InputError(f"MANIFEST {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"MANIFEST {path} is no CSV in UTF-8: {error}") from None
-    lines = [(i, fields) for i, fields in lines if any(fields)]
+    lines = _read_lines(path)
     problems = [f"line {i}: {why}" for i, fields in lines if (why := _find_problem(fields))]
     if not lines:
         problems = ["it is empty"]
@@ -73,6 +65,50 @@ def read_manifest(path: Path, bucket: str | None = None) -> pd.DataFrame:
             "put what annotates a raster into one vector file, and give it one use"
         )
     return table
+
+
+def list_rasters(path: Path, bucket: str | None = None) -> list[str]:
+    """List rasters to be predicted.
+
+    Args:
+        path: A folder, of which all TIFFs are taken; or a CSV whose first field is a raster. Of a
+            manifest, rasters whose use is `tst` are taken, and no vector file is needed.
+        bucket: See `read_manifest`.
+
+    Returns:
+        Absolute paths, or addresses.
+
+    Raises:
+        InputError: There is none, or one does not exist.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in (".tif", ".tiff"))
+        names = [str(p.absolute()) for p in found]
+    else:
+        rows = [fields for _, fields in _read_lines(path)]
+        uses = [fields[-1] if len(fields) == len(COLUMNS) else "tst" for fields in rows]
+        names = [fields[0] for fields, use in zip(rows, uses, strict=True) if use == "tst"]
+        places = [_find(name, path.parent, bucket) for name in names]
+        if missing := [name for name, place in places if place is None]:
+            raise InputError(f"{path} names rasters that are nowhere: {', '.join(missing[:5])}")
+        names = [str(p.absolute()) if isinstance(p, Path) else p for _, p in places]
+    if not names:
+        raise InputError(f"{path} holds no raster to predict: no TIFF, or no row with use tst")
+    return names
+
+
+def _read_lines(path: Path) -> list[tuple[int, list[str]]]:
+    """Return the number and the fields of each line that is not blank."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = [(i, [field.strip() for field in row])
+                     for i, row in enumerate(csv.reader(file), start=1)]  # fmt: skip
+    except OSError as error:
+        raise InputError(f"MANIFEST {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"MANIFEST {path} is no CSV in UTF-8: {error}") from None
+    return [(i, fields) for i, fields in lines if any(fields)]
 
 
 def _find_problem(fields: list[str]) -> str | None:

@@ -40,7 +40,7 @@ MANY_VERTICES = 256  # of a polygon, from which on only what matters to a window
 SCAN_SIDE = 1024  # px of the windows in which a mask raster's values are looked for
 SHOWN = 8  # values that a message lists
 
-Classes = "ClassTable | Mapping[object, object] | Sequence[object] | None"
+Classes = "ClassTable | Mapping[object, object] | Sequence[object] | int | None"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -114,7 +114,9 @@ def make_table(values: Iterable[object], classes: Classes, *, background: bool) 
             whole numbers, else of the names. A sequence: these values are the classes, in this
             order. A mapping value -> name: values of one name are one class, in the order in which
             the names come first. A mapping value -> number: classes in the order of the numbers.
-            A table stays as it is.
+            A number: of how many classes there are, with or without the background, which is
+            number 0 in any case; values that are whole numbers are the classes' own numbers, others
+            are numbered by name. A table stays as it is.
         background: Whether ground that no polygon covers is a class; it is number 0, and a value
             or name "background" means it, too.
 
@@ -122,6 +124,8 @@ def make_table(values: Iterable[object], classes: Classes, *, background: bool) 
         InputError: A value is not among `classes`, or there are too many.
     """
     found = list(dict.fromkeys(text_of(value) for value in values))
+    if isinstance(classes, int):
+        return _numbered(found, classes)
     if isinstance(classes, ClassTable):
         _check_values(found, classes.values)
         return classes
@@ -141,6 +145,26 @@ def make_table(values: Iterable[object], classes: Classes, *, background: bool) 
     if background:
         names = [BACKGROUND, *(name for name in names if name != BACKGROUND)]
     return ClassTable(tuple(names), {value: names.index(name) for value, name in named.items()})
+
+
+def _numbered(found: Sequence[str], count: int) -> ClassTable:
+    """Give values the numbers 1 to `count`, or to one less, where the background is counted."""
+    values = [value for value in found if value not in ("0", BACKGROUND)]
+    if all(map(_is_whole, values)):
+        last = max([count - 1, *map(int, values)])
+        named = {str(number): number for number in range(1, last + 1)}
+        wrong = last > count or any(int(value) < 1 for value in values)
+    else:
+        named = {value: number for number, value in enumerate(sorted(values), start=1)}
+        wrong = len(values) > count
+    if wrong:
+        raise InputError(
+            f"there are to be {count} classes, but the values are {found[: 2 * SHOWN]} "
+            f"({len(found)} in all); set that number right (CLASSES, num_classes), or leave "
+            "polygons out with ATTRIBUTE_FILTER"
+        )
+    ids = named | {value: 0 for value in found if value in ("0", BACKGROUND)}
+    return ClassTable((BACKGROUND, *named), ids)
 
 
 def text_of(value: object) -> str:
@@ -491,7 +515,7 @@ def read_labels(
     """
     path = Path(path)
     if path.suffix.lower() in MASK_SUFFIXES:
-        named = classes or ()
+        named = () if isinstance(classes, int | None) else classes
         if isinstance(classes, ClassTable):
             named = classes.values  # noqa: PD011
         zero_is_class = "0" in map(text_of, named)

@@ -238,7 +238,12 @@ class PredictionOptions:
     resolution_tolerance: Annotated[float, Field(ge=0)] | None = 0.2
 
 
-def _options_of(values: dict[str, object]) -> PredictionOptions:
+def options_of(values: dict[str, object]) -> PredictionOptions:
+    """Check options of a prediction, long before it begins.
+
+    Raises:
+        InputError: An option is unknown, or its value out of range.
+    """
     try:
         return TypeAdapter(PredictionOptions).validate_python(values)
     except ValidationError as error:
@@ -499,7 +504,7 @@ def prepare(
     **options: object,
 ) -> Task:
     """Check all that `predict_raster` is given, and plan the work."""
-    wanted = _options_of(options)
+    wanted = options_of(options)
     model = checkpoint
     if not isinstance(checkpoint, nn.Module):
         model, checkpoint = strips.load_model(checkpoint), Path(checkpoint).absolute()

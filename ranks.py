@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import pickle
 import subprocess
@@ -25,7 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
@@ -223,6 +224,86 @@ def processes(accelerator: str, devices: int | str | list[int], nodes: int = 1) 
         raise InputError(
             f"ACCELERATOR = {accelerator!r} with DEVICES = {devices!r} cannot be had: {error}"
         ) from error
+
+
+class GpuUse(NamedTuple):
+    """How much a GPU does: its number for torch, MB that are taken, % of the time it is at work."""
+
+    index: int
+    used_mb: float
+    used_percent: float
+
+
+def gpu_use() -> list[GpuUse]:
+    """Return how much the GPUs do that this process sees; none where there is no `nvidia-smi`."""
+    if not torch.cuda.is_available():
+        return []
+    query = "--query-gpu=uuid,memory.used,utilization.gpu"
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    try:
+        table = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("nvidia-smi does not tell what GPUs are doing: %s", error)
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in table.stdout.splitlines()]
+    busy = {uuid.removeprefix("GPU-"): numbers for uuid, *numbers in rows}
+    found = []
+    for index in range(torch.cuda.device_count()):
+        numbers = busy.get(str(torch.cuda.get_device_properties(index).uuid), [])
+        if len(numbers) == 2 and all(number.isdecimal() for number in numbers):
+            found.append(GpuUse(index, *map(float, numbers)))
+    return found
+
+
+def free_devices(
+    accelerator: str,
+    devices: int | str | list[int],
+    max_used_ram: float | None,
+    max_used_perc: float | None,
+    table: Sequence[GpuUse] | None = None,
+) -> int | str | list[int]:
+    """Choose the GPUs that others leave free.
+
+    Args:
+        accelerator: Lightning's.
+        devices: How many are wanted; "auto": all that are free; a list: only these.
+        max_used_ram: MB that others may have taken; None: any.
+        max_used_perc: Percent of the time that they may be at work for others; None: any.
+        table: What they do; None asks them.
+
+    Returns:
+        `devices` as it is if there is no limit; 1 where there is no GPU, of a processor; else the
+        numbers of GPUs, those with most free memory first.
+
+    Raises:
+        InputError: None of them is free.
+    """
+    if (max_used_ram is None and max_used_perc is None) or accelerator not in (
+        "auto",
+        "gpu",
+        "cuda",
+    ):
+        return devices
+    table = gpu_use() if table is None else table
+    if isinstance(devices, list):
+        table = [gpu for gpu in table if gpu.index in devices]
+    if not table:
+        log.warning("no GPU to choose from; DEVICES = 1")
+        return 1
+    most_ram, most_perc = (math.inf if limit is None else limit
+                           for limit in (max_used_ram, max_used_perc))  # fmt: skip
+    free = [gpu for gpu in table if gpu.used_mb <= most_ram and gpu.used_percent <= most_perc]
+    if not free:
+        uses = ", ".join(f"{g.index}: {g.used_mb:.0f} MB, {g.used_percent:.0f} %" for g in table)
+        raise InputError(
+            f"no GPU is free: others may use up to {most_ram:g} MB and {most_perc:g} % of one, and "
+            f"use {uses}; wait, or raise max_used_ram and max_used_perc (MODEL_OPTIONS)"
+        )
+    free.sort(key=lambda gpu: (gpu.used_mb, gpu.used_percent))
+    wanted = devices if isinstance(devices, int) and devices > 0 else len(table)
+    if len(free) < wanted:
+        log.warning("%d GPUs are free of the %d wanted", len(free), wanted)
+    return sorted(gpu.index for gpu in free[:wanted])
 
 
 @contextmanager

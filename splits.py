@@ -356,16 +356,21 @@ def _footprints(windows: pd.DataFrame, raster: RasterHandle) -> tuple[str, np.nd
 
 
 def split_dataset_train_test(
-    tiles: pd.DataFrame, sample_size: float, seed: int
+    tiles: pd.DataFrame,
+    sample_size: float,
+    seed: int,
+    limits: Sequence[int | None] = (None, None, None),
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Select the tiles of a trial.
 
     `sample_size` thins the ground windows of training and validation; a smaller sample is part of a
-    larger one, and the turned twins of a window stay with it. The test ground is never thinned.
+    larger one, and the turned twins of a window stay with it. The test ground is thinned by a limit
+    only, and by the same for all trials of its tile size.
 
     Args:
         tiles: Tile index of one size; only rows with `kept` are used.
         sample_size: Share of the training and validation windows, 0 < sample_size <= 1.
+        limits: Most windows of training, validation and test; None: no limit.
         seed: Of the hash that ranks the windows.
 
     Returns:
@@ -376,12 +381,13 @@ def split_dataset_train_test(
     """
     kept = tiles[tiles["kept"]]
     selected = []
-    for name in SPLITS:
+    for name, limit in zip(SPLITS, limits, strict=True):
         part = kept[kept["split"] == name]
-        if name != "test" and sample_size < 1:
-            windows = part.drop_duplicates("window")
+        windows = part.drop_duplicates("window")
+        count = len(windows) if name == "test" else int(np.ceil(sample_size * len(windows)))
+        count = min(count, limit or count)
+        if count < len(windows):
             order = np.argsort(fileio.hash_rows(windows[["raster", "x", "y"]], seed))
-            count = int(np.ceil(sample_size * len(windows)))
             part = part[part["window"].isin(windows["window"].iloc[order[:count]])]
         if part.empty:
             reasons = tiles.loc[tiles["split"] == name, "reason"].value_counts().to_dict()
@@ -457,7 +463,8 @@ def check_classes(tiles: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
         places = {name: counts.loc[name].drop("train").to_dict() for name in unseen}
         raise InputError(
             f"classes without a pixel on training ground: {places}; change SEED or BLOCK_SIZE, "
-            "lower min_annotated and class_proportion, raise SAMPLE_SIZES, or label more of them"
+            "lower min_annotated and class_proportion, raise SAMPLE_SIZES or train.max_tiles, or "
+            "label more of them"
         )
     for name in counts.index[(counts[["validation", "test"]] == 0).any(axis=1)]:
         log.warning(

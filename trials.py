@@ -30,7 +30,7 @@ from LargeRasterOR import LargeRasterORModel
 from LargeRasterSeg import LargeRasterSegModel
 from learning import DivergedError, TileModel
 from logger import LoggerProtocol
-from ModelConfig import ModelConfig
+from ModelConfig import PLACE, ModelConfig
 from networks import (
     GOOD_ANCHOR,
     DataContract,
@@ -315,7 +315,11 @@ def _train(
         log.info(
             "%.0f %% of the objects have an anchor of IoU above %g", 100 * covered, GOOD_ANCHOR
         )
-    if known and known["finished"]:
+    if not conf.train.epochs:
+        # Lightning takes the model, and leaves it as it is
+        trainer.fit(model, datamodule=module, weights_only=True)
+        trainer.save_checkpoint(best)
+    elif known and known["finished"]:
         set_progress(trainer, known["epoch"], known["step"])
         model.seconds = known["seconds"]
     else:
@@ -390,7 +394,7 @@ def _describe_masks(model: LargeRasterSegModel, values: Mapping[str, float]) -> 
 def _made_from(hyperparams: Mapping[str, Any], data: SearchData, conf: ModelConfig) -> str:
     """Digest all that the steps of a training depend on, the number of its ranks included."""
     settings = conf.to_dict()
-    for name in ("workers", "accelerator", "devices", "num_nodes"):
+    for name in PLACE:
         settings.pop(name)
     tiles = data.tile_marks[hyperparams["patch_size"]]
     ground = [dict(data.ids), asdict(data.radiometry), data.blocks]

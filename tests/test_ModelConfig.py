@@ -93,3 +93,50 @@ def test_a_storage_must_be_postgresql(tmp_path):
 )
 def test_devices_are_a_number_or_those_that_are_named(tmp_path, text, devices):
     assert run_with(tmp_path, f"DEVICES: {text}").model_config().devices == devices
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("N_EPOCHS: [0]", "N_EPOCHS = 0 measures the weights that a model starts from"),
+        ("PREDICT_FROM: gone.ckpt", "there is no gone.ckpt; None takes this run's best"),
+        ("VISUALIZATION: {batch_range: [0, 1, 1]}", "VISUALIZATION is of segmentation"),
+        ("BALANCE_SEARCH: [min_annotated]", "BALANCE_SEARCH is of segmentation"),
+        ("WANDB_ACTIVE: true\nLOGGER: mlflow", "WANDB_ACTIVE = True stands for LOGGER = 'wandb'"),
+        (
+            "TASK: segmentation\nVISUALIZATION: {colormap: gone.csv}",
+            "there is no colormap gone.csv",
+        ),
+        (
+            "TASK: segmentation\nUSE_STRATIFICATION: 2\nVALIDATION_FILENAMES: [sample_1.tif]",
+            "leave one of both",
+        ),
+    ],
+    ids=lambda text: text.partition(":")[0],
+)
+def test_what_contradicts_itself_is_refused(tmp_path, text, message):
+    with pytest.raises(InputError) as caught:
+        run_with(tmp_path, text)
+    assert message in str(caught.value)
+
+
+def test_a_logger_that_is_not_installed_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("ModelConfig.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="mlflow is not installed: pip install mlflow-skinny"):
+        run_with(tmp_path, "LOGGER: mlflow")
+    with pytest.raises(InputError, match=r"pip install wandb, or set WANDB_ACTIVE = False"):
+        run_with(tmp_path, "WANDB_ACTIVE: true")
+
+
+def test_wandb_has_two_names_and_one_way(tmp_path):
+    runs = [run_with(tmp_path, text) for text in ("WANDB_ACTIVE: true", "LOGGER: wandb")]
+    expected = {"logger": "wandb", "logger_options": {"project": "LargeRasterOR"}}
+    assert [run.logger_options() for run in runs] == [expected] * 2
+
+
+def test_class_proportions_go_by_name_or_by_number(tmp_path):
+    run = run_with(tmp_path, "TASK: segmentation\nCLASS_PROPORTION: {'1': 5, road: 10}")
+    options = run.tiling_options(["background", "wood", "road"])
+    assert options["class_proportion"] == {1: 5, 2: 10}
+    with pytest.raises(InputError, match=r"CLASS_PROPORTION names \['1'\]"):
+        run.tiling_options(["road"])

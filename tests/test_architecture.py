@@ -22,6 +22,7 @@ from ModelConfig import RunParameters
 LAYERS = [
     ["ImageData"],
     ["manifest"],
+    ["oldconfig"],
     ["ModelConfig"],
     ["artefacts", "imutils", "parallel"],
     ["rasters", "formats"],
@@ -35,12 +36,12 @@ LAYERS = [
     ["explore", "ranks"],
     ["review", "mapview"],
     ["datasets", "metrics", "logger", "implot"],
-    ["networks", "atlas"],
+    ["networks", "atlas", "optimizers"],
     ["learning", "losses"],
     ["LargeRasterOR", "LargeRasterSeg"],
     ["strips", "study", "resume"],
     ["maps"],
-    ["trials", "predict", "preflight", "ledger"],
+    ["trials", "predict", "preflight", "ledger", "visualization"],
     ["gridsearch"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -262,7 +262,7 @@ def test_a_search_begins_when_nobody_else_prepares_it(prepared, tmp_path, counte
 
 def test_weights_and_biases_record_a_search_offline(prepared, tmp_path, counted):
     one = SPACE | {"sample_size": [1.0], "learning_rate": [1e-3]}
-    gridsearch.run_search(prepared.data, one, conf(), tmp_path, wandb_active=True)
+    gridsearch.run_search(prepared.data, one, conf(), tmp_path, logger="wandb")
     assert list(tmp_path.glob("trials/*/wandb/offline-run-*/*.wandb"))
 
 

@@ -157,9 +157,7 @@ def test_importing_and_configuring_in_a_fresh_process_prints_each_line_once():
 
 
 def test_a_training_leaves_its_hyperparameters_and_metrics(tmp_path, train):
-    logger = make_model_logger(
-        tmp_path, wandb_active=False, project="p", name="trial", hyperparams={"batch_size": 2}
-    )
+    logger = make_model_logger(tmp_path, name="trial", hyperparams={"batch_size": 2})
     assert isinstance(logger, DefaultModelLogger)
     assert isinstance(logger, LoggerProtocol)
     train(logger)
@@ -266,16 +264,14 @@ def test_wandb_offline_keeps_a_run_and_the_files(tmp_path, train, monkeypatch):
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}.items():
         monkeypatch.setenv(name, value)
     logger = make_model_logger(
-        tmp_path / "a", wandb_active=True, project="p", name="a", hyperparams={"batch_size": 2}
+        tmp_path / "a", "wandb", {"project": "p"}, name="a", hyperparams={"batch_size": 2}
     )
     assert isinstance(logger, WandbModelLogger)
     assert isinstance(logger, LoggerProtocol)
     report = tmp_path / "report.txt"
     report.write_text("text")
     # The first run is still open when the second begins: they must not mix.
-    other = make_model_logger(
-        tmp_path / "b", wandb_active=True, project="p", name="b", hyperparams={}
-    )
+    other = make_model_logger(tmp_path / "b", "wandb", {"project": "p"}, name="b", hyperparams={})
     try:
         train(logger)
         logger.log({"training_time": 1.5, "error_message": "all is well"})
@@ -298,7 +294,7 @@ def test_missing_wandb_names_the_cure(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     cure = r"wandb is not installed: pip install wandb, or set WANDB_ACTIVE = False"
     with pytest.raises(ModuleNotFoundError, match=cure):
-        make_model_logger(tmp_path, wandb_active=True, project="p", name="t", hyperparams={})
+        make_model_logger(tmp_path, "wandb", {"project": "p"}, name="t", hyperparams={})
 
 
 # Keys
@@ -334,3 +330,72 @@ def test_order_does_not_change_a_key(hyperparams, random):
     items = list(hyperparams.items())
     random.shuffle(items)
     assert get_logging_key(dict(items)) == get_logging_key(hyperparams)
+
+
+# The record in TensorBoard and MLflow
+
+
+def test_tensorboard_has_the_metrics_and_the_files_stay(tmp_path, train):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = make_model_logger(tmp_path, "tensorboard", name="t", hyperparams={"batch_size": 2})
+    assert isinstance(logger, LoggerProtocol)
+    train(logger)
+    logger.log({"training_time": 1.5, "error_message": "all is well"})
+    logger.close()
+    names = sorted(path.name for path in (tmp_path / "tensorboard").iterdir())
+    assert [name.partition(".")[0] for name in names] == ["events", "hparams"]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    losses = pd.read_csv(tmp_path / "metrics.csv").dropna(subset="train_loss")
+    scalars = events.Scalars("train_loss")
+    assert [event.step for event in scalars] == losses["step"].tolist()
+    assert [event.value for event in scalars] == pytest.approx(losses["train_loss"].tolist())
+    assert json.loads((tmp_path / "hparams.json").read_text()) == {"batch_size": 2, "width": 4}
+    assert "messages/text_summary" in events.Tags()["tensors"]
+
+
+def test_mlflow_has_the_metrics_and_the_files_stay(tmp_path, train):
+    mlflow = pytest.importorskip("mlflow")
+    options = {"uri": str(tmp_path / "mlruns"), "experiment_name": "cover", "run_name": "first"}
+    logger = make_model_logger(
+        tmp_path / "a", "mlflow", options, name="trial", hyperparams={"batch_size": 2}
+    )
+    assert isinstance(logger, LoggerProtocol)
+    report = tmp_path / "report.txt"
+    report.write_text("text")
+    train(logger)
+    logger.log_hyperparams({"batch_size": 3})  # MLflow's stay as they were
+    logger.log({"training_time": 1.5, "error_message": "all is well"})
+    logger.log_artifact(report, "evaluation_logs", "log_file", "Results")
+    logger.close()
+    client = mlflow.tracking.MlflowClient((tmp_path / "mlruns").as_uri())
+    (run,) = client.search_runs([client.get_experiment_by_name("cover").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["mlflow.runName"] == "first_trial"
+    assert run.data.params["batch_size"] == "2"
+    assert run.data.metrics["training_time"] == 1.5
+    losses = pd.read_csv(tmp_path / "a" / "metrics.csv").dropna(subset="train_loss")
+    history = client.get_metric_history(run.info.run_id, "train_loss")
+    assert [entry.value for entry in history] == pytest.approx(losses["train_loss"].tolist())
+    kept = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert kept == {"log_file", "messages.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "cure"),
+    [
+        ("mlflow", "pip install mlflow-skinny, or set LOGGER = 'default'"),
+        ("tensorboard", "pip install tensorboard, or set LOGGER = 'default'"),
+    ],
+)
+def test_a_missing_logger_names_the_cure(tmp_path, monkeypatch, kind, cure):
+    monkeypatch.setitem(sys.modules, kind, None)
+    with pytest.raises(ModuleNotFoundError, match=f"{kind} is not installed: {cure}"):
+        make_model_logger(tmp_path, kind, name="t", hyperparams={})
+
+
+def test_an_option_that_a_logger_lacks_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"names \['url'\], which the logger 'mlflow' does not"):
+        make_model_logger(tmp_path, "mlflow", {"url": "x"}, name="t", hyperparams={})

@@ -84,3 +84,21 @@ def test_a_run_takes_rasters_tables_classes_and_uses_from_a_manifest(folder):
     given.write_text(f"MANIFEST: {path}\n")
     with pytest.raises(InputError, match="one column"):
         RunParameters.from_files(PROJECT / "main.ipynb", given)
+
+
+def test_rasters_to_predict_come_from_a_folder_or_a_csv(folder):
+    inside = str(folder / "in")
+    names = [f"{inside}/{name}.tif" for name in "abc"]
+    assert manifest.list_rasters(folder / "in") == names
+    listed = write(folder, "in/b.tif,,,,", r"in\a.tif", "s3://far/d.tif,,in/ref.gpkg")
+    assert manifest.list_rasters(listed) == [names[0], "s3://far/d.tif"]  # the first has no use
+    marked = write(folder, "in/a.tif,,in/ref.gpkg,x,trn", "in/b.tif,,in/ref.gpkg,x,tst")
+    assert manifest.list_rasters(marked) == [names[1]]
+
+
+def test_a_list_without_a_raster_is_refused(folder):
+    marked = write(folder, "in/a.tif,,in/ref.gpkg,x,trn")
+    with pytest.raises(InputError, match=r"holds no raster to predict: .* no row with use tst"):
+        manifest.list_rasters(marked)
+    with pytest.raises(InputError, match=r"names rasters that are nowhere: in/z.tif"):
+        manifest.list_rasters(write(folder, "in/z.tif"))

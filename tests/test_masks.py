@@ -540,3 +540,25 @@ def test_a_raster_with_auxiliary_bands_is_a_raster(tmp_path):
 def test_auxiliary_bands_without_meaning_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         masks.AuxiliaryOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("values", "count", "names", "ids"),
+    [
+        (["1", "2", "4"], 5, ["background", "1", "2", "3", "4"], {"1": 1, "4": 4}),
+        (["1", "5"], 5, ["background", "1", "2", "3", "4", "5"], {"5": 5}),
+        (["0", "2"], 2, ["background", "1", "2"], {"0": 0, "2": 2}),
+        (["wood", "lake"], 3, ["background", "lake", "wood"], {"lake": 1, "wood": 2}),
+    ],
+)
+def test_of_a_number_of_classes_the_values_are_the_numbers(values, count, names, ids):
+    table = masks.make_table(values, count, background=False)
+    assert list(table.names) == names
+    known = table.values  # noqa: PD011
+    assert {value: known[value] for value in ids} == ids
+
+
+@pytest.mark.parametrize("values", [["1", "7"], ["-1"], ["a", "b", "c", "d"]])
+def test_values_beyond_the_number_of_classes_are_named(values):
+    with pytest.raises(InputError, match=r"there are to be 3 classes, but the values are"):
+        masks.make_table(values, 3, background=True)

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -208,3 +209,53 @@ def test_machines_that_are_not_there_are_asked_for():
     with pytest.raises(InputError, match="cannot be had"):
         ranks.processes("cuda", 64)
     assert ranks.processes("cpu", 3) == 3
+
+
+# GPUs that others leave free
+
+BUSY = [
+    ranks.GpuUse(0, 30_000, 95),
+    ranks.GpuUse(1, 900, 5),
+    ranks.GpuUse(2, 400, 60),
+    ranks.GpuUse(3, 12, 0),
+]
+
+
+@pytest.mark.parametrize(
+    ("devices", "limits", "expected"),
+    [
+        (1, (2000, 15), [3]),
+        (2, (2000, 15), [1, 3]),
+        (3, (2000, 15), [1, 3]),  # fewer than wanted
+        (1, (None, 100), [3]),
+        ("auto", (2000, None), [1, 2, 3]),
+        ([0, 1], (2000, 15), [1]),
+        (2, (None, None), 2),  # no limit, no choice
+    ],
+)
+def test_free_gpus_are_taken_those_with_most_memory_first(devices, limits, expected):
+    assert ranks.free_devices("auto", devices, *limits, BUSY) == expected
+
+
+def test_without_a_gpu_one_processor_trains(caplog):
+    assert ranks.free_devices("auto", 2, 2000, 15, []) == 1
+    assert "no GPU to choose from" in caplog.text
+    assert ranks.free_devices("cpu", 2, 2000, 15, BUSY) == 2
+
+
+def test_gpus_that_are_all_busy_are_named():
+    with pytest.raises(InputError, match=r"0: 30000 MB, 95 %, 1: 900 MB.*raise max_used_ram"):
+        ranks.free_devices("gpu", 1, 10, 0, BUSY)
+
+
+def test_nvidia_smi_is_understood(monkeypatch):
+    table = "GPU-aa, 1024, 7\nGPU-bb, 0, 0\nGPU-cc, [N/A], 3\n"
+    done = subprocess.CompletedProcess([], 0, stdout=table)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)  # torch has an order of its own
+    uuids = dict(enumerate(["bb", "aa", "cc"]))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=uuids[i])
+    )
+    assert ranks.gpu_use() == [ranks.GpuUse(0, 0, 0), ranks.GpuUse(1, 1024, 7)]
