@@ -35,7 +35,7 @@ import imutils
 import tiling
 from explore import explore as explore  # with the other pictures
 from explore import outlines, preview
-from ImageData import BOX_COLUMNS, ImageData, InputError, Window
+from ImageData import BOX_COLUMNS, IGNORE, ImageData, InputError, Window
 from imutils import COLORS, OTHER, class_colors, label_colors
 from mapview import map_view as map_view
 from ModelConfig import HYPERPARAMETERS
@@ -62,7 +62,6 @@ CONTEXT = 3.0  # side of an error's cut-out, in sides of what it shows
 LEAST_CUTOUT = 32  # px
 CAPTION = 28  # letters of a caption's line
 MOST_TICKS = 6  # values of a hyperparameter, above which they are taken for a range
-NO_CLASS = 255  # of class maps
 OVERLAY = 0.5  # of a class map over its raster
 PANORAMA = 3  # times as wide as high, from which on pictures lie below each other
 PLACE = 24  # letters of a raster's name below a picture
@@ -1257,13 +1256,13 @@ def plot_class_map(
         classes, known = class_map, {}
     else:
         classes, known = _read_class_map(Path(class_map), raster, window)
-    count = max([classes[classes < NO_CLASS].max(initial=0) + 1, len(labels or ())])
+    count = max([classes[classes < IGNORE].max(initial=0) + 1, len(labels or ())])
     names = [str(i) for i in range(count)] if labels is None else list(labels)
     paint = dict(enumerate(zip(names, class_colors(names), strict=True)))
     paint |= {i: (names[i] if labels else name, color) for i, (name, color) in known.items()}
     paint |= dict(colormap or {})
-    pixels = np.bincount(classes.ravel(), minlength=NO_CLASS + 1)
-    known_pixels = max(pixels[:NO_CLASS].sum(), 1)
+    pixels = np.bincount(classes.ravel(), minlength=IGNORE + 1)
+    known_pixels = max(pixels[:IGNORE].sum(), 1)
     picture = _paint_table({number: color for number, (_, color) in paint.items()})[classes]
     slope = window.height / window.width
     wide = slope < 1 / PANORAMA  # one above the other
@@ -1290,7 +1289,7 @@ def plot_class_map(
               label=f"{_cut(paint[i][0])} ({pixels[i] / known_pixels:.1%})")
         for i in sorted(paint) if pixels[i] or i < count
     ]  # fmt: skip
-    if pixels[NO_CLASS]:
+    if pixels[IGNORE]:
         handles.append(Patch(facecolor="white", edgecolor="0.3", linewidth=0.5, label="no class"))
     _legend_below(figure, handles)
     figure.suptitle(_cut(raster.path.name), fontsize="medium")
@@ -1315,7 +1314,7 @@ def plot_class_errors(
     """
     colors = class_colors(labels)
     table = _paint_table(dict(enumerate(colors)))
-    known = truth != NO_CLASS
+    known = truth != IGNORE
     wrong = known & (truth != found)
     figure, axes = plt.subplots(
         2, 2, figsize=(WIDTH, WIDTH * window.height / window.width + 1), layout="constrained",
@@ -1324,8 +1323,8 @@ def plot_class_errors(
     extent = (window.x, window.x + window.width, window.y + window.height, window.y)
     share = wrong.sum() / max(known.sum(), 1)
     panels = {
-        "raster": None, "truth": table[truth], "found": table[np.where(known, found, NO_CLASS)],
-        f"wrong, in the true class's colour: {share:.1%}": table[np.where(wrong, truth, NO_CLASS)],
+        "raster": None, "truth": table[truth], "found": table[np.where(known, found, IGNORE)],
+        f"wrong, in the true class's colour: {share:.1%}": table[np.where(wrong, truth, IGNORE)],
     }  # fmt: skip
     for ax, (title, picture) in zip(axes.flat, panels.items(), strict=True):
         if title.startswith(("raster", "wrong")):
@@ -1346,7 +1345,7 @@ def plot_class_errors(
 
 def _paint_table(colors: Mapping[int, str]) -> np.ndarray:
     """Return the colours of all class ids, uint8 (256, 4) RGBA; those without one are clear."""
-    table = np.zeros((NO_CLASS + 1, 4), np.uint8)
+    table = np.zeros((IGNORE + 1, 4), np.uint8)
     for number, color in colors.items():
         table[number] = (*bytes.fromhex(color[1:]), 255)
     return table
@@ -1377,4 +1376,4 @@ def _read_class_map(
         number = int(key.removeprefix("class_"))
         if number in colors:
             known[number] = (name, "#{:02X}{:02X}{:02X}".format(*colors[number]))
-    return np.where(valid, image[0], np.uint8(NO_CLASS)), known
+    return np.where(valid, image[0], np.uint8(IGNORE)), known

@@ -26,12 +26,11 @@ from torch import nn
 
 import fileio
 import tiling
-from ImageData import InputError, Window
+from ImageData import IGNORE, InputError, Window
 from LargeRasterOR import autocast
 from regions import RegionFront
 from strips import Tile, TilePredictor, load_model
 
-NODATA = 255  # of class maps and of shares
 SHARES = 254  # steps of a probability or an uncertainty, which is kept as a whole number
 LEAST_ROWS = 4  # of tiles in a strip: what two strips see is kept by both, so that few are better
 WEIGHT_STEPS = 4096  # weights of an axis are multiples of 1 / 4096: products add up without error
@@ -232,7 +231,7 @@ class MapPredictor(TilePredictor):
             of_class[better] = number
             np.maximum(best, classes[number], out=best)
         planes = np.empty((self.bands, *known.shape), np.uint8)
-        planes[0] = np.where(known, of_class, NODATA)
+        planes[0] = np.where(known, of_class, IGNORE)
         if self.bands == 1:
             return planes
         scale = 1 / np.where(known, weight, 1)  # other than 1 only beside a gap
@@ -276,10 +275,10 @@ def classify_window(
         window: The part, px, held whole.
 
     Returns:
-        uint8 (H, W), class ids, `NODATA` where no ground counts.
+        uint8 (H, W), class ids, `IGNORE` where no ground counts.
     """
     model = checkpoint if isinstance(checkpoint, nn.Module) else load_model(checkpoint)
-    size, classes = model.contract.tile_size, np.full((window.height, window.width), NODATA, "u1")
+    size, classes = model.contract.tile_size, np.full((window.height, window.width), IGNORE, "u1")
     device = next(model.parameters()).device
     grid = tiling.window_grid(window, size, size // 4)
     columns = [*tiling.WINDOW_COLUMNS, *tiling.CORE_COLUMNS]
@@ -288,7 +287,7 @@ def classify_window(
         pixels = model.contract.radiometry.stretch(image, valid)[None]
         with torch.inference_mode():
             found = model(torch.from_numpy(pixels).to(device))[0].argmax(dim=0).cpu().numpy()
-        found = np.where(counted, found, NODATA).astype("u1")
+        found = np.where(counted, found, IGNORE).astype("u1")
         left, top, right, bottom = core
         classes[top - window.y : bottom - window.y, left - window.x : right - window.x] = found[
             top - y : bottom - y, left - x : right - x
@@ -297,7 +296,7 @@ def classify_window(
 
 
 def _to_steps(share: np.ndarray, known: np.ndarray) -> np.ndarray:
-    return np.where(known, np.rint(share.clip(0, 1) * SHARES), NODATA).astype(np.uint8)
+    return np.where(known, np.rint(share.clip(0, 1) * SHARES), IGNORE).astype(np.uint8)
 
 
 class _Columns:
@@ -349,7 +348,7 @@ class _MappedStrip:
             "blockxsize": BLOCK, "blockysize": BLOCK, "zstd_level": 1,
         }  # fmt: skip
         for path, rows, bands, dtype, fill in (
-            (predictor.settled_path(strip), self.settled, predictor.bands, "uint8", NODATA),
+            (predictor.settled_path(strip), self.settled, predictor.bands, "uint8", IGNORE),
             (predictor.seam_path(strip), ~self.settled, predictor.sums, "float32", 0),
         ):
             height = int(rows.sum())
@@ -448,7 +447,7 @@ class _Journal:
 
     def read(self, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
         """Return the planes of a window of the map, uint8 (bands, H, W)."""
-        planes = np.full((self.predictor.bands, y1 - y0, x1 - x0), NODATA, np.uint8)
+        planes = np.full((self.predictor.bands, y1 - y0, x1 - x0), IGNORE, np.uint8)
         first, last = np.searchsorted(self.tops, [y0, y1 - 1], "right") - 1
         for strip in range(first, last + 1):
             rows = self.rows[strip]
@@ -580,7 +579,7 @@ class _Sheets:
         dst = stack.enter_context(
             fileio.create_raster(
                 path, width=raster.width, height=raster.height, count=count, dtype="uint8",
-                nodata=NODATA, sparse_ok=True, interleave="band", overviews=overviews,
+                nodata=IGNORE, sparse_ok=True, interleave="band", overviews=overviews,
                 blockxsize=BLOCK, blockysize=BLOCK, **place,
             )
         )  # fmt: skip
@@ -604,7 +603,7 @@ class _Sheets:
                 (self.probabilities, planes[named:]),
                 (self.uncertainty, planes[[self._place(UNCERTAINTY)]]),
             ):
-                if dst is not None and (values != NODATA).any():
+                if dst is not None and (values != IGNORE).any():
                     dst.write(values, window=window)
             if self.appends:
                 kept.append(planes[[0, self._place(CONFIDENCE)]])
@@ -633,7 +632,7 @@ class _Sheets:
     def finish(self) -> None:
         """Give empty files of polygons their columns."""
         if self.appends and not sum(self.regions.values()):
-            nothing = np.full((1, 1), NODATA, np.uint8)
+            nothing = np.full((1, 1), IGNORE, np.uint8)
             df = RegionFront(self.files.names, ()).push(nothing, nothing / SHARES, last=True)
             for append in self.appends:
                 append(_measure_ground(df, self.predictor.raster))
@@ -650,7 +649,7 @@ def _measure_ground(df: pd.DataFrame, raster: fileio.Raster) -> pd.DataFrame:
 
 def _color_table(colors: Sequence[str]) -> dict[int, tuple[int, int, int, int]]:
     table = {i: (*bytes.fromhex(color[1:]), 255) for i, color in enumerate(colors)}
-    return table | {NODATA: (0, 0, 0, 0)}
+    return table | {IGNORE: (0, 0, 0, 0)}
 
 
 def name_colors(

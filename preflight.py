@@ -207,7 +207,7 @@ def _measure_cost(
     weights = sum(p.numel() for p in model.parameters()) * 4
     chips = 0
     if params.MATERIALIZE_TILES:
-        item = np.dtype(contract.dtype).itemsize * len(contract.bands)
+        item = np.dtype(contract.dtype).itemsize * contract.channels
         chips = tiles["train_tiles"] * contract.tile_size**2 * item
     disk = trainings * weights + chips  # the best weights of each
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -232,7 +232,7 @@ def _time_step(model: LargeRasterORModel, batch: int) -> tuple[float, float]:
     target = {"boxes": box, "labels": torch.zeros(1, dtype=torch.int64, device=device)}
 
     def run(count: int, *, learn: bool) -> float:
-        images = torch.rand(count, len(model.contract.bands), size, size, device=device)
+        images = torch.rand(count, model.contract.channels, size, size, device=device)
         start = time.perf_counter()
         with autocast(device.type, precision):
             losses, _ = network(images, [target] * count if learn else None, detect=not learn)

@@ -661,7 +661,10 @@ def _reject_masks(
     for name, fails in tests:
         reason[train & fails & (reason == "").to_numpy()] = name
     rasters = {image.image_identifier: image.raster for image in images}
-    rest = windows[train & (reason == "").to_numpy()]
+    rest = train & (reason == "").to_numpy()
+    if not options.filters:  # what has a class counts: enough of it, and no pixel matters
+        rest &= counts.sum(axis=1) < options.min_valid * areas
+    rest = windows[rest]
     reason[rest.index] = _try_windows(rest, rasters, options, journal, work)
     return windows.assign(kept=(reason == "").to_numpy(), reason=reason.to_numpy())
 
@@ -683,7 +686,7 @@ def _try_windows(
                 key = fileio.fingerprint([name, part[WINDOW_COLUMNS].to_numpy()])
                 places[key] = part.index
                 if key not in journal.known:
-                    jobs[key] = (rasters[name], _windows(part))
+                    jobs[key] = (rasters[name].own, _windows(part))
     options_of = {name: getattr(options, name) for name in ("filters", "pixel_limit", "min_valid")}
     answers = parallel.imap_ordered(
         partial(_filter_job, **options_of), jobs.values(), description="filtering tiles", **work

@@ -21,6 +21,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 import annotations
 import fileio
 import imutils
+import masks
 import ranks
 import splits
 import tiling
@@ -106,7 +107,6 @@ def prepare_search(
     stretch: str = "auto",
     percentiles: tuple[float, float] = (0.5, 99.5),
     scheduler: str | None = None,
-    classes: Sequence[str] | None = None,
 ) -> tuple[SearchData, pd.DataFrame]:
     """Fix what all trials share, and refuse what would fail after hours of training.
 
@@ -119,7 +119,6 @@ def prepare_search(
         stretch: See `imutils.measure_radiometry`.
         percentiles: See there.
         scheduler: Of a Dask cluster that is to read the pixels for it.
-        classes: Of a segmentation, the names of the classes, by class id.
 
     Returns:
         The shared data, and the number of objects, or pixels, per label and split (of the last tile
@@ -135,7 +134,7 @@ def prepare_search(
     pixels = tiling.sample_pixels(ground, rasters, seed=conf.seed, scheduler=scheduler)
     labels = None
     if conf.task == "segmentation":
-        ids, labels = _mask_classes(images, classes)
+        ids, labels = _mask_classes(images)
     else:
         ids = class_ids([label for image in images for label in image.df["label"].unique()])
     data = SearchData(
@@ -187,7 +186,7 @@ def evaluation_overlap(images: Sequence[ImageData]) -> int:
 
 
 def _mask_classes(
-    images: Sequence[ImageData], classes: Sequence[str] | None
+    images: Sequence[ImageData],
 ) -> tuple[dict[str, int], dict[str, LabelSource]]:
     """Return the class ids, and the labels of the rasters, which must all have some."""
     labels = {image.image_identifier: image.labels for image in images}
@@ -196,9 +195,8 @@ def _mask_classes(
             f"segmentation needs the class of every pixel, and rasters {without} have no labels; "
             "give polygons or a mask raster of each, or set task to 'detection'"
         )
-    if classes is None:
-        raise InputError("segmentation needs the names of its classes, by class id, got none")
-    return {name: i for i, name in enumerate(classes)}, labels
+    names = images[0].labels.classes.names  # all rasters of a run share the table
+    return {name: i for i, name in enumerate(names)}, labels
 
 
 def train_iteration(
@@ -423,9 +421,10 @@ def make_contract(data: SearchData, module: TileDataModule, tile_size: int) -> D
     raster = next(iter(data.rasters.values()))
     return DataContract(
         tile_size=tile_size,
-        bands=raster.bands,
-        band_count=raster.band_count,
-        dtype=raster.dtype,
+        bands=raster.own.bands,
+        band_count=raster.own.band_count,
+        dtype=raster.own.dtype,
+        auxiliary=masks.auxiliary_of(raster),
         radiometry=data.radiometry,
         resolution=raster.resolution,
         split_hash=fileio.fingerprint(data.blocks),
@@ -506,16 +505,17 @@ def write_masks(trial_dir: Path, model: LargeRasterSegModel, blocks: pd.DataFram
     fileio.write_table(trial_dir / "pixels.csv", pd.concat(rows, ignore_index=True))
 
 
-TASKS = {
-    "detection": Task(
+_ALL = (
+    Task(
         LargeRasterORModel, _detector_contract, _describe_detector, write_detections,
         EVALUATION_FILES,
     ),
-    "segmentation": Task(
+    Task(
         LargeRasterSegModel, lambda module: {}, _describe_masks, write_masks,
         ("pixels.csv", "confusion.csv"),
     ),
-}  # fmt: skip
+)  # fmt: skip
+TASKS = {task.model.TASK: task for task in _ALL}
 
 
 def task_of(conf: ModelConfig) -> Task:
