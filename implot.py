@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import shapely
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
@@ -1131,7 +1132,8 @@ def plot_errors(
     Only the cut-outs are read. Each is stretched on its own; ground beyond the raster is black.
 
     Args:
-        errors: See `atlas.classify_errors`; shown in this order, there by falling confidence.
+        errors: See `atlas.classify_errors`, or of a segmentation `maps.find_errors`; shown in this
+            order, by falling confidence or area.
         rasters: Identifier -> raster.
         kind: The kind to show; None shows all.
         count: Cut-outs of a kind; None shows one row of each kind, or five of the one.
@@ -1150,12 +1152,16 @@ def plot_errors(
     for k, mine in shown.items():
         place, axes = axes[: columns * rows[k]], axes[columns * rows[k] :]
         for ax, error in zip(place, mine.itertuples(), strict=False):
-            _draw_error(ax, error, rasters[error.raster], objects)
+            if "geometry" in errors:
+                _draw_region(ax, error, rasters[error.raster])
+            else:
+                _draw_error(ax, error, rasters[error.raster], objects)
     handles = [
         Line2D([], [], color=TRUTH_COLOR, label="truth"),
         Line2D([], [], color=DETECTION_COLOR, linestyle="--", label="detection"),
     ]
-    _legend_below(figure, handles)
+    if "geometry" not in errors:
+        _legend_below(figure, handles)
     counts = [f"{len(mine)} of {(errors['kind'] == k).sum()} {k}" for k, mine in shown.items()]
     figure.suptitle(", ".join(counts) or "no errors", fontsize="medium")
     return figure
@@ -1183,6 +1189,25 @@ def _draw_error(
     seen = "never seen" if np.isnan(error.score) else f"{error.score:.2f}, IoU {error.iou:.2f}"
     label = str(error.label) if known else f"{error.label}, is {error.true_label}"
     ax.set_title("\n".join(map(_cut, [f"{error.kind} {seen}", label])), fontsize="small")
+    ax.axis("on")
+    ax.set(xticks=[], yticks=[], ylabel="")
+    name = _cut(error.raster, PLACE)
+    ax.set_xlabel(f"{error.pixel_x:.0f}, {error.pixel_y:.0f}\n{name}", fontsize="small")
+
+
+def _draw_region(ax: Axes, error: NamedTuple, raster: fileio.Raster) -> None:
+    """Draw a region that is wrong, its outline on the raster."""
+    low, high = (np.array([getattr(error, name) for name in names])
+                 for names in (BOX_COLUMNS[:2], BOX_COLUMNS[2:]))  # fmt: skip
+    side = int(np.ceil(max(LEAST_CUTOUT, CONTEXT * (high - low).max())))
+    x, y = np.floor((low + high - side) / 2).astype(int).tolist()
+    show_window(ax, raster, Window(x, y, side, side))
+    for ring in shapely.get_rings(error.geometry):
+        ax.plot(*shapely.get_coordinates(ring).T, color=DETECTION_COLOR, linewidth=1.2)
+    ax.set(xlim=(x, x + side), ylim=(y + side, y))
+    label = error.label if error.kind != "confused" else f"{error.label}, is {error.true_label}"
+    size = f"{error.area_px} px, {error.share_wrong:.0%} of its region"
+    ax.set_title("\n".join(map(_cut, [f"{error.kind} {label}", size])), fontsize="small")
     ax.axis("on")
     ax.set(xticks=[], yticks=[], ylabel="")
     name = _cut(error.raster, PLACE)

@@ -25,10 +25,11 @@ from rasterio.enums import ColorInterp, Resampling
 from torch import nn
 
 import fileio
+import parallel
+import regions
 import tiling
-from ImageData import IGNORE, InputError, Window
-from LargeRasterOR import autocast
-from regions import RegionFront
+from ImageData import IGNORE, ImageData, InputError, Window
+from LargeRasterOR import VIEWS, autocast
 from strips import Tile, TilePredictor, load_model
 
 SHARES = 254  # steps of a probability or an uncertainty, which is kept as a whole number
@@ -37,6 +38,7 @@ WEIGHT_STEPS = 4096  # weights of an axis are multiples of 1 / 4096: products ad
 BLOCK = 256  # px, side of what is written at once
 CHUNK_COLUMNS = 8 * BLOCK  # px that are put together at once
 CLASS, CONFIDENCE, UNCERTAINTY = "class", "confidence", "uncertainty"  # planes of a map
+ERROR_SIDE = 4096  # px of the windows in which errors are looked for
 PIXELS_PER_PUSH = 2**22  # of rows whose regions are looked for at once
 
 
@@ -277,22 +279,74 @@ def classify_window(
     Returns:
         uint8 (H, W), class ids, `IGNORE` where no ground counts.
     """
+    from LargeRasterSeg import segment_views  # detectors do without it
+
     model = checkpoint if isinstance(checkpoint, nn.Module) else load_model(checkpoint)
     size, classes = model.contract.tile_size, np.full((window.height, window.width), IGNORE, "u1")
     device = next(model.parameters()).device
-    grid = tiling.window_grid(window, size, size // 4)
+    grid = tiling.window_grid(window, size, model.contract.evaluation_overlap)
     columns = [*tiling.WINDOW_COLUMNS, *tiling.CORE_COLUMNS]
     for x, y, width, height, *core in grid[columns].to_numpy().tolist():
         image, valid, counted = tiling.read_tile(raster, Window(x, y, width, height), 0)
         pixels = model.contract.radiometry.stretch(image, valid)[None]
         with torch.inference_mode():
-            found = model(torch.from_numpy(pixels).to(device))[0].argmax(dim=0).cpu().numpy()
+            shares = segment_views(
+                model, torch.from_numpy(pixels).to(device), VIEWS[model.conf.views]
+            )
+        found = shares[0].argmax(dim=0).cpu().numpy()
         found = np.where(counted, found, IGNORE).astype("u1")
         left, top, right, bottom = core
         classes[top - window.y : bottom - window.y, left - window.x : right - window.x] = found[
             top - y : bottom - y, left - x : right - x
         ]
     return classes
+
+
+def find_errors(
+    checkpoint: Path | str | nn.Module,
+    images: Sequence[ImageData],
+    blocks: pd.DataFrame,
+    *,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """List where a model is wrong on the test ground, connected region by connected region.
+
+    Blocks are looked at one by one, large ones in windows of `ERROR_SIDE` px, whose edges cut
+    regions. The tiles are those of a test, so that the areas add up to the errors it counts, but
+    for what rounding decides.
+
+    Args:
+        checkpoint: Of a model of segmentation, or the model, ready to predict.
+        images: The labelled rasters.
+        blocks: Ground blocks.
+        progress: Show a bar.
+
+    Returns:
+        See `regions.find_errors`, with `raster, block`, and `area_m2` where rasters have a CRS.
+    """
+    model = checkpoint if isinstance(checkpoint, nn.Module) else load_model(checkpoint)
+    labelled = {image.image_identifier: image for image in images}
+    ignored, places = model.conf.segmentation.ignore_index, []
+    for block in blocks[blocks["split"] == "test"].itertuples():
+        grid = tiling.window_grid(Window(block.x, block.y, block.width, block.height), ERROR_SIDE)
+        for x, y, right, bottom in grid[tiling.CORE_COLUMNS].to_numpy().astype(int).tolist():
+            places.append((block, Window(x, y, right - x, bottom - y)))
+    parts = []
+    with parallel.Progress(len(places), "errors on the test ground", bar=progress) as report:
+        for block, window in places:
+            image = labelled[block.raster]
+            truth = image.labels.read(window)
+            if ignored is not None:
+                truth[truth == ignored] = IGNORE
+            found = classify_window(model, image.raster, window)
+            classes = image.labels.classes
+            part = regions.find_errors(
+                truth, found, model.labels, classes.background, (window.x, window.y)
+            )
+            part = _measure_ground(part, image.raster)
+            parts.append(part.assign(raster=block.raster, block=block.block))
+            report.advance()
+    return regions.sort_errors(pd.concat(parts, ignore_index=True))
 
 
 def _to_steps(share: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -569,7 +623,7 @@ class _Sheets:
             )
             for path in files.regions
         ]
-        self.front = RegionFront(files.names, range(count), files.least_area)
+        self.front = regions.RegionFront(files.names, range(count), files.least_area)
 
     def _open(
         self, stack: ExitStack, path: Path, count: int, overviews: Resampling
@@ -633,7 +687,9 @@ class _Sheets:
         """Give empty files of polygons their columns."""
         if self.appends and not sum(self.regions.values()):
             nothing = np.full((1, 1), IGNORE, np.uint8)
-            df = RegionFront(self.files.names, ()).push(nothing, nothing / SHARES, last=True)
+            df = regions.RegionFront(self.files.names, ()).push(
+                nothing, nothing / SHARES, last=True
+            )
             for append in self.appends:
                 append(_measure_ground(df, self.predictor.raster))
 

@@ -19,6 +19,7 @@ from test_LargeRasterOR import contract_of
 import fileio
 import gridsearch
 import ledger
+import maps
 import masks
 import predict
 import resume
@@ -337,3 +338,14 @@ def test_a_vector_file_is_asked_for_only_where_the_model_reads_one(tmp_path):
         predict.prepare(
             model_of(), tmp_path / "r.tif", tmp_path / "map.tif", aux_vector_file="roads.gpkg"
         )
+
+
+def test_regions_that_are_wrong_add_up_to_what_the_test_counted(segments, trained):
+    checkpoint = trained.folder / "checkpoints" / "best.ckpt"
+    errors = maps.find_errors(checkpoint, segments.images, segments.blocks)
+    counted = pd.read_csv(trained.folder / "pixels.csv")
+    wrong = counted.groupby("block")[["truth", "right"]].sum().eval("truth - right")
+    assert wrong.sum() > 0
+    found = errors.groupby("block")["area_px"].sum().reindex(wrong.index, fill_value=0)
+    pd.testing.assert_series_equal(found, wrong, check_names=False)
+    assert set(errors["kind"]) == {"confused"}  # both textures are classes
