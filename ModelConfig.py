@@ -778,6 +778,7 @@ class RunParameters:
             "attributes": self.label_columns,
             "classes": self.CLASSES,
             "mask_reference": self.MASK_REFERENCE,
+            "region_paths": self.region_paths,
             "coordinates": self.COORDINATES,
             "layer": self.LAYER,
             "attribute_filter": self.ATTRIBUTE_FILTER,

@@ -644,6 +644,8 @@ def label_images(
     *,
     attributes: str | Sequence[str | None] | None = None,
     classes: Classes = None,
+    region_paths: Sequence[tuple[Path | None, Path | None]] = (),
+    coordinates: str = "auto",
     workers: int | None = 1,
     **options: object,
 ) -> tuple[list[ImageData], ClassTable]:
@@ -654,6 +656,8 @@ def label_images(
         paths: The file of each, see `read_labels`.
         attributes: The attribute of each, or that of all.
         classes: See `make_table`.
+        region_paths: Per raster, see `annotations.read_regions`; none: all ground counts.
+        coordinates: See `annotations.ReadingOptions`.
         workers: Processes that look for the values of mask rasters.
         options: Passed to `read_labels`.
 
@@ -665,8 +669,14 @@ def label_images(
     """
     if attributes is None or isinstance(attributes, str):
         attributes = [attributes] * len(rasters)
+    if any(path for paths in region_paths for path in paths):
+        rasters = [
+            raster.with_regions(annotations.read_regions(*paths, raster, coordinates))
+            for raster, paths in zip(rasters, region_paths, strict=True)
+        ]
+    options |= {"classes": classes, "coordinates": coordinates, "workers": workers}
     labels = [
-        read_labels(path, raster, attribute=attribute, classes=classes, workers=workers, **options)
+        read_labels(path, raster, attribute=attribute, **options)
         for raster, path, attribute in zip(rasters, paths, attributes, strict=True)
     ]
     table = resolve_classes(labels, classes)

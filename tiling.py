@@ -37,6 +37,7 @@ CLASSES_NAME = "classes.json"  # of masks; `masks.ClassTable.load` reads it
 UNDER_ANNOTATED, UNDER_PROPORTION = "under min_annotated", "under class_proportion"
 PNG_KINDS = {("uint8", 1), ("uint8", 3), ("uint16", 1)}  # types and numbers of bands
 ATTEMPTS = 32  # windows drawn at most for each that is to have a valid pixel
+MASK_OVERLAP = 64  # px that neighbouring tiles share at least where their edges know too little
 JOB_WINDOWS = 256  # windows per worker call: long enough to pay for the call, short enough to share
 SAMPLE_WINDOWS = 16  # the same for samples, which are few
 
@@ -989,8 +990,11 @@ def _write_turned(raster: fileio.Raster, angle: int, path: Path) -> None:
 def evaluation_overlap(images: Sequence[ImageData]) -> int:
     """Derive the overlap of evaluation windows: the longest side of any object, in px.
 
-    Windows overlap by half at most; objects too large for that may be cut at a seam.
+    Windows overlap by half at most; objects too large for that may be cut at a seam. Of the classes
+    of pixels it is what a network needs to see around a pixel.
     """
+    if any(image.labels is not None for image in images):
+        return MASK_OVERLAP
     boxes = np.concatenate([image.df[BOX_COLUMNS].to_numpy() for image in images])
     return int(np.ceil((boxes[:, 2:] - boxes[:, :2]).max()))
 

@@ -45,7 +45,6 @@ log = logging.getLogger(__name__)
 
 LAST_CHECKPOINT = "checkpoints/last.ckpt"  # in a trial's folder, while it is not done
 EVALUATION_FILES = ("detections.csv", "objects.csv", "curve.csv", "confusion.csv")  # a detector's
-MASK_OVERLAP = 64  # px that neighbouring tiles share at least where their edges know too little
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def prepare_search(
         ids=ids,
         radiometry=imutils.measure_radiometry(pixels, stretch, percentiles),
         blocks=blocks,
-        evaluation_overlap=evaluation_overlap(images),
+        evaluation_overlap=tiling.evaluation_overlap(images),
         tile_marks={size: fileio.fingerprint(index) for size, index in indexes.items()},
         labels=labels,
     )
@@ -176,13 +175,6 @@ def _module(
         tiles, boxes, data.rasters, data.ids, data.radiometry, conf, sample_size=sample,
         labels=data.labels,
     )  # fmt: skip
-
-
-def evaluation_overlap(images: Sequence[ImageData]) -> int:
-    """Return the overlap in px that windows of evaluation need."""
-    if any(image.labels is not None for image in images):
-        return MASK_OVERLAP
-    return tiling.evaluation_overlap(images)
 
 
 def _mask_classes(

@@ -545,3 +545,14 @@ def test_a_raster_with_auxiliary_bands_is_a_raster(tmp_path):
 def test_auxiliary_bands_without_meaning_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         masks.AuxiliaryOptions(**options)
+
+
+def test_ground_outside_the_area_of_interest_is_unknown_to_a_run(ground, tmp_path):
+    raster, _ = ground
+    labels = write_shapes(tmp_path / "l.gpkg", [shapely.box(0, 0, 60, 40)], raster, label=["a"])
+    aoi = write_shapes(tmp_path / "aoi.gpkg", [shapely.box(10, 0, 50, 70)], raster)
+    ignored = write_shapes(tmp_path / "no.gpkg", [shapely.box(20, 10, 30, 20)], raster)
+    (image,), _ = masks.label_images([raster], [labels], region_paths=[(aoi, ignored)])
+    mask = image.labels.read(Window(0, 0, WIDTH, HEIGHT))
+    assert mask[15, [5, 15, 25, 35, 55]].tolist() == [255, 1, 255, 1, 255]
+    assert image.raster.regions is not None
