@@ -769,6 +769,7 @@ def _write_search(run_dir: Path, plan: Plan, data: SearchData, conf: ModelConfig
         "radiometry": asdict(data.radiometry),
         "evaluation_overlap": data.evaluation_overlap,
         "labels": data.labels and fileio.fingerprint(data.label_marks),
+        "cache": data.cache and str(data.cache),
     }
     fileio.write_table(run_dir / "search" / "blocks.parquet", data.blocks)
     fileio.write_json(
@@ -840,6 +841,7 @@ def _read_search(run_dir: Path) -> tuple[Plan, SearchData, ModelConfig]:
         evaluation_overlap=shared["evaluation_overlap"],
         tile_marks={int(size): mark for size, mark in shared["tile_marks"].items()},
         labels=labels,
+        cache=Path(shared["cache"]) if shared.get("cache") else None,
     )
     if labels and fileio.fingerprint(data.label_marks) != shared["labels"]:
         raise InputError(
