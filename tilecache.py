@@ -54,11 +54,11 @@ class CachedRaster(fileio.Raster):
 
     def read_valid(self, window: Window, image: np.ndarray) -> np.ndarray:
         """See `fileio.Raster.read_valid`."""
-        return (_read(self.store, f"{self.identifier}/known", window, 0) & VALID) > 0
+        return (_known(self.store, f"{self.identifier}/known", window) & VALID) > 0
 
     def read_counted(self, window: Window, valid: np.ndarray) -> np.ndarray:
         """See `fileio.Raster.read_counted`."""
-        return (_read(self.store, f"{self.identifier}/known", window, 0) & COUNTED) > 0
+        return (_known(self.store, f"{self.identifier}/known", window) & COUNTED) > 0
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,11 @@ def _read(
         rows, cols = slice(y0 - window.y, y1 - window.y), slice(x0 - window.x, x1 - window.x)
         values[..., rows, cols] = array[..., y0:y1, x0:x1]
     return values
+
+
+@lru_cache(maxsize=1)  # what is asked for valid pixels is next asked for those that count
+def _known(store: Path, name: str, window: Window) -> np.ndarray:
+    return _read(store, name, window, 0)
 
 
 def cache_tiles(

@@ -2,8 +2,8 @@
 
     python benchmarks/bench_tilecache.py [--short] [--sizes SIDE ...] [--json FILE]
 
-The raster has three bands of 8 bits; labels are polygons, one per 1,000 px. Windows have 256 px and
-lie anywhere. "strips" is the same raster in zstd strips of 64 rows, as badly laid out files are;
+The raster has three bands of 8 bits; labels are polygons, one per 10,000 px. Windows have 256 px
+and lie anywhere. "strips" is the same raster in zstd strips of 64 rows, as badly laid out files are;
 "distances" adds a band of distances to the polygons. Making the cache is measured on its own.
 """
 
@@ -28,7 +28,7 @@ import tiling
 from ImageData import LabelSource, Window
 from ModelConfig import AuxiliaryOptions
 
-SIZE, WINDOWS = 256, 300
+SIZE, WINDOWS = 256, 60
 
 
 def make(folder: Path, side: int) -> None:
@@ -42,7 +42,7 @@ def make(folder: Path, side: int) -> None:
                 window = ((top, min(top + 256, side)), (0, side))
                 dst.write(src.read(window=window), window=window)
     rng = np.random.default_rng(0)
-    centers = rng.uniform(0, side, (side * side // 1000, 2))
+    centers = rng.uniform(0, side, (side * side // 10_000, 2))
     shapes = shapely.buffer(shapely.points(centers), rng.uniform(8, 24, len(centers)))
     kinds = rng.choice(["a", "b", "c"], len(shapes))
     gpd.GeoDataFrame({"kind": kinds}, geometry=shapes).to_file(folder / "shapes.gpkg")
@@ -122,8 +122,8 @@ if __name__ == "__main__":
         common.Stage(
             title="Tiles with masks from a cache",
             size="px a side",
-            sizes=(8192,),
-            short=(4096,),
+            sizes=(4096,),
+            short=(2048,),
             make=make,
             ways={f"{kind}: {name}": partial(way, kind) for kind in KINDS for name, way in WAYS},
             against={f"{kind}: views": f"{kind}: cache" for kind in KINDS},

@@ -23,7 +23,10 @@ import maps
 import masks
 import predict
 import resume
+import splits
+import tiling
 import trials
+from datasets import TileDataModule
 from ImageData import InputError, Window
 from LargeRasterSeg import LargeRasterSegModel, check_encoder, load_encoder, segment_views
 from logger import DefaultModelLogger
@@ -236,6 +239,12 @@ def test_a_search_ranks_by_mean_iou_and_workers_find_its_labels(segments, tmp_pa
     table = ledger.read_ledger(tmp_path.parent)
     mine = table[table["run"] == tmp_path.name]
     assert sorted(mine["mean_IoU"]) == pytest.approx(sorted(board["mean_IoU"]))
+    assert {"val_mean_IoU", "IoU_rough", "pixel_accuracy"} <= set(table)
+    best = mine.loc[mine["learning_rate"].idxmax()]
+    kept = ledger.read_ledger(tmp_path, where="mean_IoU > 0 and learning_rate == 0.003")
+    assert kept["trial"].tolist() == [best["trial"]]
+    model = ledger.load_model(best)
+    assert (type(model), model.labels) == (LargeRasterSegModel, LABELS)
 
 
 def test_an_interrupted_training_ends_as_an_undisturbed_one(segments, tmp_path, monkeypatch):
@@ -349,3 +358,30 @@ def test_regions_that_are_wrong_add_up_to_what_the_test_counted(segments, traine
     found = errors.groupby("block")["area_px"].sum().reindex(wrong.index, fill_value=0)
     pd.testing.assert_series_equal(found, wrong, check_names=False)
     assert set(errors["kind"]) == {"confused"}  # both textures are classes
+
+
+def test_ground_that_masks_share_between_splits_is_refused(segments):
+    tiles, boxes = tiling.read_tiles(segments.tilings[64])
+    data, conf = segments.data, seg_conf(**{"train.augment.zoom": 2.0})
+
+    def module(tiles):
+        return TileDataModule(
+            tiles, boxes, data.rasters, data.ids, data.radiometry, conf, labels=data.labels
+        )
+
+    # windows may zoom and move, but never out of their block
+    made = module(tiles)
+    used = [made.train.views.reach(made.train.tiles), made.full_validation.tiles, made.test.tiles]
+    assert splits.audit_splits(pd.concat(used), data.rasters)["shared_px"].tolist() == [0, 0, 0]
+    test = tiles[(tiles["split"] == "test") & tiles["kept"]].iloc[:1]
+    leak = test.assign(split="train", window=tiles["window"].max() + 1)
+    with pytest.raises(InputError, match=r"splits share ground.* train and test \d+ px"):
+        module(pd.concat([tiles, leak], ignore_index=True))
+    # blocks that changed sides for their classes are still whole blocks
+    counts = tiling.count_blocks(segments.blocks, segments.images, workers=1)
+    blocks = splits.stratify_validation(
+        segments.blocks, counts, validation_percent=25, tolerance=5, seed=0
+    )
+    options = tiling.TilingOptions(evaluation_overlap=32)
+    windows, _ = tiling.index_windows(64, segments.images, blocks, options)
+    assert splits.audit_splits(windows, data.rasters)["shared_px"].sum() == 0
