@@ -3,8 +3,8 @@
     python benchmarks/bench_tilecache.py [--short] [--sizes SIDE ...] [--json FILE]
 
 The raster has three bands of 8 bits; labels are polygons, one per 10,000 px. Windows have 256 px
-and lie anywhere. "strips" is the same raster in zstd strips of 64 rows, as badly laid out files are;
-"distances" adds a band of distances to the polygons. Making the cache is measured on its own.
+and lie anywhere. "strips" is the same raster in zstd strips of 64 rows, as badly laid out files
+are; "distances" adds a band of distances to the polygons. Making the cache is measured, too.
 """
 
 from __future__ import annotations

@@ -93,3 +93,35 @@ def test_a_storage_must_be_postgresql(tmp_path):
 )
 def test_devices_are_a_number_or_those_that_are_named(tmp_path, text, devices):
     assert run_with(tmp_path, f"DEVICES: {text}").model_config().devices == devices
+
+
+def test_auxiliary_bands_are_a_parameter_and_their_file_lies_beside_the_annotations(tmp_path):
+    run = run_with(
+        tmp_path,
+        "DF_DIR: here\nAUXILIARY: {aux_vector_file: roads.gpkg, aux_vector_dist_maps: true}",
+    )
+    assert run.auxiliary.aux_vector_file == str(Path("here") / "roads.gpkg")
+    assert (run.auxiliary.count, run.auxiliary.aux_vector_dist_maps) == (1, True)
+    assert run.prediction_options()["aux_vector_file"] == run.auxiliary.aux_vector_file
+    assert run_with(tmp_path, "AUXILIARY: null").auxiliary is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("AUXILIARY: {}", "need an aux_vector_file, or coordconv_convert"),
+        ("AUXILIARY: {aux_vector_fil: a}", "AUXILIARY.aux_vector_fil: Unexpected"),
+        ("AUXILIARY: {coordconv_convert: maybe}", "AUXILIARY.coordconv_convert: Input should be"),
+        ("AUXILIARY: {aux_vector_file: a, aux_vector_dist_log: true}", "aux_vector_dist_maps"),
+        ("USE_STRATIFICATION: 2", "is of segmentation"),
+        ("TASK: segmentation\nUSE_STRATIFICATION: 25", "under VALIDATION_PROPORTION, 25 %, got 25"),
+        (
+            "TASK: segmentation\nUSE_STRATIFICATION: 2\nVALIDATION_FILENAMES: [sample_1.tif]",
+            "set one of both to None",
+        ),
+    ],
+)
+def test_wrong_bands_and_stratifications_are_refused(tmp_path, text, message):
+    with pytest.raises(InputError) as error:
+        run_with(tmp_path, text)
+    assert message in str(error.value)
