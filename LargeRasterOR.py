@@ -152,7 +152,7 @@ class LargeRasterORModel(TileModel):
             self._start_from(self.conf.init_from)
         elif self.conf.weights:
             backbone = make_backbone(
-                self.conf, len(self.contract.bands), self.contract.anchors.finest_level, load=True
+                self.conf, self.contract.channels, self.contract.anchors.finest_level, load=True
             )
             self.network.backbone.load_state_dict(backbone.state_dict())
         freeze_stages(self.network.backbone, self.conf.freeze_stages)

@@ -79,7 +79,7 @@ class SegmentationNetwork(nn.Module):
             options[DROPOUT[self.architecture]] = conf.dropout
         try:
             self.body = smp.create_model(
-                self.architecture, conf.encoder, None, len(contract.bands), classes, **options
+                self.architecture, conf.encoder, None, contract.channels, classes, **options
             )
         except Exception as error:  # whatever the libraries raise of a pair that does not fit
             raise InputError(
@@ -284,12 +284,12 @@ class LargeRasterSegModel(TileModel):
         if self.conf.init_from:
             self._start_from(self.conf.init_from)
         elif self.conf.weights:
-            state = load_encoder(self.conf, len(self.contract.bands))
+            state = load_encoder(self.conf, self.contract.channels)
             self.network.body.encoder.load_state_dict(state)
 
     def _start_from(self, path: str) -> None:
         labels, state = self._read_start(path)
-        bands = len(self.contract.bands)
+        bands = self.contract.channels
         first = f"{_first_convolution(self.network, bands)}.weight"
         state[first] = fit_bands(state[first], bands)
         own = self.network.state_dict()

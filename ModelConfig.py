@@ -15,7 +15,7 @@ import os
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, field, fields
+from dataclasses import asdict, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -48,6 +48,7 @@ SampleShare = Annotated[float, Field(gt=0, le=1)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Proportion = Annotated[float, Field(gt=0, lt=1)]
 FileName = Annotated[str, Field(min_length=1)]
+FilePath = Annotated[FileName, BeforeValidator(lambda v: str(v) if isinstance(v, Path) else v)]
 
 
 def _devices(value: object) -> object:
@@ -72,7 +73,7 @@ def _wrong(error: Mapping[str, Any]) -> str:
 MAY_CHANGE = {
     "RUN_NAME", "PR_COMPUTE_INTERVAL", "PATCH_SIZES", "BATCH_SIZES", "N_EPOCHS", "SAMPLE_SIZES",
     "LEARNING_RATES", "SEARCH", "N_TRIALS", "PRUNING", "STORAGE", "RETRY_FAILED",
-    "REPAIR_LAYOUT", "CACHE_DIR", "RESOLUTION_TOLERANCE",
+    "REPAIR_LAYOUT", "CACHE_DIR", "CACHE_TILES", "RESOLUTION_TOLERANCE",
     "FORCE_CREATION", "ACCELERATOR", "DEVICES", "NUM_NODES", "WORKERS", "RUNS_DIR", "DF_DIR",
     "IMG_DIR", "TILING_DIRECTORY", "IMAGE_OUTPUT_DIRECTORY", "MATERIALIZE_TILES", "WANDB_ACTIVE",
     "WANDB_PROJECT", "PLOT_IMAGE", "INTERACTIVE", "PREDICT_FILENAMES", "CATALOGUE_FORMATS",
@@ -196,6 +197,43 @@ class SegmentationConfig:
     tversky_beta: NotNegative = 0.7  # of false negatives; tversky only
     ohem_share: SampleShare = 0.25  # of the pixels, the hardest, that are learnt; ohem only
     target_size: Annotated[int, Field(ge=32)] | None = None  # px, random crops of training tiles
+
+
+@dataclass(config=ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True))
+class AuxiliaryOptions:
+    """Which bands a raster is to have beside its own: of shapes, and of the place of a pixel."""
+
+    aux_vector_file: FilePath | None = None  # shapes: polygons, lines, points; None: no such band
+    aux_vector_attrib: FileName | None = None  # attribute that chooses shapes by aux_vector_ids
+    aux_vector_ids: tuple[int | float | str, ...] | None = None  # its values that count; None: all
+    # distances to the nearest shape (0 in polygons), instead of 1 on shapes, else 0; lines count as
+    # 1 px wide, points as a pixel
+    aux_vector_dist_maps: bool = False
+    aux_vector_dist_log: bool = False  # logarithm of 1 + distance
+    aux_vector_scale: float = 1.0  # the band is multiplied by it
+    aux_vector_unit: Literal["px", "m"] = "px"  # of distances; m: on the ground
+    aux_vector_layer: FileName | None = None  # of a file that has several
+    aux_vector_coordinates: FileName = "auto"  # as COORDINATES
+    coordconv_convert: bool = False  # two bands, x and y of a pixel, -1 to 1 from edge to edge
+    coordconv_scale: float = 1.0  # they are multiplied by it
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        if self.aux_vector_file is None and not self.coordconv_convert:
+            raise InputError(
+                "auxiliary bands need an aux_vector_file, or coordconv_convert; give one of both"
+            )
+        if self.aux_vector_dist_log and not self.aux_vector_dist_maps:
+            raise InputError(
+                "aux_vector_dist_log needs aux_vector_dist_maps: binary maps have no distances"
+            )
+        if self.aux_vector_ids is not None and self.aux_vector_attrib is None:
+            raise InputError("aux_vector_ids needs aux_vector_attrib, the attribute that has them")
+
+    @property
+    def count(self) -> int:
+        """Number of bands."""
+        return (self.aux_vector_file is not None) + 2 * self.coordconv_convert
 
 
 @dataclass(config=_STRICT)
@@ -409,9 +447,11 @@ class RunParameters:
     AOI_FILENAMES: list[FileName | None] | None
     IGNORE_FILENAMES: list[FileName | None] | None
     BANDS: Annotated[list[Positive], Field(min_length=1)] | None
+    AUXILIARY: AuxiliaryOptions | None
     RESOLUTION_TOLERANCE: Annotated[float, Field(ge=0)] | None
     REPAIR_LAYOUT: bool
     CACHE_DIR: Path
+    CACHE_TILES: bool
     BOX_SOURCE: Literal["diameter", "columns"]
     COORDINATES: FileName
     X_COLUMN_NAME: FileName
@@ -522,6 +562,8 @@ class RunParameters:
                 "detection reads labels from one column, but LABEL_COLUMN_NAME names "
                 f"{self.label_columns}"
             )
+        if self.USE_STRATIFICATION is not None:
+            self._check_stratification()
         if self.STRETCH_PERCENTILES[0] >= self.STRETCH_PERCENTILES[1]:
             raise InputError(
                 "STRETCH_PERCENTILES must rise, such as [0.5, 99.5], "
@@ -554,7 +596,7 @@ class RunParameters:
                 "None; name a checkpoint there, or train"
             )
         if self.TASK == "detection":
-            for name in ("VISUALIZATION", "USE_STRATIFICATION", "BALANCE_SEARCH"):
+            for name in ("VISUALIZATION", "BALANCE_SEARCH"):
                 if getattr(self, name):
                     raise InputError(
                         f"{name} is of segmentation; leave it as it was, or set TASK = "
@@ -565,11 +607,6 @@ class RunParameters:
             raise InputError(
                 f"PREDICT_FROM must name a checkpoint, there is no {self.PREDICT_FROM}; None takes "
                 "this run's best"
-            )
-        if self.USE_STRATIFICATION is not None and self.VALIDATION_FILENAMES:
-            raise InputError(
-                "USE_STRATIFICATION chooses blocks of ground to validate on, and "
-                f"VALIDATION_FILENAMES = {self.VALIDATION_FILENAMES} rasters; leave one of both"
             )
         if self.STORAGE is not None:
             check_storage(self.STORAGE)
@@ -602,6 +639,20 @@ class RunParameters:
             )
         if both := sorted(test & validation):
             raise InputError(f"{both} are in TEST_FILENAMES and in VALIDATION_FILENAMES; choose")
+
+    def _check_stratification(self) -> None:
+        if self.TASK == "detection":
+            raise InputError("USE_STRATIFICATION is of segmentation; set it to None")
+        if self.VALIDATION_FILENAMES:
+            raise InputError(
+                "USE_STRATIFICATION chooses validation blocks, and VALIDATION_FILENAMES names "
+                "them; set one of both to None"
+            )
+        if self.USE_STRATIFICATION >= (percent := 100 * self.VALIDATION_PROPORTION):
+            raise InputError(
+                f"USE_STRATIFICATION must be under VALIDATION_PROPORTION, {percent:g} %, got "
+                f"{self.USE_STRATIFICATION:g}"
+            )
 
     @classmethod
     def from_notebook(cls, namespace: Mapping[str, Any]) -> RunParameters:
@@ -754,6 +805,14 @@ class RunParameters:
         ]
 
     @property
+    def auxiliary(self) -> AuxiliaryOptions | None:
+        """Which bands the rasters get beside their own; the vector file is in `DF_DIR`."""
+        if self.AUXILIARY is None or self.AUXILIARY.aux_vector_file is None:
+            return self.AUXILIARY
+        path = str(self.DF_DIR / self.AUXILIARY.aux_vector_file)
+        return replace(self.AUXILIARY, aux_vector_file=path)
+
+    @property
     def catalogue_paths(self) -> list[Path]:
         """Patterns of the catalogues' paths; `{raster}` stands for the raster's identifier."""
         folder = self.run_dir / "catalogues"
@@ -839,6 +898,7 @@ class RunParameters:
             "attributes": self.label_columns,
             "classes": self.CLASSES,
             "mask_reference": self.MASK_REFERENCE,
+            "region_paths": self.region_paths,
             "coordinates": self.COORDINATES,
             "layer": self.LAYER,
             "attribute_filter": self.ATTRIBUTE_FILTER,
@@ -903,6 +963,7 @@ class RunParameters:
         """Return the arguments of `predict.prepare` that are parameters."""
         shapes = {"geometry": self.CATALOGUE_GEOMETRY, "density_cell": self.DENSITY_CELL}
         options = {
+            "aux_vector_file": self.auxiliary and self.auxiliary.aux_vector_file,
             "device": "cuda" if self.ACCELERATOR == "gpu" else self.ACCELERATOR,
             "scheduler": self.SCHEDULER,
             "precision": self.PRECISION,

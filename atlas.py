@@ -189,7 +189,8 @@ def write_atlas(
     is, with whatever was noted in it since.
 
     Args:
-        errors: See `classify_errors`; further columns are written as they are.
+        errors: See `classify_errors`, or of a segmentation `maps.find_errors`, whose regions are
+            then written as polygons; further columns are written as they are.
         rasters: Identifier -> raster.
         folder: Where `<identifier>.gpkg` or `<identifier>.csv` go.
 
@@ -220,7 +221,9 @@ def write_atlas(
                     path.unlink(missing_ok=True)
                     continue
                 if path.suffix == ".gpkg":
-                    mine = mine.drop(columns=TRUE_BOX_COLUMNS)
+                    mine = mine.drop(columns=TRUE_BOX_COLUMNS, errors="ignore")
+                else:
+                    mine = mine.drop(columns="geometry", errors="ignore")
                 labels, layers = mine["label"].dropna().unique(), {"layer_column": "kind"}
                 with fileio.annotation_writer(path, rasters[name], labels, **layers) as append:
                     append(mine)

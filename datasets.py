@@ -28,6 +28,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -45,6 +46,7 @@ import fileio
 import imutils
 import ranks
 import splits
+import tilecache
 import tiling
 from ImageData import IGNORE, InputError, LabelSource, Window
 from ModelConfig import AugmentConfig, ModelConfig
@@ -936,6 +938,7 @@ class TileDataModule(pl.LightningDataModule):
         conf: Batch size, worker processes, seed, sampling, augmentation.
         sample_size: Share of the training and validation windows to use.
         labels: Of a segmentation, identifier -> the classes of its raster's pixels.
+        cache: Folder of a cache of all tiles, see `tilecache`; None: there is none.
 
     Attributes:
         sampler: Draws the training tiles; a training loop tells it how difficult they were.
@@ -953,6 +956,7 @@ class TileDataModule(pl.LightningDataModule):
         *,
         sample_size: float = 1.0,
         labels: Mapping[str, LabelSource] | None = None,
+        cache: Path | None = None,
     ) -> None:
         """Select the tiles; nothing is read yet."""
         super().__init__()
@@ -970,10 +974,11 @@ class TileDataModule(pl.LightningDataModule):
         if masks:
             boxes = boxes.iloc[:0]  # of the objects that masks were made of, if any
 
-        def dataset(part: pd.DataFrame, **options: object) -> TileDataset:
+        def dataset(split: str, part: pd.DataFrame, **options: object) -> TileDataset:
+            handles, classes = tilecache.open_cache(cache, split, rasters, labels)
             if masks:
-                return MaskDataset(part, rasters, labels, radiometry, **options)
-            return BboxDataset(part, boxes, rasters, ids, radiometry, **options)
+                return MaskDataset(part, handles, classes, radiometry, **options)
+            return BboxDataset(part, boxes, handles, ids, radiometry, **options)
 
         augment, views, seen = conf.train.augment, None, train
         if conf.train.random_windows:
@@ -986,15 +991,15 @@ class TileDataModule(pl.LightningDataModule):
             seen = views.reach(train)
         splits.audit_splits(pd.concat([seen, full_validation, test]), rasters)
         transform = training_transform(augment, radiometry, masks=masks, target_size=target_size)
-        self.train = dataset(train, transform=transform, views=views)
+        self.train = dataset("train", train, transform=transform, views=views)
         self.sampler = TileSampler(
             self.train.repeat_factors(conf.train.repeat_threshold),
             seed=conf.seed, hard_negatives=conf.train.hard_negatives,
         )  # fmt: skip
         self.batches = TileBatches(self.sampler, conf.batch_size)
-        self.validation = dataset(validation, evaluation=True)
-        self.full_validation = dataset(full_validation, evaluation=True)
-        self.test = dataset(test, evaluation=True)
+        self.validation = dataset("validation", validation, evaluation=True)
+        self.full_validation = dataset("validation", full_validation, evaluation=True)
+        self.test = dataset("test", test, evaluation=True)
 
     def train_dataloader(self) -> DataLoader:
         """Return the training batches, in the order and of the tiles that `sampler` draws."""

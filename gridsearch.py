@@ -53,7 +53,15 @@ from ImageData import ImageData, InputError, Window
 from LargeRasterOR import LargeRasterORModel
 from learning import TileModel, __version__
 from logger import check_logger, configure_logger, make_model_logger
-from ModelConfig import HYPERPARAMETERS, PLACE, ModelConfig, Record, Search, VisualizationConfig
+from ModelConfig import (
+    HYPERPARAMETERS,
+    PLACE,
+    AuxiliaryOptions,
+    ModelConfig,
+    Record,
+    Search,
+    VisualizationConfig,
+)  # fmt: skip
 from study import Claim, LostTrialError, Queue
 from trials import LAST_CHECKPOINT, SearchData, task_of, train_iteration
 from visualization import TileGallery
@@ -777,7 +785,8 @@ def _write_search(run_dir: Path, plan: Plan, data: SearchData, conf: ModelConfig
         }
         rasters[name] = {
             "path": str(raster.path.absolute()) if local else raster.source,
-            "bands": raster.bands, "regions": regions,
+            "bands": raster.own.bands, "regions": regions,
+            "auxiliary": _auxiliary_record(raster),
             "content": fileio.raster_fingerprint(raster),
         }  # fmt: skip
     shared = {
@@ -788,12 +797,22 @@ def _write_search(run_dir: Path, plan: Plan, data: SearchData, conf: ModelConfig
         "radiometry": asdict(data.radiometry),
         "evaluation_overlap": data.evaluation_overlap,
         "labels": data.labels and fileio.fingerprint(data.label_marks),
+        "cache": data.cache and str(data.cache),
     }
     fileio.write_table(run_dir / "search" / "blocks.parquet", data.blocks)
     fileio.write_json(
         run_dir / "search" / "search.json",
         {"plan": asdict(plan), "conf": conf.to_dict(), "data": shared},
     )
+
+
+def _auxiliary_record(raster: fileio.Raster) -> dict[str, Any] | None:
+    """Return which auxiliary bands a raster has, with where their vector file is for a worker."""
+    options = masks.auxiliary_of(raster)
+    if options is None:
+        return None
+    file = options.aux_vector_file
+    return asdict(options) | {"aux_vector_file": file and str(Path(file).absolute())}
 
 
 def _load_search(run_dir: Path) -> dict[str, Any]:
@@ -828,6 +847,8 @@ def _read_search(run_dir: Path) -> tuple[Plan, SearchData, ModelConfig]:
                 f"(fingerprint {content}, expected {place['content']}); a worker must find the "
                 "same files under the same paths"
             )
+        if auxiliary := place.get("auxiliary"):
+            raster = masks.with_auxiliary_bands(raster, AuxiliaryOptions(**auxiliary))
         if regions := place["regions"]:
             aoi = regions["aoi"] and tuple(shapely.from_wkb(regions["aoi"]))
             raster = raster.with_regions(
@@ -848,6 +869,7 @@ def _read_search(run_dir: Path) -> tuple[Plan, SearchData, ModelConfig]:
         evaluation_overlap=shared["evaluation_overlap"],
         tile_marks={int(size): mark for size, mark in shared["tile_marks"].items()},
         labels=labels,
+        cache=Path(shared["cache"]) if shared.get("cache") else None,
     )
     if labels and fileio.fingerprint(data.label_marks) != shared["labels"]:
         raise InputError(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import shapely
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -36,7 +37,7 @@ import imutils
 import tiling
 from explore import explore as explore  # with the other pictures
 from explore import outlines, preview
-from ImageData import BOX_COLUMNS, ImageData, InputError, Window
+from ImageData import BOX_COLUMNS, IGNORE, ImageData, InputError, Window
 from imutils import (
     COLORS,
     DETECTION_COLOR,
@@ -69,7 +70,6 @@ CONTEXT = 3.0  # side of an error's cut-out, in sides of what it shows
 LEAST_CUTOUT = 32  # px
 CAPTION = 28  # letters of a caption's line
 MOST_TICKS = 6  # values of a hyperparameter, above which they are taken for a range
-NO_CLASS = 255  # of class maps
 HEAT = "inferno"  # colours of probabilities
 OVERLAY = 0.5  # of a class map over its raster
 PANORAMA = 3  # times as wide as high, from which on pictures lie below each other
@@ -1140,7 +1140,8 @@ def plot_errors(
     Only the cut-outs are read. Each is stretched on its own; ground beyond the raster is black.
 
     Args:
-        errors: See `atlas.classify_errors`; shown in this order, there by falling confidence.
+        errors: See `atlas.classify_errors`, or of a segmentation `maps.find_errors`; shown in this
+            order, by falling confidence or area.
         rasters: Identifier -> raster.
         kind: The kind to show; None shows all.
         count: Cut-outs of a kind; None shows one row of each kind, or five of the one.
@@ -1159,12 +1160,16 @@ def plot_errors(
     for k, mine in shown.items():
         place, axes = axes[: columns * rows[k]], axes[columns * rows[k] :]
         for ax, error in zip(place, mine.itertuples(), strict=False):
-            _draw_error(ax, error, rasters[error.raster], objects)
+            if "geometry" in errors:
+                _draw_region(ax, error, rasters[error.raster])
+            else:
+                _draw_error(ax, error, rasters[error.raster], objects)
     handles = [
         Line2D([], [], color=TRUTH_COLOR, label="truth"),
         Line2D([], [], color=DETECTION_COLOR, linestyle="--", label="detection"),
     ]
-    _legend_below(figure, handles)
+    if "geometry" not in errors:
+        _legend_below(figure, handles)
     counts = [f"{len(mine)} of {(errors['kind'] == k).sum()} {k}" for k, mine in shown.items()]
     figure.suptitle(", ".join(counts) or "no errors", fontsize="medium")
     return figure
@@ -1192,6 +1197,25 @@ def _draw_error(
     seen = "never seen" if np.isnan(error.score) else f"{error.score:.2f}, IoU {error.iou:.2f}"
     label = str(error.label) if known else f"{error.label}, is {error.true_label}"
     ax.set_title("\n".join(map(_cut, [f"{error.kind} {seen}", label])), fontsize="small")
+    ax.axis("on")
+    ax.set(xticks=[], yticks=[], ylabel="")
+    name = _cut(error.raster, PLACE)
+    ax.set_xlabel(f"{error.pixel_x:.0f}, {error.pixel_y:.0f}\n{name}", fontsize="small")
+
+
+def _draw_region(ax: Axes, error: NamedTuple, raster: fileio.Raster) -> None:
+    """Draw a region that is wrong, its outline on the raster."""
+    low, high = (np.array([getattr(error, name) for name in names])
+                 for names in (BOX_COLUMNS[:2], BOX_COLUMNS[2:]))  # fmt: skip
+    side = int(np.ceil(max(LEAST_CUTOUT, CONTEXT * (high - low).max())))
+    x, y = np.floor((low + high - side) / 2).astype(int).tolist()
+    show_window(ax, raster, Window(x, y, side, side))
+    for ring in shapely.get_rings(error.geometry):
+        ax.plot(*shapely.get_coordinates(ring).T, color=DETECTION_COLOR, linewidth=1.2)
+    ax.set(xlim=(x, x + side), ylim=(y + side, y))
+    label = error.label if error.kind != "confused" else f"{error.label}, is {error.true_label}"
+    size = f"{error.area_px} px, {error.share_wrong:.0%} of its region"
+    ax.set_title("\n".join(map(_cut, [f"{error.kind} {label}", size])), fontsize="small")
     ax.axis("on")
     ax.set(xticks=[], yticks=[], ylabel="")
     name = _cut(error.raster, PLACE)
@@ -1265,13 +1289,13 @@ def plot_class_map(
         classes, known = class_map, {}
     else:
         classes, known = _read_class_map(Path(class_map), raster, window)
-    count = max([classes[classes < NO_CLASS].max(initial=0) + 1, len(labels or ())])
+    count = max([classes[classes < IGNORE].max(initial=0) + 1, len(labels or ())])
     names = [str(i) for i in range(count)] if labels is None else list(labels)
     paint = dict(enumerate(zip(names, class_colors(names), strict=True)))
     paint |= {i: (names[i] if labels else name, color) for i, (name, color) in known.items()}
     paint |= dict(colormap or {})
-    pixels = np.bincount(classes.ravel(), minlength=NO_CLASS + 1)
-    known_pixels = max(pixels[:NO_CLASS].sum(), 1)
+    pixels = np.bincount(classes.ravel(), minlength=IGNORE + 1)
+    known_pixels = max(pixels[:IGNORE].sum(), 1)
     picture = _paint_table({number: color for number, (_, color) in paint.items()})[classes]
     slope = window.height / window.width
     wide = slope < 1 / PANORAMA  # one above the other
@@ -1298,7 +1322,7 @@ def plot_class_map(
               label=f"{_cut(paint[i][0])} ({pixels[i] / known_pixels:.1%})")
         for i in sorted(paint) if pixels[i] or i < count
     ]  # fmt: skip
-    if pixels[NO_CLASS]:
+    if pixels[IGNORE]:
         handles.append(Patch(facecolor="white", edgecolor="0.3", linewidth=0.5, label="no class"))
     _legend_below(figure, handles)
     figure.suptitle(_cut(raster.path.name), fontsize="medium")
@@ -1323,7 +1347,7 @@ def plot_class_errors(
     """
     colors = class_colors(labels)
     table = _paint_table(dict(enumerate(colors)))
-    known = truth != NO_CLASS
+    known = truth != IGNORE
     wrong = known & (truth != found)
     figure, axes = plt.subplots(
         2, 2, figsize=(WIDTH, WIDTH * window.height / window.width + 1), layout="constrained",
@@ -1332,8 +1356,8 @@ def plot_class_errors(
     extent = (window.x, window.x + window.width, window.y + window.height, window.y)
     share = wrong.sum() / max(known.sum(), 1)
     panels = {
-        "raster": None, "truth": table[truth], "found": table[np.where(known, found, NO_CLASS)],
-        f"wrong, in the true class's colour: {share:.1%}": table[np.where(wrong, truth, NO_CLASS)],
+        "raster": None, "truth": table[truth], "found": table[np.where(known, found, IGNORE)],
+        f"wrong, in the true class's colour: {share:.1%}": table[np.where(wrong, truth, IGNORE)],
     }  # fmt: skip
     for ax, (title, picture) in zip(axes.flat, panels.items(), strict=True):
         if title.startswith(("raster", "wrong")):
@@ -1383,7 +1407,7 @@ def draw_tile(
     seen = imutils.preview_stretch(bands, np.ones(image.shape[1:], bool))
     seen = seen if seen.ndim == 3 else np.repeat(seen[..., None], 3, axis=2)
     paint = _paint_table(dict(enumerate(colors)))[:, :3]
-    paint[NO_CLASS] = 255
+    paint[IGNORE] = 255
     heat = (plt.get_cmap(HEAT)(probabilities)[..., :3] * 255).round().astype(np.uint8)
     found = probabilities.argmax(axis=0)
     return TilePictures(seen.astype(np.uint8), paint[truth], paint[found], tuple(heat))
@@ -1435,7 +1459,7 @@ def plot_tile_prediction(
 
 def _paint_table(colors: Mapping[int, str]) -> np.ndarray:
     """Return the colours of all class ids, uint8 (256, 4) RGBA; those without one are clear."""
-    table = np.zeros((NO_CLASS + 1, 4), np.uint8)
+    table = np.zeros((IGNORE + 1, 4), np.uint8)
     for number, color in colors.items():
         table[number] = (*bytes.fromhex(color[1:]), 255)
     return table
@@ -1466,4 +1490,4 @@ def _read_class_map(
         number = int(key.removeprefix("class_"))
         if number in colors:
             known[number] = (name, "#{:02X}{:02X}{:02X}".format(*colors[number]))
-    return np.where(valid, image[0], np.uint8(NO_CLASS)), known
+    return np.where(valid, image[0], np.uint8(IGNORE)), known

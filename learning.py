@@ -273,7 +273,6 @@ class TileModel(pl.LightningModule):
         seconds = 0.0 if ranks.rank() else time.monotonic() - self._started
         values = ranks.summed(torch.cat([values, torch.tensor([seconds], dtype=torch.float64)]))
         self.seconds = float(values[-1])
-        ranks.average(self._moving_buffers())
         losses, tiles = values[:-3] / ranks.count(), values[-3:-1]
         if not losses[0] < DIVERGED:
             raise self._diverged(batch, float(losses[0]))
@@ -281,6 +280,10 @@ class TileModel(pl.LightningModule):
         named = dict(zip(self.LOSSES, losses.tolist(), strict=True))
         self.log_dict({f"train_{name}_step": value for name, value in named.items()})
         return loss
+
+    def on_after_backward(self) -> None:
+        """Make ranks agree on what they learnt without gradients, which those needed until now."""
+        ranks.average(self._moving_buffers())
 
     def _moving_buffers(self) -> list[Tensor]:
         """Return what a network learns from its batches without gradients."""

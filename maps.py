@@ -25,19 +25,20 @@ from rasterio.enums import ColorInterp, Resampling
 from torch import nn
 
 import fileio
+import parallel
+import regions
 import tiling
-from ImageData import InputError, Window
-from LargeRasterOR import autocast
-from regions import RegionFront
+from ImageData import IGNORE, ImageData, InputError, Window
+from LargeRasterOR import VIEWS, autocast
 from strips import Tile, TilePredictor, load_model
 
-NODATA = 255  # of class maps and of shares
 SHARES = 254  # steps of a probability or an uncertainty, which is kept as a whole number
 LEAST_ROWS = 4  # of tiles in a strip: what two strips see is kept by both, so that few are better
 WEIGHT_STEPS = 4096  # weights of an axis are multiples of 1 / 4096: products add up without error
 BLOCK = 256  # px, side of what is written at once
 CHUNK_COLUMNS = 8 * BLOCK  # px that are put together at once
 CLASS, CONFIDENCE, UNCERTAINTY = "class", "confidence", "uncertainty"  # planes of a map
+ERROR_SIDE = 4096  # px of the windows in which errors are looked for
 PIXELS_PER_PUSH = 2**22  # of rows whose regions are looked for at once
 
 
@@ -232,7 +233,7 @@ class MapPredictor(TilePredictor):
             of_class[better] = number
             np.maximum(best, classes[number], out=best)
         planes = np.empty((self.bands, *known.shape), np.uint8)
-        planes[0] = np.where(known, of_class, NODATA)
+        planes[0] = np.where(known, of_class, IGNORE)
         if self.bands == 1:
             return planes
         scale = 1 / np.where(known, weight, 1)  # other than 1 only beside a gap
@@ -276,19 +277,24 @@ def classify_window(
         window: The part, px, held whole.
 
     Returns:
-        uint8 (H, W), class ids, `NODATA` where no ground counts.
+        uint8 (H, W), class ids, `IGNORE` where no ground counts.
     """
+    from LargeRasterSeg import segment_views  # detectors do without it
+
     model = checkpoint if isinstance(checkpoint, nn.Module) else load_model(checkpoint)
-    size, classes = model.contract.tile_size, np.full((window.height, window.width), NODATA, "u1")
+    size, classes = model.contract.tile_size, np.full((window.height, window.width), IGNORE, "u1")
     device = next(model.parameters()).device
-    grid = tiling.window_grid(window, size, size // 4)
+    grid = tiling.window_grid(window, size, model.contract.evaluation_overlap)
     columns = [*tiling.WINDOW_COLUMNS, *tiling.CORE_COLUMNS]
     for x, y, width, height, *core in grid[columns].to_numpy().tolist():
         image, valid, counted = tiling.read_tile(raster, Window(x, y, width, height), 0)
         pixels = model.contract.radiometry.stretch(image, valid)[None]
         with torch.inference_mode():
-            found = model(torch.from_numpy(pixels).to(device))[0].argmax(dim=0).cpu().numpy()
-        found = np.where(counted, found, NODATA).astype("u1")
+            shares = segment_views(
+                model, torch.from_numpy(pixels).to(device), VIEWS[model.conf.views]
+            )
+        found = shares[0].argmax(dim=0).cpu().numpy()
+        found = np.where(counted, found, IGNORE).astype("u1")
         left, top, right, bottom = core
         classes[top - window.y : bottom - window.y, left - window.x : right - window.x] = found[
             top - y : bottom - y, left - x : right - x
@@ -296,8 +302,55 @@ def classify_window(
     return classes
 
 
+def find_errors(
+    checkpoint: Path | str | nn.Module,
+    images: Sequence[ImageData],
+    blocks: pd.DataFrame,
+    *,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """List where a model is wrong on the test ground, connected region by connected region.
+
+    Blocks are looked at one by one, large ones in windows of `ERROR_SIDE` px, whose edges cut
+    regions. The tiles are those of a test, so that the areas add up to the errors it counts, but
+    for what rounding decides.
+
+    Args:
+        checkpoint: Of a model of segmentation, or the model, ready to predict.
+        images: The labelled rasters.
+        blocks: Ground blocks.
+        progress: Show a bar.
+
+    Returns:
+        See `regions.find_errors`, with `raster, block`, and `area_m2` where rasters have a CRS.
+    """
+    model = checkpoint if isinstance(checkpoint, nn.Module) else load_model(checkpoint)
+    labelled = {image.image_identifier: image for image in images}
+    ignored, places = model.conf.segmentation.ignore_index, []
+    for block in blocks[blocks["split"] == "test"].itertuples():
+        grid = tiling.window_grid(Window(block.x, block.y, block.width, block.height), ERROR_SIDE)
+        for x, y, right, bottom in grid[tiling.CORE_COLUMNS].to_numpy().astype(int).tolist():
+            places.append((block, Window(x, y, right - x, bottom - y)))
+    parts = []
+    with parallel.Progress(len(places), "errors on the test ground", bar=progress) as report:
+        for block, window in places:
+            image = labelled[block.raster]
+            truth = image.labels.read(window)
+            if ignored is not None:
+                truth[truth == ignored] = IGNORE
+            found = classify_window(model, image.raster, window)
+            classes = image.labels.classes
+            part = regions.find_errors(
+                truth, found, model.labels, classes.background, (window.x, window.y)
+            )
+            part = _measure_ground(part, image.raster)
+            parts.append(part.assign(raster=block.raster, block=block.block))
+            report.advance()
+    return regions.sort_errors(pd.concat(parts, ignore_index=True))
+
+
 def _to_steps(share: np.ndarray, known: np.ndarray) -> np.ndarray:
-    return np.where(known, np.rint(share.clip(0, 1) * SHARES), NODATA).astype(np.uint8)
+    return np.where(known, np.rint(share.clip(0, 1) * SHARES), IGNORE).astype(np.uint8)
 
 
 class _Columns:
@@ -349,7 +402,7 @@ class _MappedStrip:
             "blockxsize": BLOCK, "blockysize": BLOCK, "zstd_level": 1,
         }  # fmt: skip
         for path, rows, bands, dtype, fill in (
-            (predictor.settled_path(strip), self.settled, predictor.bands, "uint8", NODATA),
+            (predictor.settled_path(strip), self.settled, predictor.bands, "uint8", IGNORE),
             (predictor.seam_path(strip), ~self.settled, predictor.sums, "float32", 0),
         ):
             height = int(rows.sum())
@@ -448,7 +501,7 @@ class _Journal:
 
     def read(self, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
         """Return the planes of a window of the map, uint8 (bands, H, W)."""
-        planes = np.full((self.predictor.bands, y1 - y0, x1 - x0), NODATA, np.uint8)
+        planes = np.full((self.predictor.bands, y1 - y0, x1 - x0), IGNORE, np.uint8)
         first, last = np.searchsorted(self.tops, [y0, y1 - 1], "right") - 1
         for strip in range(first, last + 1):
             rows = self.rows[strip]
@@ -570,7 +623,7 @@ class _Sheets:
             )
             for path in files.regions
         ]
-        self.front = RegionFront(files.names, range(count), files.least_area)
+        self.front = regions.RegionFront(files.names, range(count), files.least_area)
 
     def _open(
         self, stack: ExitStack, path: Path, count: int, overviews: Resampling
@@ -580,7 +633,7 @@ class _Sheets:
         dst = stack.enter_context(
             fileio.create_raster(
                 path, width=raster.width, height=raster.height, count=count, dtype="uint8",
-                nodata=NODATA, sparse_ok=True, interleave="band", overviews=overviews,
+                nodata=IGNORE, sparse_ok=True, interleave="band", overviews=overviews,
                 blockxsize=BLOCK, blockysize=BLOCK, **place,
             )
         )  # fmt: skip
@@ -604,7 +657,7 @@ class _Sheets:
                 (self.probabilities, planes[named:]),
                 (self.uncertainty, planes[[self._place(UNCERTAINTY)]]),
             ):
-                if dst is not None and (values != NODATA).any():
+                if dst is not None and (values != IGNORE).any():
                     dst.write(values, window=window)
             if self.appends:
                 kept.append(planes[[0, self._place(CONFIDENCE)]])
@@ -633,8 +686,10 @@ class _Sheets:
     def finish(self) -> None:
         """Give empty files of polygons their columns."""
         if self.appends and not sum(self.regions.values()):
-            nothing = np.full((1, 1), NODATA, np.uint8)
-            df = RegionFront(self.files.names, ()).push(nothing, nothing / SHARES, last=True)
+            nothing = np.full((1, 1), IGNORE, np.uint8)
+            df = regions.RegionFront(self.files.names, ()).push(
+                nothing, nothing / SHARES, last=True
+            )
             for append in self.appends:
                 append(_measure_ground(df, self.predictor.raster))
 
@@ -650,7 +705,7 @@ def _measure_ground(df: pd.DataFrame, raster: fileio.Raster) -> pd.DataFrame:
 
 def _color_table(colors: Sequence[str]) -> dict[int, tuple[int, int, int, int]]:
     table = {i: (*bytes.fromhex(color[1:]), 255) for i, color in enumerate(colors)}
-    return table | {NODATA: (0, 0, 0, 0)}
+    return table | {IGNORE: (0, 0, 0, 0)}
 
 
 def name_colors(

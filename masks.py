@@ -12,7 +12,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -29,6 +29,7 @@ import parallel
 import tiling
 from ImageData import IGNORE as IGNORE  # a word of masks
 from ImageData import ImageData, InputError, Window
+from ModelConfig import AuxiliaryOptions
 
 log = logging.getLogger(__name__)
 
@@ -282,6 +283,7 @@ def read_counted(raster: fileio.Raster, window: Window) -> np.ndarray:
 
     Pixels are read only where they can be invalid.
     """
+    raster = raster.own
     plain = not raster.masked and set(raster.nodata) == {None}
     if plain and np.dtype(raster.dtype).kind != "f":
         x, y = window.x + np.arange(window.width), window.y + np.arange(window.height)
@@ -666,6 +668,8 @@ def label_images(
     *,
     attributes: str | Sequence[str | None] | None = None,
     classes: Classes = None,
+    region_paths: Sequence[tuple[Path | None, Path | None]] = (),
+    coordinates: str = "auto",
     workers: int | None = 1,
     **options: object,
 ) -> tuple[list[ImageData], ClassTable]:
@@ -676,6 +680,8 @@ def label_images(
         paths: The file of each, see `read_labels`.
         attributes: The attribute of each, or that of all.
         classes: See `make_table`.
+        region_paths: Per raster, see `annotations.read_regions`; none: all ground counts.
+        coordinates: See `annotations.ReadingOptions`.
         workers: Processes that look for the values of mask rasters.
         options: Passed to `read_labels`.
 
@@ -687,8 +693,14 @@ def label_images(
     """
     if attributes is None or isinstance(attributes, str):
         attributes = [attributes] * len(rasters)
+    if any(path for paths in region_paths for path in paths):
+        rasters = [
+            raster.with_regions(annotations.read_regions(*paths, raster, coordinates))
+            for raster, paths in zip(rasters, region_paths, strict=True)
+        ]
+    options |= {"classes": classes, "coordinates": coordinates, "workers": workers}
     labels = [
-        read_labels(path, raster, attribute=attribute, classes=classes, workers=workers, **options)
+        read_labels(path, raster, attribute=attribute, **options)
         for raster, path, attribute in zip(rasters, paths, attributes, strict=True)
     ]
     table = resolve_classes(labels, classes)
@@ -756,61 +768,22 @@ def empty_table() -> pd.DataFrame:
 # ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class AuxiliaryOptions:
-    """Which bands a raster is to have beside its own.
-
-    Attributes:
-        vector_file: Shapes of which one band is made: polygons, lines, points. None: none is.
-        attribute: Attribute that chooses shapes by `ids`.
-        ids: Its values that count; None: all.
-        distance: Distances to the nearest shape (0 in polygons), instead of 1 on shapes, else 0.
-            Lines count as 1 px wide, points as a pixel.
-        log: Logarithm of 1 + distance.
-        scale: What the band is multiplied by.
-        unit: Of distances, "px" or "m" on the ground.
-        layer: Layer of the file, if it has several.
-        coordinates: See `annotations.read_shapes`.
-        coordconv: Two more bands, x and y of the pixel's centre, -1 to 1 from edge to edge.
-        coordconv_scale: What they are multiplied by.
-    """
-
-    vector_file: Path | None = None
-    attribute: str | None = None
-    ids: tuple[object, ...] | None = None
-    distance: bool = False
-    log: bool = False
-    scale: float = 1.0
-    unit: str = "px"
-    layer: str | None = None
-    coordinates: str = "auto"
-    coordconv: bool = False
-    coordconv_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
-        if self.vector_file is None and not self.coordconv:
-            raise InputError("auxiliary bands need a vector file (aux_vector_file) or coordconv")
-        if self.unit not in ("px", "m"):
-            raise InputError(f"distances are in 'px' or 'm', got {self.unit!r}")
-        if self.log and not self.distance:
-            raise InputError(
-                "aux_vector_dist_log needs aux_vector_dist_maps: binary maps have none"
-            )
-        if self.ids is not None and self.attribute is None:
-            raise InputError("aux_vector_ids needs aux_vector_attrib, the attribute that has them")
-
-
-def with_auxiliary_bands(raster: fileio.Raster, options: AuxiliaryOptions) -> AuxiliaryRaster:
+def with_auxiliary_bands(raster: fileio.Raster, options: AuxiliaryOptions | None) -> fileio.Raster:
     """Return a raster that reads with auxiliary bands after its own, all in float32.
+
+    Args:
+        raster: The raster.
+        options: Which bands; None: none, the raster stays as it is.
 
     Raises:
         InputError: The vector file cannot be used, or holds none of the shapes.
     """
+    if options is None:
+        return raster
     shapes, steps = np.empty(0, dtype=object), np.eye(2)
-    if options.vector_file is not None:
+    if options.aux_vector_file is not None:
         shapes = _read_chosen(raster, options)
-        if options.unit == "m":
+        if options.aux_vector_unit == "m":
             (steps,) = raster.metres_per_pixel(np.array([[raster.width / 2, raster.height / 2]]))
     bands = AuxiliaryBands(options, shapes, steps, (raster.width, raster.height))
     own = {field.name: getattr(raster, field.name) for field in fields(fileio.Raster)}
@@ -823,25 +796,31 @@ def with_auxiliary_bands(raster: fileio.Raster, options: AuxiliaryOptions) -> Au
     return AuxiliaryRaster(**own, base=raster, auxiliary=bands)
 
 
+def auxiliary_of(raster: fileio.Raster) -> AuxiliaryOptions | None:
+    """Return which auxiliary bands a raster has; None: none."""
+    return raster.auxiliary.options if isinstance(raster, AuxiliaryRaster) else None
+
+
 def _read_chosen(raster: fileio.Raster, options: AuxiliaryOptions) -> np.ndarray:
-    path = Path(options.vector_file)
+    path = Path(options.aux_vector_file)
     df, _ = annotations.read_shapes(
-        path, raster, coordinates=options.coordinates, layer=options.layer
+        path, raster, coordinates=options.aux_vector_coordinates, layer=options.aux_vector_layer
     )
-    if options.attribute is not None:
-        if options.attribute not in df.columns:
+    if options.aux_vector_attrib is not None:
+        if options.aux_vector_attrib not in df.columns:
             columns = [name for name in df.columns if name != "geometry"]
-            close = difflib.get_close_matches(options.attribute, columns, n=1)
+            close = difflib.get_close_matches(options.aux_vector_attrib, columns, n=1)
             meant = f"; did you mean {close[0]!r}?" if close else ""
             raise InputError(
-                f"{path} has no attribute {options.attribute!r}, only {columns}{meant}"
+                f"{path} has no attribute {options.aux_vector_attrib!r}, only {columns}{meant}"
             )
-        if options.ids is not None:
-            found = df[options.attribute].map(text_of, na_action="ignore")
-            df = df[found.isin([text_of(value) for value in options.ids])]
+        if options.aux_vector_ids is not None:
+            found = df[options.aux_vector_attrib].map(text_of, na_action="ignore")
+            df = df[found.isin([text_of(value) for value in options.aux_vector_ids])]
             if df.empty:
                 raise InputError(
-                    f"no shape of {path} has {options.attribute} in {list(options.ids)}, there are "
+                    f"no shape of {path} has {options.aux_vector_attrib} in "
+                    f"{list(options.aux_vector_ids)}, there are "
                     f"{found.dropna().unique()[:SHOWN].tolist()}"
                 )
     if df.empty:
@@ -873,13 +852,14 @@ class AuxiliaryBands:
     @property
     def count(self) -> int:
         """Number of bands."""
-        return (self.options.vector_file is not None) + 2 * self.options.coordconv
+        return self.options.count
 
     @property
     def made_from(self) -> dict[str, object]:
         """What they depend on, for manifests."""
         shapes = shapely.to_wkb(self.shapes, hex=True).tolist()
-        return {"options": vars(self.options), "shapes": fileio.fingerprint(shapes)}
+        options = asdict(self.options) | {"aux_vector_file": None}  # its shapes, wherever it lies
+        return {"options": options, "shapes": fileio.fingerprint(shapes)}
 
     def __getstate__(self) -> dict[str, object]:
         """Leave out what each process builds for itself."""
@@ -896,9 +876,9 @@ class AuxiliaryBands:
         x = window.x + (np.arange(width) + 0.5) * (window.width / width)
         y = window.y + (np.arange(height) + 0.5) * (window.height / height)
         bands = []
-        if self.options.vector_file is not None:
+        if self.options.aux_vector_file is not None:
             bands.append(self._vector_band(x, y))
-        if self.options.coordconv:
+        if self.options.coordconv_convert:
             factor = self.options.coordconv_scale
             along = [
                 (2 * p / side - 1) * factor for p, side in zip((x, y), self.size_xy, strict=True)
@@ -909,10 +889,11 @@ class AuxiliaryBands:
 
     def _vector_band(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         inside = self._paint(x, y)
-        if not self.options.distance:
-            return inside * self.options.scale
+        if not self.options.aux_vector_dist_maps:
+            return inside * self.options.aux_vector_scale
         away = np.where(inside, 0.0, self._distances(x, y))
-        return (np.log1p(away) if self.options.log else away) * self.options.scale
+        away = np.log1p(away) if self.options.aux_vector_dist_log else away
+        return away * self.options.aux_vector_scale
 
     # -- what the pixels lie in -----------------------------------------------------------------
 
@@ -936,7 +917,7 @@ class AuxiliaryBands:
             place = rasterio.Affine(step_x, 0, left, 0, step_y, top)
             rasterio.features.rasterize(polygons, out=mask, transform=place, default_value=1)
         painted = mask > 0
-        if not self.options.distance:
+        if not self.options.aux_vector_dist_maps:
             self._paint_points(painted, self.shapes[here[self._kinds[here] == 0]], x, y)
             self._paint_lines(painted, x, y)
         return painted
@@ -1050,6 +1031,11 @@ class AuxiliaryRaster(fileio.Raster):
 
     base: fileio.Raster | None = None
     auxiliary: AuxiliaryBands | None = None
+
+    @property
+    def own(self) -> fileio.Raster:
+        """See `fileio.Raster.own`."""
+        return self.base
 
     @property
     def made_from(self) -> dict[str, object]:

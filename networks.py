@@ -27,7 +27,7 @@ import ranks
 from datasets import Target
 from ImageData import InputError
 from imutils import Radiometry
-from ModelConfig import ModelConfig
+from ModelConfig import AuxiliaryOptions, ModelConfig
 
 log = logging.getLogger(__name__)
 
@@ -125,15 +125,16 @@ class DataContract:
 
     Attributes:
         tile_size: Side of the tiles, px.
-        bands: One-based indexes of the bands read, in their order.
+        bands: One-based indexes of the bands read of a file, in their order.
         band_count: Number of bands of the files, without alpha.
         dtype: Type of the raw pixels.
-        radiometry: How they become input.
+        radiometry: How they, and auxiliary bands, become input.
         resolution: Side of a pixel on the ground in metres, None without a CRS.
         split_hash: Fingerprint of the ground blocks; the test ground of the same hash is unseen.
         evaluation_overlap: Overlap of neighbouring tiles that fits the largest object, px.
         anchors: Of a detector, see `fit_anchors`.
         detections_per_tile: Of a detector, most detections kept of a tile.
+        auxiliary: Which bands are added to those of a file; None: none.
     """
 
     tile_size: Annotated[int, Field(ge=1)]
@@ -146,6 +147,12 @@ class DataContract:
     evaluation_overlap: int
     anchors: Anchors | None = None
     detections_per_tile: Annotated[int, Field(ge=1)] | None = None
+    auxiliary: AuxiliaryOptions | None = None
+
+    @property
+    def channels(self) -> int:
+        """Number of bands of the input, auxiliary ones included."""
+        return len(self.bands) + (self.auxiliary.count if self.auxiliary else 0)
 
 
 def detections_limit(densest: int) -> int:
@@ -284,7 +291,7 @@ class TileRetinaNet(RetinaNet):
         for branch in (head.classification_head, head.regression_head):
             branch.conv = branch.conv[: conf.head_depth]
         super().__init__(
-            make_backbone(conf, len(contract.bands), contract.anchors.finest_level),
+            make_backbone(conf, contract.channels, contract.anchors.finest_level),
             classes,
             min_size=contract.tile_size,
             max_size=contract.tile_size,

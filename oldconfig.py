@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 UNTOUCHED: dict[str, Any] = {
     "TASK": "detection", "MANIFEST": None, "BUCKET": None, "BANDS": None, "CLASSES": None,
     "MASK_REFERENCE": False, "VALIDATION_PROPORTION": 0.25, "USE_STRATIFICATION": None,
-    "TILE_OVERLAP": 0, "MIN_ANNOTATED": 0, "CLASS_PROPORTION": {}, "BALANCE_SEARCH": [],
-    "PATCH_SIZES": [256], "BATCH_SIZES": [4], "N_EPOCHS": [4], "LEARNING_RATES": [0.001],
-    "STRETCH": "auto", "BACKBONE": "resnet18", "WEIGHTS": None, "INIT_FROM": None,
+    "AUXILIARY": None, "TILE_OVERLAP": 0, "MIN_ANNOTATED": 0, "CLASS_PROPORTION": {},
+    "BALANCE_SEARCH": [], "PATCH_SIZES": [256], "BATCH_SIZES": [4], "N_EPOCHS": [4],
+    "LEARNING_RATES": [0.001], "STRETCH": "auto", "BACKBONE": "resnet18", "WEIGHTS": None, "INIT_FROM": None,
     "OPTIMIZER": "adamw", "MODEL_OPTIONS": {}, "PREDICT_FILENAMES": [], "PREDICT_FROM": None,
     "PREDICT_OPTIONS": {}, "VISUALIZATION": {}, "RUN_NAME": "first_run", "RUNS_DIR": "runs",
     "ACCELERATOR": "auto", "DEVICES": 1, "LOGGER": "default", "LOGGER_OPTIONS": {},
@@ -159,6 +159,25 @@ def _percent(value: object, _: Source) -> float:
 
 def _file(value: object, source: Source) -> str:
     return source.find(value)
+
+
+def _text(value: object, _: Source) -> str:
+    return str(value)
+
+
+def _values(value: object, _: Source) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _auxiliary(of: str, convert: Convert) -> Convert:
+    """Leave out what says how a band is to be, of "file" or "coordconv", where there is none."""
+    switch = {"file": "global.aux_vector_file", "coordconv": "global.coordconv_convert"}[of]
+
+    def converted(value: object, source: Source) -> object:
+        value = convert(value, source)
+        return value if source.get(switch) else _LeftOut(f"there is no {switch}")
+
+    return converted
 
 
 def _folder(value: object, source: Source) -> str:
@@ -450,6 +469,17 @@ KEYS: dict[str, tuple[str, Convert]] = {
     "global.max_used_perc": ("MODEL_OPTIONS/max_used_perc", _gpu_limit),
     "global.BGR_to_RGB": ("BANDS", lambda v, s: _Noted(f"BANDS, reversed: {_flag(v, s)}")),
     "global.scale_data": ("STRETCH", _scale),
+    "global.aux_vector_file": ("AUXILIARY/aux_vector_file", _file),
+    "global.aux_vector_attrib": ("AUXILIARY/aux_vector_attrib", _auxiliary("file", _text)),
+    "global.aux_vector_ids": ("AUXILIARY/aux_vector_ids", _auxiliary("file", _values)),
+    "global.aux_vector_dist_maps": ("AUXILIARY/aux_vector_dist_maps", _auxiliary("file", _flag)),
+    "global.aux_vector_dist_log": ("AUXILIARY/aux_vector_dist_log", _auxiliary("file", _flag)),
+    "global.aux_vector_scale": ("AUXILIARY/aux_vector_scale", _auxiliary("file", _number)),
+    "global.coordconv_convert": ("AUXILIARY/coordconv_convert", lambda v, s: _flag(v, s) or None),
+    **dict.fromkeys(  # the document spells it in both ways
+        ("global.coordconv_scale", "global.coordvonc_scale"),
+        ("AUXILIARY/coordconv_scale", _auxiliary("coordconv", _number)),
+    ),
     "global.debug_mode": (
         "application.log", lambda v, s: _Noted("the log tells it anyway") if _flag(v, s) else None,
     ),
@@ -516,12 +546,6 @@ KEYS: dict[str, tuple[str, Convert]] = {
     "visualization.colormap_file": ("VISUALIZATION/colormap, PREDICT_OPTIONS/colormap", _colormap),
 }  # fmt: skip
 REFUSED = {  # key -> what to use instead; blank, or False, they are welcome
-    **dict.fromkeys(
-        [f"global.aux_vector_{name}" for name in
-         ("file", "attrib", "ids", "dist_maps", "dist_log", "scale")]
-        + ["global.coordconv_convert", "global.coordconv_scale", "global.coordvonc_scale"],
-        "add the bands to the raster: masks.with_auxiliary_bands makes them",
-    ),
     "training.normalization.mean": "leave it blank: it is measured on the training ground",
     "training.normalization.std": "leave it blank: it is measured on the training ground",
     "training.augmentation.brightness_contrast_range":

@@ -40,30 +40,33 @@ import catalogue
 import fileio
 import imutils
 import maps
+import masks
 import parallel
 import strips
 import tiling
 from catalogue import Detections
 from ImageData import InputError, Window
 from LargeRasterOR import LargeRasterORModel, __version__, resolve_precision
-from ModelConfig import Geometry, Positive, Precision, Share, Views
+from ModelConfig import AuxiliaryOptions, Geometry, Positive, Precision, Share, Views
+from ModelConfig import Task as TaskName
 from networks import DataContract
 
 log = logging.getLogger(__name__)
 
+DETECTION, SEGMENTATION = get_args(TaskName)
 RADIOMETRIC_TOLERANCE = 3.0  # standard deviations of the training pixels
 CHECKS = ("bands", "dtype", "resolution", "radiometry")
 Scale = Annotated[float, Field(ge=0.1, le=8)]
 MANIFEST = "manifest.json"
 CHUNK = 20_000  # objects written at once: larger ones write faster, but take more memory
 TASK_OPTIONS = {  # of `PredictionOptions`, those that only one task has
-    strips.DETECTION: ("score_threshold", "views", "scales", "geometry", "density_cell"),
-    strips.SEGMENTATION: (
+    DETECTION: ("score_threshold", "views", "scales", "geometry", "density_cell"),
+    SEGMENTATION: (
         "smooth_prediction", "probabilities", "uncertainty", "least_area", "colormap",
     ),
 }  # fmt: skip
 BESIDE = {  # further files, named after the first output
-    strips.DETECTION: ("density",), strips.SEGMENTATION: ("probabilities", "uncertainty"),
+    DETECTION: ("density",), SEGMENTATION: ("probabilities", "uncertainty"),
 }  # fmt: skip
 MAP_SUFFIXES, POLYGON_SUFFIXES = (".tif", ".tiff"), (".gpkg", ".geojson", ".parquet")
 FAILED, INCOMPLETE, INTERRUPTED = 1, 3, 130  # exit codes; 0: complete, 2: not understood
@@ -81,9 +84,10 @@ def open_raster(
     resolution_tolerance: float | None = 0.2,
     override: Collection[str] = (),
     region_paths: tuple[Path | None, Path | None] = (None, None),
+    aux_vector_file: Path | str | None = None,
     seed: int = 0,
 ) -> fileio.Raster:
-    """Open a raster for a model, with the bands it was trained on.
+    """Open a raster for a model, with the bands it was trained on, auxiliary ones included.
 
     Args:
         path: File or address.
@@ -93,12 +97,14 @@ def open_raster(
         override: Checks to leave out, of `CHECKS`.
         region_paths: Files of the area of interest and of ignored regions; pixels outside them are
             not compared.
+        aux_vector_file: Of the shapes on this raster, where the model reads a band of them.
         seed: Of the sample of pixels whose range is compared.
 
     Raises:
         InputError: It cannot be opened, or breaks the contract: the number of bands or their type
-            differ, the resolution is off, or, after the model's stretch, a band's median is more
-            than `RADIOMETRIC_TOLERANCE` standard deviations from the mean of the training pixels.
+            differ, the vector file is missing or needless, the resolution is off, or, after the
+            model's stretch, a band's median is more than `RADIOMETRIC_TOLERANCE` standard
+            deviations from the mean of the training pixels.
     """
     if strangers := sorted(set(override) - set(CHECKS)):
         raise InputError(f"override names {strangers}, which are no checks; there are {CHECKS}")
@@ -114,6 +120,9 @@ def open_raster(
         broken["bands"] = f"it has {raster.band_count} bands, training had {contract.band_count}"
     if raster.dtype != contract.dtype:
         broken["dtype"] = f"its pixels are {raster.dtype}, training had {contract.dtype}"
+    raster = masks.with_auxiliary_bands(
+        raster, _auxiliary_options(contract.auxiliary, aux_vector_file, path)
+    )
     trained, found = contract.resolution, raster.resolution
     if trained and found and resolution_tolerance is not None:
         if max(trained, found) > min(trained, found) * (1 + resolution_tolerance):
@@ -134,6 +143,30 @@ def open_raster(
             "know better"
         )
     return raster
+
+
+def _auxiliary_options(
+    trained: AuxiliaryOptions | None, file: Path | str | None, raster: Path | str
+) -> AuxiliaryOptions | None:
+    """Return the training's options, with the file of shapes on another raster."""
+    if trained is None or trained.aux_vector_file is None:
+        if file is not None:
+            raise InputError(
+                f"the model reads no band that is made of a vector file, got {file}; leave "
+                "aux_vector_file (--aux-vector-file) out"
+            )
+        return trained
+    if file is None:
+        kind = "distances to" if trained.aux_vector_dist_maps else "a map of"
+        some = ""
+        if trained.aux_vector_ids is not None:
+            some = f" whose {trained.aux_vector_attrib} is in {list(trained.aux_vector_ids)}"
+        raise InputError(
+            f"the model reads, beside the raster's bands, {kind} shapes{some}, in training of "
+            f"{trained.aux_vector_file}; give the vector file of those on {raster}: "
+            "aux_vector_file (--aux-vector-file)"
+        )
+    return replace(trained, aux_vector_file=file)
 
 
 def _compare_radiometry(raster: fileio.Raster, contract: DataContract, seed: int) -> dict[str, str]:
@@ -189,6 +222,8 @@ class PredictionOptions:
         score_threshold: Least score of an object (0-1); None takes the one that validation chose.
         aoi: File of polygons outside which nothing is predicted.
         ignore: File of polygons inside which nothing is predicted.
+        aux_vector_file: Of a model that was trained with a band made of shapes, those on this
+            raster.
         views: Turned and mirrored views of each tile that are fused, of `LargeRasterOR.VIEWS`; None
             takes those that the model was measured with.
         scales: Factors (0.1-8) by which tiles are enlarged; what several show is fused, too.
@@ -220,6 +255,7 @@ class PredictionOptions:
     score_threshold: Share | None = None
     aoi: Path | None = None
     ignore: Path | None = None
+    aux_vector_file: Path | None = None
     views: Views | None = None
     scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (1.0,)
     geometry: Geometry = "box"
@@ -509,13 +545,14 @@ def prepare(
     if not isinstance(checkpoint, nn.Module):
         model, checkpoint = strips.load_model(checkpoint), Path(checkpoint).absolute()
     model.eval()
-    contract, kind = model.contract, strips.task_of(model)
+    contract, kind = model.contract, model.TASK
     _check_options(wanted, kind)
     if Path(raster).exists():
         raster = Path(raster).absolute()  # other processes may work elsewhere
     opened = open_raster(
         raster, contract, resolution_tolerance=wanted.resolution_tolerance,
         override=wanted.override, region_paths=(wanted.aoi, wanted.ignore),
+        aux_vector_file=wanted.aux_vector_file,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:  # warns of layouts that read slowly
         fileio.check_layout([opened], repair=False, cache_dir=folder)
@@ -529,7 +566,7 @@ def prepare(
         hardware = torch.device(wanted.device).type if wanted.device != "auto" else "cpu"
         workers = 1
     share = workers > 1 and hardware == "cpu"
-    of_task = _map_settings if kind == strips.SEGMENTATION else _detection_settings
+    of_task = _map_settings if kind == SEGMENTATION else _detection_settings
     settings |= of_task(model, wanted, paths)
     settings["precision"] = resolve_precision(wanted.precision, hardware, measured=False)
     states = {file: Path(file).stat() for file in opened.files}
@@ -542,11 +579,12 @@ def prepare(
         "size": [opened.width, opened.height],
         "bands": opened.bands,
         "regions": opened.regions.digest() if opened.regions else None,
+        "auxiliary": opened.made_from.get("auxiliary"),
     }
     plan = json.loads(json.dumps(plan))
     predictor, task = {
-        strips.DETECTION: (strips.StripPredictor, DetectionTask),
-        strips.SEGMENTATION: (maps.MapPredictor, MapTask),
+        DETECTION: (strips.StripPredictor, DetectionTask),
+        SEGMENTATION: (maps.MapPredictor, MapTask),
     }[kind]
     predictor = predictor(
         model=checkpoint, radiometry=contract.radiometry, raster=opened,
@@ -567,14 +605,14 @@ def _grid_settings(
     size = wanted.tile_size or contract.tile_size
     least = contract.evaluation_overlap
     overlap = min(least, size // 2)
-    if kind == strips.SEGMENTATION:
+    if kind == SEGMENTATION:
         smooth = wanted.smooth_prediction is not False
         overlap = max(overlap, size // 8) if smooth else overlap
     if wanted.overlap is not None:
         overlap = wanted.overlap
     if overlap >= size:
         raise InputError(f"overlap must be less than the tiles' {size} px, got {overlap}")
-    if overlap < least and kind == strips.DETECTION:
+    if overlap < least and kind == DETECTION:
         log.warning(
             "tiles overlap by %d px, but objects of the training are up to %d px long: those that "
             "no tile shows whole may be cut or doubled", overlap, least,
@@ -639,11 +677,12 @@ def _check_names(
     paths = [Path(path).absolute() for path in several]
     if not paths or len({path.resolve() for path in paths}) < len(paths):
         raise InputError(f"outputs must name at least one file, and each once, got {outputs!r}")
-    used = [*raster.files, wanted.aoi, wanted.ignore, wanted.colormap, *inputs]
+    used = [*raster.files, wanted.aoi, wanted.ignore, wanted.aux_vector_file, wanted.colormap,
+            *inputs]  # fmt: skip
     # the layer of a file is named after it
     used = {Path(str(p).partition("|")[0]).resolve() for p in used if isinstance(p, Path | str)}
     tables = paths
-    if kind == strips.SEGMENTATION:
+    if kind == SEGMENTATION:
         first, *tables = paths
         if first.suffix.lower() not in MAP_SUFFIXES:
             raise InputError(
@@ -651,7 +690,7 @@ def _check_names(
                 "segmentation, and the first output is the class map; polygons may follow"
             )
     for path in tables:
-        suffixes = POLYGON_SUFFIXES if kind == strips.SEGMENTATION else fileio.ANNOTATION_SUFFIXES
+        suffixes = POLYGON_SUFFIXES if kind == SEGMENTATION else fileio.ANNOTATION_SUFFIXES
         if path.suffix.lower() not in suffixes:
             raise InputError(f"{path} must end in one of {list(suffixes)}")
     beside = [_beside(path, what) for path in paths for what in BESIDE[kind]]
@@ -938,6 +977,8 @@ def _parser() -> argparse.ArgumentParser:
         help="least score of an object, 0-1 (default: the one that validation chose)")
     add("--aoi", type=Path, metavar="FILE", help="polygons outside which nothing is predicted")
     add("--ignore", type=Path, metavar="FILE", help="polygons inside which nothing is predicted")
+    add("--aux-vector-file", type=Path, metavar="FILE",
+        help="of a model trained with a band made of shapes: those on these rasters")
     add("--views", choices=get_args(Views),
         help="fuse turned and mirrored views of every tile (default: as the model was measured)")
     add("--scales", type=float, nargs="+", default=[1.0], metavar="FACTOR",

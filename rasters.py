@@ -242,6 +242,11 @@ class Raster:
         return self.path.stem
 
     @property
+    def own(self) -> Raster:
+        """The raster without bands that are not of its file; see `masks.AuxiliaryRaster`."""
+        return self
+
+    @property
     def made_from(self) -> dict[str, object]:
         """What a result that was made from this raster depends on, for manifests."""
         files = [Path(file) for file in self.files]

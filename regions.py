@@ -1,7 +1,8 @@
-"""The connected regions of a class map, as polygons, while the map comes some rows at a time.
+"""The connected regions of a class map, as polygons, and those where it is wrong.
 
-What ends within the rows that have come is finished; what touches their lower edge waits for the
-rows below. So memory depends on the regions that are open, never on the raster.
+A map may come some rows at a time: what ends within the rows that have come is finished; what
+touches their lower edge waits for the rows below. So memory depends on the regions that are open,
+never on the raster.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import rasterio.features
 import shapely
 from rasterio import Affine
 
-from ImageData import BOX_COLUMNS
+from ImageData import BOX_COLUMNS, CENTER_COLUMNS, IGNORE
+
+ERROR_KINDS = ("missed", "spurious", "confused")
 
 
 @dataclass
@@ -92,16 +95,10 @@ class RegionFront:
         self, classes: np.ndarray, probabilities: np.ndarray
     ) -> tuple[np.ndarray, list[_Open]]:
         """Return which region of these rows each pixel belongs to (-1: none), and the regions."""
-        place = Affine.translation(0, self.top)
         mask = self.wanted[classes]
-        shapes = list(rasterio.features.shapes(classes, mask=mask, connectivity=4, transform=place))
-        numbers = np.full(classes.shape, -1, dtype=np.int32)
+        numbers, shapes = number_regions(classes, mask, (0, self.top))
         if not shapes:
             return numbers, []
-        rasterio.features.rasterize(
-            ((shape, number) for number, (shape, _) in enumerate(shapes)), out=numbers,
-            transform=place,
-        )  # fmt: skip
         flat, count = numbers[mask], len(shapes)
         areas = np.bincount(flat, minlength=count).tolist()
         totals = np.bincount(flat, weights=probabilities[mask], minlength=count).tolist()
@@ -129,6 +126,110 @@ class RegionFront:
                 "geometry": np.array(shapes, dtype=object),
             }
         )  # fmt: skip
+
+
+def number_regions(
+    values: np.ndarray, mask: np.ndarray, corner_xy: tuple[int, int] = (0, 0)
+) -> tuple[np.ndarray, list[tuple[dict, float]]]:
+    """Number the connected regions of equal values; pixels that share a side connect.
+
+    Args:
+        values: uint8 or uint16 (H, W).
+        mask: bool (H, W), the pixels that count.
+        corner_xy: Column and row of the first pixel, px.
+
+    Returns:
+        int32 (H, W), the number of each pixel's region, -1 for none; and of each region its outline
+        (px, as GeoJSON) and value.
+    """
+    place = Affine.translation(*corner_xy)
+    shapes = list(rasterio.features.shapes(values, mask=mask, connectivity=4, transform=place))
+    numbers = np.full(values.shape, -1, dtype=np.int32)
+    if shapes:
+        rasterio.features.rasterize(
+            ((shape, number) for number, (shape, _) in enumerate(shapes)), out=numbers,
+            transform=place,
+        )  # fmt: skip
+    return numbers, shapes
+
+
+def find_errors(
+    truth: np.ndarray,
+    found: np.ndarray,
+    labels: Sequence[str],
+    background: int | None,
+    corner_xy: tuple[int, int] = (0, 0),
+) -> pd.DataFrame:
+    """List where a class map is wrong: each connected region of one true and one found class.
+
+    missed: the true class was taken for background. spurious: background was taken for a class.
+    confused: one class was taken for another. The areas of all add up to the pixels that are wrong.
+
+    Args:
+        truth: uint8 (H, W), class ids; `IGNORE` does not count.
+        found: The same, of a model.
+        labels: Names of the classes, by class id.
+        background: Class id of the background; None: there is none, all errors are `confused`.
+        corner_xy: Column and row of the first pixel, px.
+
+    Returns:
+        By kind and falling area: `kind` (categorical, of `ERROR_KINDS`); `label` that was found, of
+        what is missed its own; `true_label`; `area_px`; `share_wrong`, of the connected region of
+        the true class that it lies in (of what is spurious: of the found class) the share that is
+        wrong in whatever way: 1 where all of it is; `pixel_x, pixel_y`, a place in it, `xmin, ymin,
+        xmax, ymax` and `geometry`, px.
+    """
+    known = (truth != IGNORE) & (found != IGNORE)
+    wrong = known & (truth != found)
+    pairs = truth.astype(np.uint16) * 256 + found
+    numbers, shapes = number_regions(pairs, wrong, corner_xy)
+    of_pair = np.array([value for _, value in shapes], dtype=np.int64)
+    true, seen = of_pair // 256, of_pair % 256
+    place = np.flatnonzero(wrong)
+    inside = np.zeros(len(shapes), dtype=np.int64)  # a pixel of each
+    inside[numbers.flat[place]] = place
+    share = _wrong_shares(truth, known, wrong)[inside]
+    spurious, missed = true == background, seen == background
+    share = np.where(spurious, _wrong_shares(found, known, wrong)[inside], share)
+    polygons = np.array([shapely.geometry.shape(shape) for shape, _ in shapes], dtype=object)
+    centers = shapely.get_coordinates(shapely.point_on_surface(polygons)).reshape(-1, 2)
+    names = np.asarray(labels, dtype=object)
+    errors = pd.DataFrame(
+        {
+            "kind": pd.Categorical(
+                np.select([missed, spurious], ERROR_KINDS[:2], ERROR_KINDS[2]), ERROR_KINDS
+            ),
+            "label": names[np.where(missed, true, seen)], "true_label": names[true],
+            "area_px": np.bincount(numbers[wrong], minlength=len(shapes)), "share_wrong": share,
+            **dict(zip(CENTER_COLUMNS, centers.T, strict=True)),
+            **dict(zip(BOX_COLUMNS, shapely.bounds(polygons).reshape(-1, 4).T, strict=True)),
+            "geometry": polygons,
+        }
+    )  # fmt: skip
+    return sort_errors(errors)
+
+
+def sort_errors(errors: pd.DataFrame) -> pd.DataFrame:
+    """Order errors by kind and falling area."""
+    return errors.sort_values(["kind", "area_px"], ascending=[True, False], ignore_index=True)
+
+
+def _wrong_shares(classes: np.ndarray, known: np.ndarray, wrong: np.ndarray) -> np.ndarray:
+    """Return of each pixel (N,) which share of its region is wrong, NaN where nothing is known."""
+    numbers, shapes = number_regions(classes, known)
+    area = np.bincount(numbers[known], minlength=len(shapes))
+    return np.append(
+        np.bincount(numbers[wrong], minlength=len(shapes)) / area.clip(1), np.nan
+    )[numbers.ravel()]  # fmt: skip
+
+
+def count_errors(errors: pd.DataFrame) -> pd.DataFrame:
+    """Sum errors, px: a row for each kind, a column for each label, all, and how many there are."""
+    table = errors.pivot_table(
+        index="kind", columns="label", values="area_px", aggfunc="sum", observed=False, fill_value=0
+    ).reindex(pd.Index(ERROR_KINDS, name="kind"), fill_value=0)
+    number = errors["kind"].value_counts().reindex(ERROR_KINDS, fill_value=0)
+    return table.assign(**{"(all)": table.sum(axis=1), "(regions)": number.to_numpy()})
 
 
 def _root(root: list[int], number: int) -> int:

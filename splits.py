@@ -167,8 +167,8 @@ def stratify_validation(
     """
     if not 0 < validation_percent < 100 or not 0 <= tolerance < validation_percent:
         raise InputError(
-            f"val_percent must be over 0 and under 100, and use_stratification under val_percent, "
-            f"got {validation_percent} and {tolerance}"
+            "the percentage to validate on must be over 0 and under 100, and USE_STRATIFICATION "
+            f"under it, got {validation_percent:g} and {tolerance:g}"
         )
     labelled = counts.sum(axis=1) > 0
     mine = np.flatnonzero(blocks["split"].isin(["train", "validation"]).to_numpy() & labelled)

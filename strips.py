@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, get_args
 from zipfile import BadZipFile
 
 import numpy as np
@@ -28,11 +28,10 @@ import tiling
 from catalogue import Detections
 from ImageData import InputError, Window
 from LargeRasterOR import VIEWS, LargeRasterORModel, autocast, detect_views
-from ModelConfig import Views
+from ModelConfig import Task, Views
 
 log = logging.getLogger(__name__)
 
-DETECTION, SEGMENTATION = "detection", "segmentation"  # tasks, as checkpoints name them
 CPU_BATCH, GPU_BATCH = 2, 16  # tiles at once: what fits the caches; what fills the device
 STRIP_WINDOWS = 64  # at least, so that a strip is worth its part of the journal
 
@@ -55,7 +54,7 @@ def _load_model(path: Path, _mtime_ns: int, device: str) -> pl.LightningModule:
     try:
         # the weights stay on disk here; what is looked at is what the model was made with
         known = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        kind = _model_class(known["hyper_parameters"].get("task", DETECTION))
+        kind = _model_class(known["hyper_parameters"].get("task", LargeRasterORModel.TASK))
         model = kind.load_from_checkpoint(path, map_location=device, weights_only=True)
     except Exception as error:
         raise InputError(
@@ -66,18 +65,13 @@ def _load_model(path: Path, _mtime_ns: int, device: str) -> pl.LightningModule:
 
 
 def _model_class(task: str) -> type[pl.LightningModule]:
-    if task == DETECTION:
+    if task == LargeRasterORModel.TASK:
         return LargeRasterORModel
-    if task == SEGMENTATION:
+    if task in get_args(Task):
         from LargeRasterSeg import LargeRasterSegModel  # detectors do without it
 
         return LargeRasterSegModel
-    raise InputError(f"its task is {task!r}, expected one of {(DETECTION, SEGMENTATION)}")
-
-
-def task_of(model: nn.Module) -> str:
-    """Return what a model is for: "detection" or "segmentation"."""
-    return getattr(model, "hparams", {}).get("task", getattr(model, "task", DETECTION))
+    raise InputError(f"its task is {task!r}, expected one of {get_args(Task)}")
 
 
 def find_devices(device: str) -> tuple[str, ...]:

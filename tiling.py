@@ -37,6 +37,7 @@ CLASSES_NAME = "classes.json"  # of masks; `masks.ClassTable.load` reads it
 UNDER_ANNOTATED, UNDER_PROPORTION = "under min_annotated", "under class_proportion"
 PNG_KINDS = {("uint8", 1), ("uint8", 3), ("uint16", 1)}  # types and numbers of bands
 ATTEMPTS = 32  # windows drawn at most for each that is to have a valid pixel
+MASK_OVERLAP = 64  # px that neighbouring tiles share at least where their edges know too little
 JOB_WINDOWS = 256  # windows per worker call: long enough to pay for the call, short enough to share
 SAMPLE_WINDOWS = 16  # the same for samples, which are few
 
@@ -661,7 +662,10 @@ def _reject_masks(
     for name, fails in tests:
         reason[train & fails & (reason == "").to_numpy()] = name
     rasters = {image.image_identifier: image.raster for image in images}
-    rest = windows[train & (reason == "").to_numpy()]
+    rest = train & (reason == "").to_numpy()
+    if not options.filters:  # what has a class counts: enough of it, and no pixel matters
+        rest &= counts.sum(axis=1) < options.min_valid * areas
+    rest = windows[rest]
     reason[rest.index] = _try_windows(rest, rasters, options, journal, work)
     return windows.assign(kept=(reason == "").to_numpy(), reason=reason.to_numpy())
 
@@ -683,7 +687,7 @@ def _try_windows(
                 key = fileio.fingerprint([name, part[WINDOW_COLUMNS].to_numpy()])
                 places[key] = part.index
                 if key not in journal.known:
-                    jobs[key] = (rasters[name], _windows(part))
+                    jobs[key] = (rasters[name].own, _windows(part))
     options_of = {name: getattr(options, name) for name in ("filters", "pixel_limit", "min_valid")}
     answers = parallel.imap_ordered(
         partial(_filter_job, **options_of), jobs.values(), description="filtering tiles", **work
@@ -986,8 +990,11 @@ def _write_turned(raster: fileio.Raster, angle: int, path: Path) -> None:
 def evaluation_overlap(images: Sequence[ImageData]) -> int:
     """Derive the overlap of evaluation windows: the longest side of any object, in px.
 
-    Windows overlap by half at most; objects too large for that may be cut at a seam.
+    Windows overlap by half at most; objects too large for that may be cut at a seam. Of the classes
+    of pixels it is what a network needs to see around a pixel.
     """
+    if any(image.labels is not None for image in images):
+        return MASK_OVERLAP
     boxes = np.concatenate([image.df[BOX_COLUMNS].to_numpy() for image in images])
     return int(np.ceil((boxes[:, 2:] - boxes[:, :2]).max()))
 

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 import annotations
 import fileio
 import imutils
+import masks
 import ranks
 import splits
+import tilecache
 import tiling
 from datasets import HardTiles, TileDataModule, class_ids
 from ImageData import BOX_COLUMNS, CENTER_COLUMNS, ImageData, InputError, LabelSource
@@ -44,7 +46,6 @@ log = logging.getLogger(__name__)
 
 LAST_CHECKPOINT = "checkpoints/last.ckpt"  # in a trial's folder, while it is not done
 EVALUATION_FILES = ("detections.csv", "objects.csv", "curve.csv", "confusion.csv")  # a detector's
-MASK_OVERLAP = 64  # px that neighbouring tiles share at least where their edges know too little
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class SearchData:
         evaluation_overlap: Overlap of evaluation windows in px.
         tile_marks: Tile size -> fingerprint of its index.
         labels: Of a segmentation, identifier -> the classes of its raster's pixels.
+        cache: Folder of a cache of the tiles, see `tilecache`; it changes nothing but the speed.
     """
 
     tilings: Mapping[int, Path]
@@ -89,6 +91,7 @@ class SearchData:
     evaluation_overlap: int
     tile_marks: Mapping[int, str]
     labels: Mapping[str, LabelSource] | None = None
+    cache: Path | None = None
 
     @property
     def label_marks(self) -> dict[str, Any]:
@@ -106,7 +109,7 @@ def prepare_search(
     stretch: str = "auto",
     percentiles: tuple[float, float] = (0.5, 99.5),
     scheduler: str | None = None,
-    classes: Sequence[str] | None = None,
+    cache_dir: Path | None = None,
 ) -> tuple[SearchData, pd.DataFrame]:
     """Fix what all trials share, and refuse what would fail after hours of training.
 
@@ -119,7 +122,7 @@ def prepare_search(
         stretch: See `imutils.measure_radiometry`.
         percentiles: See there.
         scheduler: Of a Dask cluster that is to read the pixels for it.
-        classes: Of a segmentation, the names of the classes, by class id.
+        cache_dir: Where all tiles are to be cached, see `tilecache`; None: they are not.
 
     Returns:
         The shared data, and the number of objects, or pixels, per label and split (of the last tile
@@ -135,7 +138,7 @@ def prepare_search(
     pixels = tiling.sample_pixels(ground, rasters, seed=conf.seed, scheduler=scheduler)
     labels = None
     if conf.task == "segmentation":
-        ids, labels = _mask_classes(images, classes)
+        ids, labels = _mask_classes(images)
     else:
         ids = class_ids([label for image in images for label in image.df["label"].unique()])
     data = SearchData(
@@ -144,7 +147,7 @@ def prepare_search(
         ids=ids,
         radiometry=imutils.measure_radiometry(pixels, stretch, percentiles),
         blocks=blocks,
-        evaluation_overlap=evaluation_overlap(images),
+        evaluation_overlap=tiling.evaluation_overlap(images),
         tile_marks={size: fileio.fingerprint(index) for size, index in indexes.items()},
         labels=labels,
     )
@@ -167,6 +170,9 @@ def prepare_search(
     model.load_pretrained()
     model.create_trainer()
     ranks.processes(conf.accelerator, conf.devices)
+    if cache_dir is not None:
+        folder = tilecache.cache_tiles(rasters, labels, blocks, cache_dir, scheduler=scheduler)
+        data = replace(data, cache=folder)
     return data, counts
 
 
@@ -175,19 +181,12 @@ def _module(
 ) -> TileDataModule:
     return TileDataModule(
         tiles, boxes, data.rasters, data.ids, data.radiometry, conf, sample_size=sample,
-        labels=data.labels,
+        labels=data.labels, cache=data.cache,
     )  # fmt: skip
 
 
-def evaluation_overlap(images: Sequence[ImageData]) -> int:
-    """Return the overlap in px that windows of evaluation need."""
-    if any(image.labels is not None for image in images):
-        return MASK_OVERLAP
-    return tiling.evaluation_overlap(images)
-
-
 def _mask_classes(
-    images: Sequence[ImageData], classes: Sequence[str] | None
+    images: Sequence[ImageData],
 ) -> tuple[dict[str, int], dict[str, LabelSource]]:
     """Return the class ids, and the labels of the rasters, which must all have some."""
     labels = {image.image_identifier: image.labels for image in images}
@@ -196,9 +195,8 @@ def _mask_classes(
             f"segmentation needs the class of every pixel, and rasters {without} have no labels; "
             "give polygons or a mask raster of each, or set task to 'detection'"
         )
-    if classes is None:
-        raise InputError("segmentation needs the names of its classes, by class id, got none")
-    return {name: i for i, name in enumerate(classes)}, labels
+    names = images[0].labels.classes.names  # all rasters of a run share the table
+    return {name: i for i, name in enumerate(names)}, labels
 
 
 def train_iteration(
@@ -427,9 +425,10 @@ def make_contract(data: SearchData, module: TileDataModule, tile_size: int) -> D
     raster = next(iter(data.rasters.values()))
     return DataContract(
         tile_size=tile_size,
-        bands=raster.bands,
-        band_count=raster.band_count,
-        dtype=raster.dtype,
+        bands=raster.own.bands,
+        band_count=raster.own.band_count,
+        dtype=raster.own.dtype,
+        auxiliary=masks.auxiliary_of(raster),
         radiometry=data.radiometry,
         resolution=raster.resolution,
         split_hash=fileio.fingerprint(data.blocks),
@@ -510,16 +509,17 @@ def write_masks(trial_dir: Path, model: LargeRasterSegModel, blocks: pd.DataFram
     fileio.write_table(trial_dir / "pixels.csv", pd.concat(rows, ignore_index=True))
 
 
-TASKS = {
-    "detection": Task(
+_ALL = (
+    Task(
         LargeRasterORModel, _detector_contract, _describe_detector, write_detections,
         EVALUATION_FILES,
     ),
-    "segmentation": Task(
+    Task(
         LargeRasterSegModel, lambda module: {}, _describe_masks, write_masks,
         ("pixels.csv", "confusion.csv"),
     ),
-}  # fmt: skip
+)  # fmt: skip
+TASKS = {task.model.TASK: task for task in _ALL}
 
 
 def task_of(conf: ModelConfig) -> Task:

@@ -32,7 +32,7 @@ CHANNELS = 24  # of a network that takes as long for a tile as a small U-Net
 class Network(nn.Module):
     """Some convolutions with random weights."""
 
-    task, labels = strips.SEGMENTATION, LABELS
+    TASK, labels = "segmentation", LABELS
 
     def __init__(self) -> None:
         """Draw the weights."""

@@ -26,7 +26,7 @@ CONTRACT = replace(
 class Oracle(torch.nn.Module):
     """Finds bright rectangles as far as they lie in the tile; the score is their brightness."""
 
-    labels = ("bright", "dim")
+    TASK, labels = "detection", ("bright", "dim")
 
     def __init__(self, pause=0.0, stop_after=None, offset=(0.0, 0.0)):
         super().__init__()

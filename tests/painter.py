@@ -26,7 +26,7 @@ def interrupt():
 class Painter(torch.nn.Module):
     """Takes dark pixels for background, gray ones for land, and bright ones for water."""
 
-    task, labels = "segmentation", CLASSES
+    TASK, labels = "segmentation", CLASSES
 
     def __init__(self, stop_after=None, stop=interrupt):
         super().__init__()

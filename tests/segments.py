@@ -59,7 +59,9 @@ def make_segments(folder, side=384, size=64):
 
 def make_tiles(images, blocks, folder, size):
     """Index tiles as `tiling.make_tiles` does of images with labels."""
-    options = tiling.TilingOptions(angles=(90,), evaluation_overlap=16, empty_tile_ratio=100.0)
+    options = tiling.TilingOptions(
+        angles=(90,), evaluation_overlap=tiling.evaluation_overlap(images), empty_tile_ratio=100.0
+    )
     (directory,) = tiling.make_tiles(
         images, blocks, [size], folder / "tiles", options, workers=1
     ).values()

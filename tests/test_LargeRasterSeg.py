@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import pytorch_lightning as pl
+import rasterio
+import shapely
 import torch
-from segments import LABELS, make_segments, seg_conf
+from segments import CLASSES, LABELS, make_segments, make_tiles, seg_conf, write_band
 from test_LargeRasterOR import contract_of
 
+import fileio
 import gridsearch
 import ledger
+import maps
+import masks
+import predict
 import resume
+import splits
+import tiling
 import trials
+from datasets import TileDataModule
 from ImageData import InputError, Window
 from LargeRasterSeg import LargeRasterSegModel, check_encoder, load_encoder, segment_views
 from logger import DefaultModelLogger
-from ModelConfig import SegmentationConfig
+from ModelConfig import AuxiliaryOptions, SegmentationConfig
 
 
 @pytest.fixture(scope="module")
 def segments(tmp_path_factory):
     made = make_segments(tmp_path_factory.mktemp("segments"))
     made.data, made.counts = trials.prepare_search(
-        made.images, made.blocks, made.tilings, [1.0], seg_conf(), classes=LABELS
+        made.images, made.blocks, made.tilings, [1.0], seg_conf()
     )
     return made
 
@@ -45,12 +56,18 @@ def trained(segments, tmp_path_factory):
     return SimpleNamespace(measured=values, folder=folder)
 
 
-def model_of(labels=("a", "b", "c"), bands=1, **options):
+def model_of(labels=("a", "b", "c"), bands=1, auxiliary=None, **options):
     return LargeRasterSegModel(
         list(labels),
         seg_conf(**options),
-        contract_of(bands, anchors=None, detections_per_tile=None),
+        contract_of(bands, anchors=None, detections_per_tile=None, auxiliary=auxiliary),
     )
+
+
+def write_shape(path, shape):
+    """Write a shape, px, to a file without a CRS."""
+    feature = {"type": "Feature", "properties": {"kind": 1}, "geometry": shape.__geo_interface__}
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}))
 
 
 def test_two_textures_are_told_apart(trained):
@@ -197,10 +214,11 @@ def test_views_are_fused_as_the_tiles_lie():
 
 
 def test_classes_of_no_training_ground_and_rasters_without_labels_are_refused(segments):
-    conf = seg_conf()
-    arguments = segments.blocks, segments.tilings, [1.0], conf
-    with pytest.raises(InputError, match="needs the names of its classes"):
-        trials.prepare_search(segments.images, *arguments)
+    arguments = segments.blocks, segments.tilings, [1.0], seg_conf()
+    images = [replace(image, labels=None) for image in segments.images]
+    with pytest.raises(InputError, match=r"rasters \['ground0', 'ground1'\] have no labels"):
+        trials.prepare_search(images, *arguments)
+    assert list(segments.data.ids) == LABELS
     assert segments.counts.loc[LABELS].to_numpy().min() > 0
 
 
@@ -221,6 +239,12 @@ def test_a_search_ranks_by_mean_iou_and_workers_find_its_labels(segments, tmp_pa
     table = ledger.read_ledger(tmp_path.parent)
     mine = table[table["run"] == tmp_path.name]
     assert sorted(mine["mean_IoU"]) == pytest.approx(sorted(board["mean_IoU"]))
+    assert {"val_mean_IoU", "IoU_rough", "pixel_accuracy"} <= set(table)
+    best = mine.loc[mine["learning_rate"].idxmax()]
+    kept = ledger.read_ledger(tmp_path, where="mean_IoU > 0 and learning_rate == 0.003")
+    assert kept["trial"].tolist() == [best["trial"]]
+    model = ledger.load_model(best)
+    assert (type(model), model.labels) == (LargeRasterSegModel, LABELS)
 
 
 def test_an_interrupted_training_ends_as_an_undisturbed_one(segments, tmp_path, monkeypatch):
@@ -245,3 +269,119 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(segments, tmp_path, 
     whole.pop("training_time")
     cut.pop("training_time")
     assert cut == whole
+
+
+def test_auxiliary_bands_reach_training_checkpoint_workers_and_prediction(segments, tmp_path):
+    """Ground that looks the same everywhere: only the auxiliary band tells the classes apart."""
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    rng = np.random.default_rng(0)
+    rasters, mask_paths = [], []
+    for image in segments.images:
+        path = inputs / f"plain_{image.image_identifier}.tif"
+        write_band(path, rng.integers(90, 110, (384, 384), dtype=np.uint8))
+        rasters.append(fileio.read_raster(path))
+        mask_paths.append(inputs / f"mask_{image.image_identifier}.tif")
+        mask = np.zeros((384, 384), np.uint8)
+        mask[:, 96:288] = 1
+        write_band(mask_paths[-1], mask)
+    shapes = inputs / "band.geojson"
+    write_shape(shapes, shapely.box(96, 0, 288, 384))
+    options = AuxiliaryOptions(aux_vector_file=shapes, aux_vector_coordinates="pixel")
+    with_bands = [masks.with_auxiliary_bands(raster, options) for raster in rasters]
+    images, _ = masks.label_images(with_bands, mask_paths, classes=CLASSES)
+    blocks = segments.blocks.assign(raster="plain_" + segments.blocks["raster"])
+    tilings = make_tiles(images, blocks, tmp_path, 64)
+    data, _ = trials.prepare_search(images, blocks, tilings, [1.0], seg_conf())
+    space = {name: [value] for name, value in (HYPERPARAMETERS | {"n_epochs": 4}).items()}
+    run = tmp_path / "run"
+    board = gridsearch.run_search(data, space, seg_conf(), run)
+    assert board["mean_IoU"].item() > 0.9
+
+    # the checkpoint says which bands, of the file and auxiliary
+    model = LargeRasterSegModel.load_from_checkpoint(run / "best.ckpt", weights_only=True)
+    contract = model.contract
+    assert (contract.bands, contract.dtype, contract.channels) == ((1,), "uint8", 2)
+    assert contract.auxiliary == options
+    assert model.network.body.encoder.features[0][0].in_channels == 2
+
+    # a worker reads the very same pixels
+    assert gridsearch.join_search(run) == (0, 0)
+    _, again, _ = gridsearch._read_search(run)
+    window = Window(80, 100, 40, 30)
+    for name, raster in again.rasters.items():
+        np.testing.assert_array_equal(raster.read(window), data.rasters[name].read(window))
+        assert raster.made_from == data.rasters[name].made_from
+    shapes.rename(tmp_path / "gone.geojson")
+    with pytest.raises(InputError, match=r"band\.geojson"):
+        gridsearch.join_search(run)
+    (tmp_path / "gone.geojson").rename(shapes)
+
+    # another raster gets the bands of its own shapes, across the seams of tiles
+    other, elsewhere = inputs / "other.tif", inputs / "elsewhere.geojson"
+    write_band(other, rng.integers(90, 110, (200, 300), dtype=np.uint8))
+    write_shape(elsewhere, shapely.box(50, 0, 170, 200))
+    arguments = ["--checkpoint", str(run / "best.ckpt"), "--output", str(tmp_path / "map.tif"),
+                 "--device", "cpu", "--override", "radiometry"]  # fmt: skip
+    assert predict.main([str(other), *arguments]) == predict.FAILED
+    assert predict.main([str(other), *arguments, "--aux-vector-file", str(elsewhere)]) == 0
+    with rasterio.open(tmp_path / "map.tif") as file:
+        found = file.read(1)
+    truth = np.zeros((200, 300), np.uint8)
+    truth[:, 50:170] = 1
+    assert (found == truth).mean() > 0.95
+    opened = predict.open_raster(
+        other, contract, aux_vector_file=elsewhere, override=("radiometry",)
+    )
+    np.testing.assert_array_equal(opened.read(Window(0, 0, 300, 200))[1], truth)
+    half = opened.read(Window(64, 64, 64, 64))
+    np.testing.assert_array_equal(half, opened.read(Window(0, 0, 300, 200))[:, 64:128, 64:128])
+
+
+def test_a_vector_file_is_asked_for_only_where_the_model_reads_one(tmp_path):
+    write_band(tmp_path / "r.tif", np.full((100, 100), 9, np.uint8))
+    model = model_of(auxiliary={"aux_vector_file": "roads.gpkg", "aux_vector_dist_maps": True})
+    with pytest.raises(InputError, match=r"distances to shapes, in training of roads.gpkg; give"):
+        predict.prepare(model, tmp_path / "r.tif", tmp_path / "map.tif")
+    with pytest.raises(InputError, match="reads no band that is made of a vector file"):
+        predict.prepare(
+            model_of(), tmp_path / "r.tif", tmp_path / "map.tif", aux_vector_file="roads.gpkg"
+        )
+
+
+def test_regions_that_are_wrong_add_up_to_what_the_test_counted(segments, trained):
+    checkpoint = trained.folder / "checkpoints" / "best.ckpt"
+    errors = maps.find_errors(checkpoint, segments.images, segments.blocks)
+    counted = pd.read_csv(trained.folder / "pixels.csv")
+    wrong = counted.groupby("block")[["truth", "right"]].sum().eval("truth - right")
+    assert wrong.sum() > 0
+    found = errors.groupby("block")["area_px"].sum().reindex(wrong.index, fill_value=0)
+    pd.testing.assert_series_equal(found, wrong, check_names=False)
+    assert set(errors["kind"]) == {"confused"}  # both textures are classes
+
+
+def test_ground_that_masks_share_between_splits_is_refused(segments):
+    tiles, boxes = tiling.read_tiles(segments.tilings[64])
+    data, conf = segments.data, seg_conf(**{"train.augment.zoom": 2.0})
+
+    def module(tiles):
+        return TileDataModule(
+            tiles, boxes, data.rasters, data.ids, data.radiometry, conf, labels=data.labels
+        )
+
+    # windows may zoom and move, but never out of their block
+    made = module(tiles)
+    used = [made.train.views.reach(made.train.tiles), made.full_validation.tiles, made.test.tiles]
+    assert splits.audit_splits(pd.concat(used), data.rasters)["shared_px"].tolist() == [0, 0, 0]
+    test = tiles[(tiles["split"] == "test") & tiles["kept"]].iloc[:1]
+    leak = test.assign(split="train", window=tiles["window"].max() + 1)
+    with pytest.raises(InputError, match=r"splits share ground.* train and test \d+ px"):
+        module(pd.concat([tiles, leak], ignore_index=True))
+    # blocks that changed sides for their classes are still whole blocks
+    counts = tiling.count_blocks(segments.blocks, segments.images, workers=1)
+    blocks = splits.stratify_validation(
+        segments.blocks, counts, validation_percent=25, tolerance=5, seed=0
+    )
+    options = tiling.TilingOptions(evaluation_overlap=32)
+    windows, _ = tiling.index_windows(64, segments.images, blocks, options)
+    assert splits.audit_splits(windows, data.rasters)["shared_px"].sum() == 0

@@ -107,10 +107,6 @@ def test_devices_are_a_number_or_those_that_are_named(tmp_path, text, devices):
             "TASK: segmentation\nVISUALIZATION: {colormap: gone.csv}",
             "there is no colormap gone.csv",
         ),
-        (
-            "TASK: segmentation\nUSE_STRATIFICATION: 2\nVALIDATION_FILENAMES: [sample_1.tif]",
-            "leave one of both",
-        ),
     ],
     ids=lambda text: text.partition(":")[0],
 )
@@ -140,3 +136,35 @@ def test_class_proportions_go_by_name_or_by_number(tmp_path):
     assert options["class_proportion"] == {1: 5, 2: 10}
     with pytest.raises(InputError, match=r"CLASS_PROPORTION names \['1'\]"):
         run.tiling_options(["road"])
+
+
+def test_auxiliary_bands_are_a_parameter_and_their_file_lies_beside_the_annotations(tmp_path):
+    run = run_with(
+        tmp_path,
+        "DF_DIR: here\nAUXILIARY: {aux_vector_file: roads.gpkg, aux_vector_dist_maps: true}",
+    )
+    assert run.auxiliary.aux_vector_file == str(Path("here") / "roads.gpkg")
+    assert (run.auxiliary.count, run.auxiliary.aux_vector_dist_maps) == (1, True)
+    assert run.prediction_options()["aux_vector_file"] == run.auxiliary.aux_vector_file
+    assert run_with(tmp_path, "AUXILIARY: null").auxiliary is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("AUXILIARY: {}", "need an aux_vector_file, or coordconv_convert"),
+        ("AUXILIARY: {aux_vector_fil: a}", "AUXILIARY.aux_vector_fil: Unexpected"),
+        ("AUXILIARY: {coordconv_convert: maybe}", "AUXILIARY.coordconv_convert: Input should be"),
+        ("AUXILIARY: {aux_vector_file: a, aux_vector_dist_log: true}", "aux_vector_dist_maps"),
+        ("USE_STRATIFICATION: 2", "is of segmentation"),
+        ("TASK: segmentation\nUSE_STRATIFICATION: 25", "under VALIDATION_PROPORTION, 25 %, got 25"),
+        (
+            "TASK: segmentation\nUSE_STRATIFICATION: 2\nVALIDATION_FILENAMES: [sample_1.tif]",
+            "set one of both to None",
+        ),
+    ],
+)
+def test_wrong_bands_and_stratifications_are_refused(tmp_path, text, message):
+    with pytest.raises(InputError) as error:
+        run_with(tmp_path, text)
+    assert message in str(error.value)

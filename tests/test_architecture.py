@@ -31,7 +31,7 @@ LAYERS = [
     ["geometries"],
     ["sampledata", "annotations", "tiling", "catalogue", "regions"],
     ["masks"],
-    ["balance"],
+    ["balance", "tilecache"],
     ["splits"],
     ["explore", "ranks"],
     ["review", "mapview"],

@@ -22,10 +22,12 @@ from hypothesis import strategies as st
 from painter import CLASSES, Painter, paint
 from test_LargeRasterOR import contract_of
 
+import atlas
 import fileio
 import implot
 import maps
 import predict
+import regions
 import strips
 import tiling
 from ImageData import InputError
@@ -424,6 +426,7 @@ KILLED = """
 import os, signal, sys
 sys.path[:0] = [{project!r}, {project!r} + "/tests"]
 import predict
+import regions
 from painter import Painter
 from test_maps import OPTIONS, names
 model = Painter(stop_after={stop}, stop=lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -520,3 +523,73 @@ def test_checkpoints_of_unknown_tasks_are_refused(tmp_path):
     torch.save({"hyper_parameters": {"task": "dance"}, "state_dict": {}}, tmp_path / "a.ckpt")
     with pytest.raises(InputError, match="its task is 'dance'"):
         strips.load_model(tmp_path / "a.ckpt")
+
+
+# -- errors -----------------------------------------------------------------------------------
+
+
+def ground_with_errors():
+    """Background 0, a pond (1) of which half is missed, a field (2) taken for a pond, a ghost."""
+    truth, found = np.zeros((40, 60), np.uint8), np.zeros((40, 60), np.uint8)
+    truth[5:15, 5:15], found[5:15, 5:10] = 1, 1  # 100 px, the right half is missed
+    truth[20:30, 30:40], found[20:30, 30:40] = 2, 1  # 100 px, all of it confused
+    found[33:37, 2:7] = 2  # 20 px of nothing
+    truth[:, 50:], found[0:4, 52:56] = 255, 1  # does not count
+    return truth, found
+
+
+def test_errors_are_connected_regions_whose_areas_add_up():
+    truth, found = ground_with_errors()
+    errors = regions.find_errors(truth, found, ["background", "pond", "field"], 0, (100, 200))
+    shown = errors[["kind", "label", "true_label", "area_px", "share_wrong"]]
+    assert shown.to_numpy().tolist() == [
+        ["missed", "pond", "pond", 50, 0.5],
+        ["spurious", "field", "background", 20, 1.0],
+        ["confused", "pond", "field", 100, 1.0],
+    ]
+    assert errors["area_px"].sum() == ((truth != found) & (truth != 255)).sum()
+    boxes = errors[["xmin", "ymin", "xmax", "ymax"]].to_numpy().tolist()
+    assert boxes == [[110, 205, 115, 215], [102, 233, 107, 237], [130, 220, 140, 230]]
+    np.testing.assert_array_equal([g.area for g in errors["geometry"]], errors["area_px"])
+    places = shapely.points(errors["pixel_x"], errors["pixel_y"])
+    assert shapely.contains(errors["geometry"].to_numpy(), places).all()
+    table = regions.count_errors(errors)
+    assert table.loc["confused"].to_dict() == {"field": 0, "pond": 100, "(all)": 100,
+                                               "(regions)": 1}  # fmt: skip
+    assert table["(all)"].tolist() == [50, 20, 100]
+
+
+def test_ground_without_background_or_errors_has_only_what_it_has():
+    truth, found = ground_with_errors()
+    errors = regions.find_errors(truth, found, ["a", "b", "c"], None)
+    assert set(errors["kind"]) == {"confused"}
+    none = regions.find_errors(truth, truth, ["a", "b", "c"], 0)
+    assert none.empty
+    assert regions.count_errors(none)["(regions)"].tolist() == [0, 0, 0]
+
+
+def test_regions_that_are_wrong_are_polygons_on_the_map_and_pictures(tmp_path):
+    """As many px as rows and columns say, in map units where the raster has a CRS."""
+    truth, found = ground_with_errors()
+    path = tmp_path / "r.tif"
+    with fileio.create_raster(path, width=60, height=40, count=1, dtype="uint8", **UTM) as dst:
+        dst.write(truth[None])
+    raster = fileio.read_raster(path)
+    errors = regions.find_errors(truth, found, ["background", "pond", "field"], 0)
+    errors = maps._measure_ground(errors, raster).assign(raster="r", block=3)
+    (written,) = atlas.write_atlas(errors, {"r": raster}, tmp_path / "errors")
+    layers = gpd.list_layers(written)["name"].tolist()
+    assert set(layers) >= {"missed", "spurious", "confused"}
+    confused = gpd.read_file(written, layer="confused")
+    assert confused.geometry.area.item() == pytest.approx(100 * 0.25)
+    assert confused["area_m2"].item() == pytest.approx(25, rel=0.01)
+    assert confused.geometry.bounds.iloc[0].tolist() == [404015, 3284985, 404020, 3284990]
+    plain = replace(raster, crs=None)
+    (table,) = atlas.write_atlas(errors, {"r": plain}, tmp_path / "plain")
+    assert pd.read_csv(table)["area_px"].tolist() == [50, 20, 100]
+    figure = implot.plot_errors(errors, {"r": raster})
+    titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
+    assert titles == [
+        "missed pond\n50 px, 50% of its region", "spurious field\n20 px, 100% of its region",
+        "confused pond, is field\n100 px, 100% of its region",
+    ]  # fmt: skip

@@ -433,8 +433,9 @@ def with_shapes(ground, tmp_path_factory):
     """Rasters with a band of distances, and with a binary one."""
     folders = [tmp_path_factory.mktemp("aux") for _ in range(2)]
     return (
-        auxiliary(folders[0], ground[0], distance=True), auxiliary(folders[1], ground[0], scale=0.5)
-    )  # fmt: skip
+        auxiliary(folders[0], ground[0], aux_vector_dist_maps=True),
+        auxiliary(folders[1], ground[0], aux_vector_scale=0.5),
+    )
 
 
 @settings(deadline=None, max_examples=30)
@@ -476,29 +477,33 @@ def test_binary_maps_are_the_same_in_every_window(with_shapes, window):
 
 def test_distances_are_scaled_in_metres_and_as_logarithms(ground, tmp_path):
     raster, _ = ground
-    px = auxiliary(tmp_path, raster, distance=True).read(Window(0, 0, 40, 40))[-1]
+    px = auxiliary(tmp_path, raster, aux_vector_dist_maps=True).read(Window(0, 0, 40, 40))[-1]
     (folder := tmp_path / "m").mkdir()
-    m = auxiliary(folder, raster, distance=True, unit="m", scale=2).read(Window(0, 0, 40, 40))[-1]
+    m = auxiliary(
+        folder, raster, aux_vector_dist_maps=True, aux_vector_unit="m", aux_vector_scale=2
+    ).read(Window(0, 0, 40, 40))[-1]
     np.testing.assert_allclose(m, px * raster.resolution * 2, rtol=1e-3)
-    (folder := tmp_path / "log").mkdir()
-    log = auxiliary(folder, raster, distance=True, log=True).read(Window(0, 0, 40, 40))[-1]
+    (folder := tmp_path / "aux_vector_dist_log").mkdir()
+    log = auxiliary(folder, raster, aux_vector_dist_maps=True, aux_vector_dist_log=True).read(
+        Window(0, 0, 40, 40)
+    )[-1]
     np.testing.assert_allclose(log, np.log1p(px), rtol=1e-5)
 
 
 def test_ids_choose_shapes(ground, tmp_path):
     raster, _ = ground
-    made = auxiliary(tmp_path, raster, attribute="kind", ids=(1.0,))
+    made = auxiliary(tmp_path, raster, aux_vector_attrib="kind", aux_vector_ids=(1.0,))
     assert made.read(Window(0, 0, WIDTH, HEIGHT))[-1].sum() == 150
     with pytest.raises(InputError, match=r"no shape of .* has kind in \[9\], there are \['1'"):
-        auxiliary(tmp_path, raster, attribute="kind", ids=(9,))
+        auxiliary(tmp_path, raster, aux_vector_attrib="kind", aux_vector_ids=(9,))
     with pytest.raises(InputError, match="did you mean 'kind'"):
-        auxiliary(tmp_path, raster, attribute="kin", ids=(1,))
+        auxiliary(tmp_path, raster, aux_vector_attrib="kin", aux_vector_ids=(1,))
 
 
 def test_places_of_pixels_run_from_edge_to_edge(ground):
     raster, _ = ground
     made = masks.with_auxiliary_bands(
-        raster, masks.AuxiliaryOptions(coordconv=True, coordconv_scale=3)
+        raster, masks.AuxiliaryOptions(coordconv_convert=True, coordconv_scale=3)
     )
     x, y = made.read(Window(0, 0, WIDTH, HEIGHT))[1:]
     assert (x[:, 0] == np.float32(3 * (1 / WIDTH - 1))).all()
@@ -511,7 +516,7 @@ def test_a_raster_with_auxiliary_bands_is_a_raster(tmp_path):
     pixels = np.full((2, HEIGHT, WIDTH), 7, np.uint16)
     pixels[:, :, :10] = 0
     raster = make_raster(tmp_path, nodata=0, pixels=pixels)
-    made = masks.with_auxiliary_bands(raster, masks.AuxiliaryOptions(coordconv=True))
+    made = masks.with_auxiliary_bands(raster, masks.AuxiliaryOptions(coordconv_convert=True))
     made = pickle.loads(pickle.dumps(made))
     assert (made.dtype, len(made.bands), made.band_count) == ("float32", 4, 4)
     window = Window(-5, 0, 40, 30)
@@ -531,14 +536,14 @@ def test_a_raster_with_auxiliary_bands_is_a_raster(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "need a vector file"),
-        ({"vector_file": "a.gpkg", "log": True}, "needs aux_vector_dist_maps"),
-        ({"vector_file": "a.gpkg", "ids": (1,)}, "needs aux_vector_attrib"),
-        ({"vector_file": "a.gpkg", "unit": "ft"}, "got 'ft'"),
+        ({}, "need an aux_vector_file"),
+        ({"aux_vector_file": "a.gpkg", "aux_vector_dist_log": True}, "needs aux_vector_dist_maps"),
+        ({"aux_vector_file": "a.gpkg", "aux_vector_ids": (1,)}, "needs aux_vector_attrib"),
+        ({"aux_vector_file": "a.gpkg", "aux_vector_unit": "ft"}, "input_value='ft'"),
     ],
 )
 def test_auxiliary_bands_without_meaning_are_refused(options, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ValueError, match=message):
         masks.AuxiliaryOptions(**options)
 
 
@@ -562,3 +567,14 @@ def test_of_a_number_of_classes_the_values_are_the_numbers(values, count, names,
 def test_values_beyond_the_number_of_classes_are_named(values):
     with pytest.raises(InputError, match=r"there are to be 3 classes, but the values are"):
         masks.make_table(values, 3, background=True)
+
+
+def test_ground_outside_the_area_of_interest_is_unknown_to_a_run(ground, tmp_path):
+    raster, _ = ground
+    labels = write_shapes(tmp_path / "l.gpkg", [shapely.box(0, 0, 60, 40)], raster, label=["a"])
+    aoi = write_shapes(tmp_path / "aoi.gpkg", [shapely.box(10, 0, 50, 70)], raster)
+    ignored = write_shapes(tmp_path / "no.gpkg", [shapely.box(20, 10, 30, 20)], raster)
+    (image,), _ = masks.label_images([raster], [labels], region_paths=[(aoi, ignored)])
+    mask = image.labels.read(Window(0, 0, WIDTH, HEIGHT))
+    assert mask[15, [5, 15, 25, 35, 55]].tolist() == [255, 1, 255, 1, 255]
+    assert image.raster.regions is not None

@@ -215,7 +215,8 @@ def test_the_table_says_of_every_key_what_it_became(folder):
         ({"training.augmentation": 5}, "training.augmentation must hold keys, got 5"),
         ({"global.task": "classification"}, "global.task must be segmentation"),
         ({"global.model_name": "unett"}, "there is no 'unett'; did you mean unet"),
-        ({"global.aux_vector_file": "r.gpkg"}, "global.aux_vector_file = 'r.gpkg' is not used"),
+        ({"global.aux_vector_file": "gone.gpkg"}, "there is no gone.gpkg"),
+        ({"global.coordconv_convert": "yes"}, "coordconv_convert must be True or False"),
         ({"training.loss_fn": "Lovas"}, "loss_fn there is no 'Lovas'; did you mean lovasz?"),
         ({"training.optimizer": "adabond"}, "did you mean adabound?"),
         ({"training.batch_size": 0}, "batch_size must be a whole number from 1 on, got 0"),
@@ -255,6 +256,23 @@ def test_a_parameter_that_contradicts_the_yaml_is_named_with_both(folder, change
     with pytest.raises(InputError) as caught:
         RunParameters.from_notebook(notebook_parameters() | {"CONFIG_YAML": str(path)} | changes)
     assert message in str(caught.value)
+
+
+def test_bands_beside_those_of_the_raster(folder, caplog):
+    (folder / "rivers.gpkg").touch()
+    changes = {
+        "aux_vector_file": "rivers.gpkg", "aux_vector_attrib": "kind", "aux_vector_ids": [1, 4],
+        "aux_vector_dist_maps": True, "aux_vector_dist_log": True, "aux_vector_scale": 0.5,
+        "coordvonc_scale": 2.0,
+    }  # fmt: skip
+    path = write(folder, {f"global.{name}": value for name, value in changes.items()})
+    run = RunParameters.from_notebook(notebook_parameters() | {"CONFIG_YAML": str(path)})
+    bands = run.auxiliary
+    assert bands.aux_vector_file == str(folder / "rivers.gpkg")
+    assert (bands.aux_vector_attrib, bands.aux_vector_ids) == ("kind", (1, 4))
+    assert (bands.aux_vector_dist_maps, bands.aux_vector_dist_log) == (True, True)
+    assert (bands.aux_vector_scale, bands.count) == (0.5, 1)
+    assert "coordvonc_scale = 2.0 is left out" in caplog.text
 
 
 def test_what_the_yaml_leaves_open_the_notebook_decides(folder):

@@ -11,11 +11,13 @@ import pytest
 import shapely
 import yaml
 from conftest import PROJECT
+from segments import make_segments
 
 import fileio
 import preflight
+import splits
 import tiling
-from ImageData import ImageData, InputError
+from ImageData import ImageData, InputError, Window
 from ModelConfig import RunParameters
 
 
@@ -174,3 +176,59 @@ def test_a_raster_that_is_cut_short_does_not_pass(params, small_sample, capsys):
     params.write_text(yaml.safe_dump(values))
     assert preflight.main(["--params", str(params)]) == 1
     assert "cut.tif cannot be read" in capsys.readouterr().err
+
+
+@pytest.fixture
+def cover(tmp_path):
+    """A file of parameters for a segmentation of two rasters."""
+    made = make_segments(tmp_path)
+    values = {
+        "TASK": "segmentation", "RUN_NAME": "check", "RUNS_DIR": str(tmp_path / "runs"),
+        "IMG_DIR": str(tmp_path), "DF_DIR": str(tmp_path),
+        "IMAGE_FILENAMES": ["ground0.tif", "ground1.tif"],
+        "DF_FILENAMES": ["mask0.tif", "mask1.tif"], "CLASSES": {"0": "calm", "1": "rough"},
+        "PATCH_SIZES": [64, 96], "BATCH_SIZES": [2], "BACKBONE": "mobilenet_v2", "WORKERS": 1,
+        "BLOCK_SIZE": 128, "USE_STRATIFICATION": 5,
+    }  # fmt: skip
+    path = tmp_path / "params.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path, made
+
+
+def test_a_segmentation_is_planned_by_its_tiles_and_classes(cover, capsys):
+    path, made = cover
+    run = RunParameters.from_files(PROJECT / "main.ipynb", path)
+    pairs, plan, shares, misfits = preflight.check_masks(run)
+    assert misfits == []
+    assert pairs["size"].tolist() == ["384 x 384"] * 2
+    assert pairs["labels"].str.startswith("calm: ").all()
+    # blocks are no larger than what is looked at of each: the shares are exact
+    px = np.zeros(2)
+    for image in made.images:
+        mask = image.labels.read(Window(0, 0, 384, 384))
+        px += np.bincount(mask[mask != 255], minlength=2)
+    np.testing.assert_allclose(shares["all"], px / px.sum())
+    np.testing.assert_allclose(shares[["train", "validation", "test"]].sum(), 1)
+    assert shares["validation"].to_numpy() == pytest.approx(shares["train"].to_numpy(), abs=0.05)
+    blocks = preflight._blocks(run, made.images)
+    counts = tiling.count_blocks(blocks, made.images, workers=1)
+    blocks = splits.stratify_validation(blocks, counts, **run.stratification_options())
+    assert shares["of_blocks"].eq((blocks["split"] == "train").sum()).all()
+    options = tiling.TilingOptions(evaluation_overlap=64, **run.tiling_options(["calm", "rough"]))
+    windows, _ = tiling.index_windows(64, made.images, blocks, options)
+    assert plan.loc[64, "test_tiles"] == (windows["split"] == "test").sum()
+    assert plan.loc[64, "trainings"] == 1
+    assert plan[["read_s", "step_s", "hours", "memory_gb", "disk_mb"]].gt(0).all(axis=None)
+    assert preflight.main(["--params", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("read_s", "of_blocks", "rough", "no misfit found"))
+
+
+def test_classes_that_are_nowhere_or_rare_are_told():
+    shares = pd.DataFrame(
+        {"train": [0.997, 0.003, 0.0], "validation": [0.9, 0.1, 0.0], "test": [0.9, 0.05, 0.05],
+         "blocks": [9, 2, 0], "of_blocks": 9}, index=["field", "road", "ice"],
+    )  # fmt: skip
+    rare, nowhere = preflight.find_class_misfits(shares)
+    assert "class road has 0.30% of the training ground, on 2 of 9 blocks" in rare
+    assert "class ice is not seen in the middle of any train and any validation block" in nowhere

@@ -19,12 +19,16 @@ import torch
 from conftest import PROJECT, small_conf, train_small
 from hypothesis import given
 from hypothesis import strategies as st
+from segments import make_segments, seg_conf
 
 import ranks
 import tiling
+import trials
 from datasets import TileBatches, TileDataModule, TileSampler
 from ImageData import InputError
 from LargeRasterOR import LargeRasterORModel
+from LargeRasterSeg import LargeRasterSegModel
+from logger import DefaultModelLogger
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*sync_dist=True", "ignore:.*LeafSpec")
 TWO = {"accelerator": "cpu", "devices": 2, "nodes": 1}
@@ -111,6 +115,51 @@ def test_two_processes_measure_exactly_what_one_does(prepared, undisturbed, batc
     for block, ground in alone.grounds.items():
         for name, value in asdict(ground).items():
             np.testing.assert_array_equal(getattr(together.grounds[block], name), value)
+
+
+def measure_masks(path, data):
+    """Validate and test a model of masks on all ranks; return what the first one knows."""
+    conf = seg_conf(devices=ranks.count(), batch_size=3)
+    tiles, boxes = tiling.read_tiles(data.tilings[64])
+    module = TileDataModule(
+        tiles, boxes, data.rasters, data.ids, data.radiometry, conf, labels=data.labels
+    )
+    model = LargeRasterSegModel.load_from_checkpoint(path, map_location="cpu")
+    model.conf.devices = conf.devices
+    trainer = model.create_trainer()
+    values = trainer.validate(model, module.full_validation_dataloader(), verbose=False)
+    return values + trainer.test(model, module.test_dataloader(), verbose=False), model
+
+
+def test_two_processes_learn_and_measure_masks_as_one_does(tmp_path):
+    made = make_segments(tmp_path)
+    tables, boards = [], []
+    data, _ = trials.prepare_search(made.images, made.blocks, made.tilings, [1.0], seg_conf())
+    for devices in (1, 2):
+        folder = tmp_path / f"ranks_{devices}"
+        conf = seg_conf(devices=devices, **{"train.optimizer": "sgd"})
+        hyperparams = {"patch_size": 64, "n_epochs": 2, "sample_size": 0.5,
+                       "learning_rate": 1e-2, "batch_size": 8 // devices}  # fmt: skip
+        logger = DefaultModelLogger(folder)
+        boards.append(trials.train_iteration(hyperparams, data, conf, folder, logger))
+        logger.close("success")
+        tables.append(pd.read_csv(folder / "metrics.csv"))
+    assert tables[0]["step"].equals(tables[1]["step"])
+    losses = [table["train_loss_epoch"].dropna() for table in tables]
+    # what they make of the same weights is the same; batch statistics are of each rank's own tiles
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.2)
+    path = tmp_path / "ranks_1" / "checkpoints" / "best.ckpt"
+    known, alone = measure_masks(path, data)
+    with ranks.together(measure_masks, path, data, **TWO):
+        values, together = measure_masks(path, data)
+    for mine, other in zip(values, known, strict=True):
+        assert mine == pytest.approx(other, abs=1e-6)
+        assert mine.keys() == other.keys()
+    assert known[1]["mean_IoU"] == pytest.approx(boards[0]["mean_IoU"], abs=1e-6)
+    np.testing.assert_array_equal(together.evaluation.confusion, alone.evaluation.confusion)
+    assert together.evaluation.blocks.keys() == alone.evaluation.blocks.keys()
+    for block, counts in alone.evaluation.blocks.items():
+        np.testing.assert_array_equal(together.evaluation.blocks[block], counts)
 
 
 def quarrel(who, error):

@@ -357,7 +357,7 @@ def test_percentages_of_a_stratification_that_make_no_sense_are_refused():
     blocks = blocks_of([raster()], block_size=200)
     counts = np.ones((len(blocks), 2), dtype="int64")
     for percent, tolerance in ((5, 5), (0, 0), (100, 1), (5, -1)):
-        with pytest.raises(InputError, match="use_stratification under val_percent"):
+        with pytest.raises(InputError, match="USE_STRATIFICATION under it"):
             splits.stratify_validation(
                 blocks, counts, validation_percent=percent, tolerance=tolerance, seed=0
             )

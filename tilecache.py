@@ -1,0 +1,284 @@
+"""Tiles from a cache, on request: the pixels and classes of each split's ground, as Zarr stores.
+
+What is slow to read (remote or badly laid out files, auxiliary bands, masks of many polygons) is
+read once and then taken from `<cache_dir>/tiles-<key>/<split>.zarr` (Zarr format 3). The key is of
+the content of the rasters and labels and of the ground, so that what changed is another cache. A
+store has, of each raster, `image` (bands, H, W), `known` (H, W; bits: valid, counts) and `mask`
+(H, W). Only chunks that hold ground of the split are written, in shards that come whole or not at
+all, so that what is killed goes on. Handles read from it the very values of the rasters.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+import fileio
+import parallel
+from ImageData import IGNORE, ClassNames, LabelSource, Window
+
+if TYPE_CHECKING:
+    import zarr
+
+log = logging.getLogger(__name__)
+
+CHUNK = 256  # px, side of what is read at once
+SHARD = 2048  # px, side of what is written at once, a file
+VALID, COUNTED = 1, 2  # bits of `known`
+MANIFEST, DONE = "manifest.json", "done.jsonl"
+SPLITS = ("train", "validation", "test")
+Handles = tuple[dict[str, fileio.Raster], dict[str, LabelSource] | None]
+
+
+@dataclass(frozen=True)
+class CachedRaster(fileio.Raster):
+    """A raster whose ground of one split is read from a cache; away from it nothing is valid.
+
+    Attributes:
+        store: The Zarr store.
+    """
+
+    store: Path | None = None
+
+    def read(self, window: Window) -> np.ndarray:
+        """See `fileio.Raster.read`."""
+        fill = np.array([value or 0 for value in self.nodata], self.dtype)[:, None, None]
+        return _read(self.store, f"{self.identifier}/image", window, fill, len(self.bands))
+
+    def read_valid(self, window: Window, image: np.ndarray) -> np.ndarray:
+        """See `fileio.Raster.read_valid`."""
+        return (_known(self.store, f"{self.identifier}/known", window) & VALID) > 0
+
+    def read_counted(self, window: Window, valid: np.ndarray) -> np.ndarray:
+        """See `fileio.Raster.read_counted`."""
+        return (_known(self.store, f"{self.identifier}/known", window) & COUNTED) > 0
+
+
+@dataclass(frozen=True)
+class CachedLabels:
+    """The classes of a raster's pixels, of the ground of one split; see `ImageData.LabelSource`.
+
+    Attributes:
+        store: The Zarr store.
+        name: Of the raster.
+        classes: Table of the classes.
+        made_from: Of the labels that were cached.
+    """
+
+    store: Path
+    name: str
+    classes: ClassNames
+    made_from: dict[str, object]
+
+    def read(self, window: Window, counted: np.ndarray | None = None) -> np.ndarray:
+        """See `ImageData.LabelSource`; what does not count is unknown in any case."""
+        mask = _read(self.store, f"{self.name}/mask", window, IGNORE)
+        return mask if counted is None else np.where(counted, mask, np.uint8(IGNORE))
+
+
+@lru_cache(maxsize=256)
+def _array(store: Path, name: str) -> zarr.Array:
+    import zarr  # it takes a while, and most runs do without
+
+    return zarr.open_array(store=str(store), path=name, mode="r")
+
+
+def _read(
+    store: Path, name: str, window: Window, fill: object, bands: int | None = None
+) -> np.ndarray:
+    """Read a window; what lies off the array is filled."""
+    array = _array(store, name)
+    height, width = array.shape[-2:]
+    x0, y0 = max(window.x, 0), max(window.y, 0)
+    x1, y1 = min(window.x + window.width, width), min(window.y + window.height, height)
+    whole = (x0, y0, x1 - x0, y1 - y0) == tuple(window)
+    if whole:
+        return array[..., y0:y1, x0:x1]
+    lead = () if bands is None else (bands,)
+    values = np.empty((*lead, window.height, window.width), array.dtype)
+    values[:] = fill
+    if x0 < x1 and y0 < y1:
+        rows, cols = slice(y0 - window.y, y1 - window.y), slice(x0 - window.x, x1 - window.x)
+        values[..., rows, cols] = array[..., y0:y1, x0:x1]
+    return values
+
+
+@lru_cache(maxsize=1)  # what is asked for valid pixels is next asked for those that count
+def _known(store: Path, name: str, window: Window) -> np.ndarray:
+    return _read(store, name, window, 0)
+
+
+def cache_tiles(
+    rasters: Mapping[str, fileio.Raster],
+    labels: Mapping[str, LabelSource] | None,
+    blocks: pd.DataFrame,
+    cache_dir: Path,
+    *,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    progress: bool = False,
+) -> Path:
+    """Fill the cache of a run's ground with what is not there yet.
+
+    Args:
+        rasters: Identifier -> raster.
+        labels: Of a segmentation, identifier -> the classes of its pixels.
+        blocks: Ground blocks.
+        cache_dir: Folder of all caches.
+        workers: Processes that read; None: all cores.
+        scheduler: Of a Dask cluster that is to read.
+        progress: Show a bar.
+
+    Returns:
+        The folder of the cache, for `open_cache`.
+
+    Raises:
+        InputError: A raster or label cannot be read.
+    """
+    made_from = {
+        "rasters": {
+            name: [raster.made_from, fileio.raster_fingerprint(raster)]
+            for name, raster in rasters.items()
+        },
+        "labels": {name: source.made_from for name, source in (labels or {}).items()},
+        "blocks": blocks,
+        "layout": [CHUNK, SHARD],
+    }
+    key = fileio.fingerprint(made_from)
+    folder = Path(cache_dir).absolute() / f"tiles-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with fileio.exclusive(folder, wait=True):
+        if fileio.is_finished(folder / MANIFEST, {"key": key}):
+            log.info("tiles are read from the cache %s", folder)
+            return folder
+        done = fileio.Journal(folder / DONE)
+        jobs = []
+        for split in SPLITS:
+            store = folder / f"{split}.zarr"
+            for name, raster in rasters.items():
+                _create(store, raster, masks=labels is not None)
+                source = labels and labels[name]
+                jobs += [
+                    (store, raster, source, *shard)
+                    for shard in _shards(raster, blocks[blocks["split"] == split])
+                    if _key(store, raster, shard[0]) not in done.known
+                ]
+        for job, _ in zip(
+            jobs,
+            parallel.imap_ordered(
+                _fill, jobs, workers=workers, scheduler=scheduler, progress=progress,
+                description="caching tiles",
+            ),
+            strict=True,
+        ):  # fmt: skip
+            store, raster, _, window, _ = job
+            done.add(_key(store, raster, window), None)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        log.info("%.1f MB of tiles in the cache %s", size / 1e6, folder)
+        fileio.mark_finished(folder / MANIFEST, {"key": key}, [f"{s}.zarr" for s in SPLITS])
+    return folder
+
+
+def open_cache(
+    folder: Path | None,
+    split: str,
+    rasters: Mapping[str, fileio.Raster],
+    labels: Mapping[str, LabelSource] | None,
+) -> Handles:
+    """Return handles that read the ground of a split from a cache.
+
+    Args:
+        folder: What `cache_tiles` returned; None, or one that is not there on this machine: the
+            rasters and labels are returned as they are.
+        split: "train", "validation" or "test".
+        rasters: Identifier -> raster.
+        labels: Identifier -> the classes of its pixels.
+    """
+    if folder is None or not (Path(folder) / MANIFEST).exists():
+        return dict(rasters), None if labels is None else dict(labels)
+    store = Path(folder) / f"{split}.zarr"
+    plain = [field.name for field in fields(fileio.Raster)]
+    cached = {
+        name: CachedRaster(**{n: getattr(raster, n) for n in plain}, store=store)
+        for name, raster in rasters.items()
+    }
+    if labels is None:
+        return cached, None
+    return cached, {
+        name: CachedLabels(store, name, source.classes, source.made_from)
+        for name, source in labels.items()
+    }
+
+
+def _key(store: Path, raster: fileio.Raster, window: Window) -> str:
+    return f"{store.stem} {raster.identifier} {window.x} {window.y}"
+
+
+def _shards(raster: fileio.Raster, blocks: pd.DataFrame) -> list[tuple[Window, list[Window]]]:
+    """Return the shards that hold ground of some blocks of a raster, and their chunks that do."""
+    mine = blocks[blocks["raster"] == raster.identifier]
+    cells = {
+        (row, column)
+        for b in mine.itertuples()
+        for row in range(b.y // CHUNK, -(-(b.y + b.height) // CHUNK))
+        for column in range(b.x // CHUNK, -(-(b.x + b.width) // CHUNK))
+    }
+    shards: dict[tuple[int, int], list[Window]] = {}
+    for row, column in sorted(cells):
+        place = (row * CHUNK // SHARD, column * CHUNK // SHARD)
+        shards.setdefault(place, []).append(_square(raster, row, column, CHUNK))
+    return [(_square(raster, *place, SHARD), chunks) for place, chunks in sorted(shards.items())]
+
+
+def _square(raster: fileio.Raster, row: int, column: int, side: int) -> Window:
+    x, y = column * side, row * side
+    return Window(x, y, min(side, raster.width - x), min(side, raster.height - y))
+
+
+def _create(store: Path, raster: fileio.Raster, *, masks: bool) -> None:
+    """Make the arrays of a raster, if they are not there; nothing of them is written yet."""
+    import zarr
+
+    group, size = zarr.open_group(store=str(store), mode="a"), (raster.height, raster.width)
+    kinds = {"image": (raster.dtype, 0), "known": ("uint8", 0), "mask": ("uint8", IGNORE)}
+    for kind, (dtype, fill) in kinds.items():
+        name = f"{raster.identifier}/{kind}"
+        if name in group or (kind == "mask" and not masks):
+            continue
+        lead = (len(raster.bands),) if kind == "image" else ()
+        group.create_array(
+            name, shape=(*lead, *size), dtype=dtype, fill_value=fill,
+            chunks=(*lead, CHUNK, CHUNK), shards=(*lead, SHARD, SHARD),
+        )  # fmt: skip
+
+
+def _fill(job: tuple[Path, fileio.Raster, LabelSource | None, Window, list[Window]]) -> None:
+    """Write a shard of a raster, read chunk by chunk."""
+    import zarr
+
+    store, raster, source, shard, chunks = job
+    size = (shard.height, shard.width)
+    image = np.zeros((len(raster.bands), *size), raster.dtype)
+    known, mask = np.zeros(size, np.uint8), np.full(size, IGNORE, np.uint8)
+    for chunk in chunks:
+        top, left = chunk.y - shard.y, chunk.x - shard.x
+        place = (..., slice(top, top + chunk.height), slice(left, left + chunk.width))
+        pixels = raster.read(chunk)
+        valid = raster.read_valid(chunk, pixels)
+        counted = raster.read_counted(chunk, valid)
+        image[place], known[place] = pixels, VALID * valid + COUNTED * counted
+        if source is not None:
+            mask[place] = source.read(chunk, counted)
+    group = zarr.open_group(store=str(store), mode="r+")
+    place = (..., slice(shard.y, shard.y + size[0]), slice(shard.x, shard.x + size[1]))
+    group[f"{raster.identifier}/image"][place] = image
+    if source is not None:
+        group[f"{raster.identifier}/mask"][place] = mask
+    group[f"{raster.identifier}/known"][place] = known  # last: without it nothing is valid
