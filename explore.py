@@ -54,6 +54,7 @@ CLICK = 4  # px of the screen within which a press and its release are a click
 LEGEND_ENTRIES = 12
 ROW_LINES, VALUE_LETTERS = 20, 18  # of the values of a row
 TITLE_LETTERS, TITLE_LINES = 105, 3  # above the picture
+SLIDER_STEP = 0.01  # of scores
 MAX_BLOCKS = 500  # in view; more are not outlined
 SURE = (0.8, 2.2)  # width of a detection's corners at scores of 0 and 1, points
 HALO = [withStroke(linewidth=2.5, foreground="black")]
@@ -531,11 +532,12 @@ class Explorer:
         pointers = [withStroke(linewidth=4.5, foreground="black")]
         self._pointers = LineCollection([], colors="white", linewidths=2, zorder=5,
                                         path_effects=pointers)  # fmt: skip
+        self._chosen = [LineCollection([], zorder=4.5, linewidths=3) for _ in range(2)]
         self._outlines = [
             LineCollection([], zorder=2, colors="black", linewidths=2),
             LineCollection([], zorder=2, **BLOCK_STYLE),
         ]
-        for lines in (*self._lines, self._pointers, *self._outlines):
+        for lines in (*self._lines, *self._chosen, self._pointers, *self._outlines):
             self.ax.add_collection(lines, autolim=False)
         (self._bar,) = self.ax.plot([], [], color="white", linewidth=3, zorder=6,
                                     solid_capstyle="butt", path_effects=HALO)  # fmt: skip
@@ -724,15 +726,35 @@ class Explorer:
         self.selected, lines, marks = row, [], []
         if row is not None:
             marks = pointers(row[BOX_COLUMNS].to_numpy(dtype=float))
-            known = row.drop("geometry", errors="ignore").dropna()
-            if known.get("kind") == "missed":  # whose box is the object's
+            known = row.drop(["geometry", "kind"] if heading == row.get("kind") else ["geometry"],
+                             errors="ignore").dropna()  # fmt: skip
+            if row.get("kind") == "missed":  # whose box is the object's
                 known = known.drop(["true_label", *TRUE_BOX_COLUMNS], errors="ignore")
             lines = [heading, *(f"{name:<10.14} {_shorten(v)}" for name, v in known.items())]
             if len(lines) > ROW_LINES:
                 lines = [*lines[: ROW_LINES - 1], f"... {len(lines) - ROW_LINES + 1} more"]
         self._pointers.set_segments(marks)
+        self._emphasize(row)
         self._values.set_text("\n".join(lines))
         self._redraw()
+
+    def _emphasize(self, row: pd.Series | None) -> None:
+        """Draw the object and the detection of a row, where it has them, with thicker lines."""
+        boxes = {}
+        if row is not None:
+            own, true = (row.reindex(names).to_numpy(dtype=float)
+                         for names in (BOX_COLUMNS, TRUE_BOX_COLUMNS))  # fmt: skip
+            if not np.isnan(true).any():
+                boxes["objects"] = true, row.get("true_label")
+            if row.get("kind") != "missed":
+                detected = "kind" in row.index or "score" in row.index
+                boxes["detections" if detected else "objects"] = own, row.get("label")
+        for name, lines, draw in zip(
+            ("objects", "detections"), self._chosen, (outlines, corners), strict=True
+        ):
+            box, label = boxes.get(name, (None, None))
+            lines.set_segments([] if box is None else draw(box[None]))
+            lines.set_color(self._colors_of(name).get(str(label), "white"))
 
     def say(self, text: str) -> None:
         """Write up to three lines above the picture."""
@@ -938,10 +960,10 @@ class Explorer:
             buttons.append(switch)
         if "score" in self.detections.df and self.stepping:
             slider = widgets.FloatSlider(
-                self.score, min=0, max=1, step=0.01, description="score from",
+                self.score, min=0, max=1, step=SLIDER_STEP, description="score from",
                 readout_format=".2f", layout={"width": "320px"},
             )  # fmt: skip
-            slider.observe(lambda change: self.set_score(change["new"]), "value")
+            slider.observe(self._slide, "value")
             buttons.append(slider)
         wrap = widgets.Layout(flex_flow="row wrap")
         self._toggle_box = widgets.Box(layout=wrap)
@@ -952,6 +974,10 @@ class Explorer:
         self._draw_legend()
         self._change()
         display(self.controls)
+
+    def _slide(self, change: Mapping[str, float]) -> None:
+        if abs(change["new"] - self.score) >= SLIDER_STEP / 2:  # else what it was set to, rounded
+            self.set_score(change["new"])
 
     def _choose_raster(self, change: Mapping[str, str]) -> None:
         if change["new"] != self.ground.raster.identifier:

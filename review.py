@@ -40,6 +40,7 @@ UNSURE, BY_HAND = "unsure", "by hand"
 ORIGINAL = "original"
 ADDING = ("spurious", "duplicate", UNSURE)  # kinds that propose an object to add
 SAME_OBJECT = 0.9  # IoU from which on a box of an evaluation is that of an annotation
+ROUNDING = 0.5  # px, by which sides that are the same may differ in files
 NEAR = 0.4  # of the score threshold; detections by so much under it are unsure
 MOST_UNSURE = 200  # the surest of them
 KNOWN = 0.1  # IoU with an annotation from which on a detection of low score tells nothing new
@@ -269,6 +270,7 @@ class Review:
         """Leave the item for later: it comes again after all others."""
         self._item()
         self._open.append(self._take())
+        self._skip_stale()
 
     def add(
         self, raster: str, center_xy: tuple[float, float], rim_xy: tuple[float, float], label: str
@@ -342,6 +344,13 @@ class Review:
         return {"new_label": item["true_label"], **_boxes(item, TRUE_BOX_COLUMNS, NEW_BOX_COLUMNS)}
 
     def _decide(self, item: pd.Series, decision: str, new: dict[str, object]) -> None:
+        boxes = self.tables[item["raster"]][BOX_COLUMNS].to_numpy(dtype=float)
+        true = item[TRUE_BOX_COLUMNS].to_numpy(dtype=float)
+        if item["kind"] not in ADDING and _find(boxes, true) is None:
+            raise InputError(
+                f"there is no annotation at {true.round(1).tolist()} of {item['raster']} any more; "
+                "skip it (s)"
+            )
         entry = {name: item[name] for name in JOURNAL if name in item.index}
         self._record(entry | {"decision": decision} | new)
         self._take()
@@ -448,7 +457,7 @@ class Review:
             if pd.isna(new):
                 return
             how = f"added {BY_HAND}" if entry["kind"] == BY_HAND else f"added ({entry['kind']})"
-            if entry["decision"] == "relabel":
+            if entry["decision"] == "relabel" and new != entry["label"]:
                 how += f", relabelled from {entry['label']}"
             added = dict(zip(BOX_COLUMNS, box, strict=True))
             added |= {"label": new, "source": f"{how}, {by}"}
@@ -459,7 +468,7 @@ class Review:
         place = _find(boxes.to_numpy(dtype=float), box_before.to_numpy(dtype=float))
         if place is None:
             raise InputError(
-                f"{self.folder / 'journal.csv'}: an object at {list(row[TRUE_BOX_COLUMNS])} of "
+                f"{self.folder / 'journal.csv'}: an object at {box_before.tolist()} of "
                 f"{entry['raster']} was decided on, but is not in the annotations, which have "
                 f"changed since; move {self.folder} away, then a new review begins"
             )
@@ -503,12 +512,16 @@ def _key(row: Mapping[str, object]) -> tuple[object, ...]:
 
 
 def _find(boxes: np.ndarray, box: np.ndarray) -> int | None:
-    """Return the place among boxes (N, 4) of one (4,), which files may have rounded."""
+    """Return the place among boxes (N, 4) of one (4,), rounded by files, cut by a ground block."""
     if not len(boxes):
         return None
     iou = imutils.pair_iou(boxes, np.broadcast_to(box, boxes.shape))
+    reach = (boxes - box) * (1, 1, -1, -1)  # px, how far over a side of it: not more than 0
+    cut = (reach <= ROUNDING).all(axis=1) & ((abs(reach) <= ROUNDING).sum(axis=1) >= 2)
+    if cut.any() and iou.max() < SAME_OBJECT:
+        iou = np.where(cut, iou, 0)
     best = int(iou.argmax())
-    return best if iou[best] >= SAME_OBJECT else None
+    return best if iou[best] >= SAME_OBJECT or cut[best] else None
 
 
 def _read_clean(name: str, clean_dir: Path | None) -> pd.DataFrame:
@@ -626,12 +639,15 @@ class Desk:
 
     def act(self, name: str, *values: object) -> None:
         """Call a method of the review and show what follows; what cannot be is said."""
+        known, note = set(self.review.labels), ""
         try:
             getattr(self.review, name)(*values)
         except InputError as error:
-            self.refresh(str(error))
+            self.refresh(f"{error}.")
         else:
-            self.refresh()
+            for label in set(self.review.labels) - known:
+                note = f"{label} is new: the next run needs some on training ground, too (a)."
+            self.refresh(note)
             self._save_later()
 
     def _save_later(self) -> None:
@@ -709,7 +725,7 @@ class Desk:
             others = review.remaining - left
             text = f"All is decided: {done} decisions are in {review.folder}"
             if others:
-                text = f"All of these are decided; {others} others are to go, choose them"
+                text = f"Nothing is to ask here, a adds an object; {others} others are to go"
         else:
             question, *names = QUESTIONS[item["kind"]]
             question = question.format(label=item["label"], true_label=item["true_label"])
@@ -718,7 +734,7 @@ class Desk:
             text += f"{done} decided, {left} to go)"
         if self._adding:
             where = "the rim" if self._center else "the centre"
-            text = f"Click {where} of the {self.label} to add (u: a step back, escape: not now)"
+            text = f"Click {where} of the {self.label} to add (u: a step back, a: not now)"
         elif self._away:
             text = f"The {self.label} is added. a: one more, u: take it back, y: on with the review"
         self.message = f"{note} {text}".strip()
