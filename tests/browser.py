@@ -183,10 +183,9 @@ class Page:
 
     def key(self, key: str) -> None:
         """Press a key, such as "n" or "Escape", where the focus is."""
-        text = {}
-        if len(key) == 1:  # JupyterLab goes by the place of the key
-            code = {"code": f"Key{key.upper()}", "windowsVirtualKeyCode": ord(key.upper())}
-            text = {"text": key} | code
+        text = {"windowsVirtualKeyCode": 27} if key == "Escape" else {}
+        if len(key) == 1:  # JupyterLab goes by the number of the key
+            text = {"text": key, "windowsVirtualKeyCode": ord(key.upper())}
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
 

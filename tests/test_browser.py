@@ -116,6 +116,8 @@ def take_keys(lab, cell):
 def test_wheel_key_label_and_score_change_what_the_explorer_shows(lab):
     cell = lab.index("implot.explore(")
     lab.show(cell, CANVAS)
+    take_keys(lab, cell)
+    lab.page.key("h")
     whole = lab.settled(cell)
     lab.page.screenshot("explorer_whole")
     lab.page.wheel(lab.place(cell, CANVAS, 0.4, 0.4), steps=3)
@@ -156,7 +158,8 @@ def test_another_raster_is_chosen_and_keys_are_not_those_of_the_notebook(lab):
         lab.page.key(key)
         shown = changed(lab, cell, shown)
     assert lab.page.js(f"{CELLS}.length") == cells
-    lab.click(cell, ".jp-InputPrompt")
+    lab.click(cell, ".cm-content")
+    lab.page.key("Escape")
     for key in "bdd":  # as here: one below, and away with it
         lab.page.key(key)
         lab.page.wait(f"{CELLS}.length == {cells + (key == 'b')} || {key!r} == 'd'")
