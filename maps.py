@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import ClassVar
 from zipfile import BadZipFile
@@ -205,8 +205,11 @@ class MapPredictor(TilePredictor):
                 counts = {name: values[name] for name in ("predicted", "empty", "gaps")}
         except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             return None
-        settled = self.rows_of(strip).settled
-        wanted = {self.settled_path(strip): settled.any(), self.seam_path(strip): not settled.all()}
+        settled, shown = self.rows_of(strip).settled, bool(counts["predicted"])
+        wanted = {
+            self.settled_path(strip): shown and settled.any(),
+            self.seam_path(strip): shown and not settled.all(),
+        }
         return counts if all(path.exists() for path, want in wanted.items() if want) else None
 
     def is_done(self, strip: int) -> bool:
@@ -397,6 +400,10 @@ class _MappedStrip:
         shape = (predictor.sums, self.rows.end - self.rows.top, predictor.tile_size)
         self.sums, self.x = np.zeros(shape, np.float32), 0
         self.files, self.writers = ExitStack(), []
+
+    def _open(self) -> None:
+        """Open the files, once there is something for them: most of a raster may be empty."""
+        predictor, strip = self.predictor, self.strip
         layout = {
             "width": predictor.raster.width, "sparse_ok": True, "interleave": "band",
             "blockxsize": BLOCK, "blockysize": BLOCK, "zstd_level": 1,
@@ -451,6 +458,8 @@ class _MappedStrip:
         width = min(step, size, self.predictor.raster.width - self.x)
         ready = self.sums[..., :width]
         if ready[-2].any():
+            if not self.writers:
+                self._open()
             settled, seam = self.writers
             if settled is not None:
                 settled.write(self.x, self.predictor.settle(ready[:, self.settled]))
@@ -498,6 +507,9 @@ class _Journal:
         self.ends = np.array([rows.end for rows in self.rows])
         self.tops = np.array([rows.top for rows in self.rows])
         self.open = lru_cache(maxsize=8)(rasterio.open)  # files come one after the other
+        # a strip without ground leaves none
+        self.shows = cache(lambda strip: predictor.settled_path(strip).exists()
+                               or predictor.seam_path(strip).exists())  # fmt: skip
 
     def read(self, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
         """Return the planes of a window of the map, uint8 (bands, H, W)."""
@@ -513,13 +525,19 @@ class _Journal:
                 low, high = max(low, y0), min(high, y1)
                 if low >= high:
                     continue
-                if settled:
+                if settled and self.shows(strip):
                     path, skipped = self.predictor.settled_path(strip), seam_end
                     part = self._window(path, low - skipped, high - skipped, x0, x1)
-                else:
+                elif not settled and any(map(self.shows, self._above(strip, low))):
                     part = self.predictor.settle(self._sums(strip, low, high, x0, x1))
+                else:
+                    continue
                 planes[:, low - y0 : high - y0] = part
         return planes
+
+    def _above(self, strip: int, row: int) -> range:
+        """Return a strip and those above it that see a row, too."""
+        return range(int(np.searchsorted(self.ends, row, "right")), strip + 1)
 
     def _window(self, path: Path, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
         return self.open(path).read(window=((y0, y1), (x0, x1)))
@@ -527,7 +545,7 @@ class _Journal:
     def _sums(self, strip: int, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
         """Add up what a strip and those above it saw of rows that several see."""
         total = np.zeros((self.predictor.sums, y1 - y0, x1 - x0), np.float32)
-        for number in range(int(np.searchsorted(self.ends, y0, "right")), strip + 1):
+        for number in filter(self.shows, self._above(strip, y0)):
             rows = self.rows[number]
             places = np.flatnonzero(~rows.settled)  # the rows that its file holds, from its top on
             low, high = max(y0, rows.top), min(y1, rows.end)

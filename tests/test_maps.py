@@ -512,6 +512,7 @@ def test_memory_follows_the_tiles_never_the_raster(tmp_path):
         task = predict.prepare(Painter(), path, tmp_path / f"{side}_map.tif", **OPTIONS)
         task.predictor.journal.mkdir()
         collector = task.predictor._collector(1)
+        collector._open()
         cells = [writer.cells.nbytes for writer in collector.writers if writer is not None]
         sizes.append(collector.sums.nbytes + sum(cells))
         collector.drop()
