@@ -493,6 +493,7 @@ def read_labels(
     coordinates: str = "auto",
     layer: str | None = None,
     attribute_filter: str | None = None,
+    default_label: str | None = None,
     workers: int | None = 1,
 ) -> PolygonLabels | MaskLabels:
     """Read the labels of one raster.
@@ -508,6 +509,7 @@ def read_labels(
         coordinates: See `annotations.ReadingOptions`.
         layer: Layer of a vector file with several.
         attribute_filter: See `annotations.ReadingOptions`.
+        default_label: Likewise, of polygons.
         workers: Processes that look for the values of a mask raster; None takes all cores.
 
     Raises:
@@ -525,7 +527,7 @@ def read_labels(
     else:
         cleaned = annotations.read_annotations(
             path, raster, label_column=attribute or "label", coordinates=coordinates, layer=layer,
-            attribute_filter=attribute_filter, polygons_only=True,
+            attribute_filter=attribute_filter, default_label=default_label, polygons_only=True,
         )  # fmt: skip
         labels = _place_polygons(path, raster, cleaned, attribute or "label", mask_reference)
     try:

@@ -3,6 +3,7 @@
     python benchmarks/bench_accuracy.py params/lunar_craters.yaml --minutes 12 [--plain SCRIPT]
     .bench-venv/bin/python benchmarks/bench_accuracy.py params/trees.yaml \
         --set IMAGE_FILENAMES='[A.tif]' --set DF_FILENAMES='[A.csv]' --minutes 10 --deepforest
+    python benchmarks/bench_accuracy.py params/buildings_seg.yaml --minutes 10 --unet
 
 The file of parameters is what the notebook would run; a time limit replaces its epochs. All train
 one after the other on the same machine. SCRIPT trains another detector: it is called with the
@@ -10,6 +11,11 @@ folder of the rasters, `--test` and parts of the names of the test rasters, and 
 output is shown and recorded as it is. requirements-bench.txt tells how to install DeepForest: its
 ResNet-50 RetinaNet without weights and its own defaults learn our tiles as PNG files, and find
 objects on the windows that measure ours, merged and matched by the same code.
+
+Of a segmentation, a plain loop is the other: the same U-Net of segmentation-models-pytorch with
+random weights learns the same tiles, neither turned nor changed, by Adam (0.001) and cross-entropy,
+and is measured on the same ground, each pixel by the tile whose core owns it; of its epochs the
+last counts.
 
 The threshold of F1 comes from validation ground, for both. AP is COCO's.
 """
@@ -37,15 +43,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import annotations
 import fileio
 import gridsearch
+import masks
 import metrics
 import splits
 import tiling
 import trials
-from datasets import BboxDataset, TileDataModule
+from datasets import BboxDataset, MaskDataset, TileDataModule, collate
+from ImageData import IGNORE
 from logger import configure_logger
 from ModelConfig import RunParameters
 
 PROJECT = Path(__file__).parent.parent
+OF_MASKS = ("mean_IoU", "mean_IoU_low", "mean_IoU_high", "mean_F1", "pixel_accuracy", "pixels")
 SHOWN = ("AP50", "AP50_low", "AP50_high", "AP", "box_f1", "box_precision", "box_recall", "objects")
 MANY = 10_000  # epochs, which the clock cuts short
 
@@ -53,15 +62,20 @@ MANY = 10_000  # epochs, which the clock cuts short
 def prepare(params: RunParameters) -> tuple[trials.SearchData, TileDataModule]:
     """Clean, split and tile as the notebook does."""
     rasters = fileio.read_rasters(params.image_paths, params.BANDS, params.RESOLUTION_TOLERANCE)
-    images, _ = annotations.clean_annotations(
-        params.df_paths, rasters, output_dir=params.run_dir / "clean",
-        region_paths=params.region_paths, workers=1, **params.cleaning_options(),
-    )  # fmt: skip
+    classes = ()
+    if params.TASK == "segmentation":
+        images, table = masks.label_images(rasters, params.df_paths, **params.labelling_options())
+        classes = table.names
+    else:
+        images, _ = annotations.clean_annotations(
+            params.df_paths, rasters, output_dir=params.run_dir / "clean",
+            region_paths=params.region_paths, workers=1, **params.cleaning_options(),
+        )  # fmt: skip
     blocks = splits.ground_blocks(
         rasters, max_tile_size=max(params.PATCH_SIZES), **params.split_options()
     )
     options = tiling.TilingOptions(
-        evaluation_overlap=tiling.evaluation_overlap(images), **params.tiling_options()
+        evaluation_overlap=tiling.evaluation_overlap(images), **params.tiling_options(classes)
     )
     tilings = tiling.make_tiles(
         images, blocks, params.PATCH_SIZES, params.tiling_dir, options, workers=1
@@ -72,14 +86,16 @@ def prepare(params: RunParameters) -> tuple[trials.SearchData, TileDataModule]:
         images, blocks, tilings, params.SAMPLE_SIZES, conf, **params.stretch_options()
     )
     tiles, boxes = tiling.read_tiles(tilings[params.PATCH_SIZES[0]])
-    module = TileDataModule(tiles, boxes, data.rasters, data.ids, data.radiometry, conf)
+    module = TileDataModule(
+        tiles, boxes, data.rasters, data.ids, data.radiometry, conf, labels=data.labels
+    )
     return data, module
 
 
 def train_ours(params: RunParameters, data: trials.SearchData) -> dict[str, float]:
     """Search the one trial; its values are of the test ground."""
     board = gridsearch.run_search(data, params.search_space, params.model_config(), params.run_dir)
-    names = [n for n in (*SHOWN, "val_AP50", "training_time") if n in board]
+    names = [n for n in (*SHOWN, *OF_MASKS, "val_AP50", "training_time") if n in board]
     return board.iloc[0][names].astype(float).to_dict()
 
 
@@ -147,6 +163,47 @@ def measure(
     return evaluation.values  # noqa: PD011 - not those of a frame
 
 
+def train_unet(
+    params: RunParameters, module: TileDataModule, data: trials.SearchData, minutes: float
+) -> dict[str, float]:
+    """Train a U-Net by a plain loop on our training tiles, and measure it as ours is."""
+    import segmentation_models_pytorch as smp
+    from torch.nn.functional import cross_entropy
+
+    labels, tiles = sorted(data.ids, key=data.ids.get), module.train.tiles
+    dataset = MaskDataset(tiles[tiles["angle"] == 0], data.rasters, data.labels, data.radiometry)
+    torch.manual_seed(0)
+    network = smp.Unet(params.BACKBONE, encoder_weights=None, classes=len(labels),
+                       in_channels=dataset[0][0].shape[0])  # fmt: skip
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.001)
+    loader = torch.utils.data.DataLoader(
+        dataset, params.BATCH_SIZES[0], shuffle=True, drop_last=True, collate_fn=collate
+    )
+    start, steps = time.monotonic(), 0
+    while time.monotonic() < start + 60 * minutes:
+        for images, targets in loader:
+            truth = torch.stack([target["mask"] for target in targets]).long()
+            loss = cross_entropy(network(images), truth, ignore_index=IGNORE)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            steps += 1
+            if time.monotonic() > start + 60 * minutes:
+                break
+    seconds = time.monotonic() - start
+    network.eval()
+    collector = metrics.ConfusionCollector(len(labels))
+    with torch.inference_mode():
+        for i in range(len(module.test)):
+            image, target = module.test[i]
+            found = network(image[None]).argmax(dim=1)
+            collector.add(found, target["mask"][None].long(), [target])
+    values = metrics.evaluate_masks(collector.merge(), labels).values  # noqa: PD011
+    return {n: values[n] for n in OF_MASKS if n in values} | {
+        "training_time": seconds, "steps": steps
+    }  # fmt: skip
+
+
 def run_plain(script: Path, params: RunParameters, minutes: float) -> str:
     """Run another detector's own script; return what it printed."""
     names = [Path(name).stem for name in params.TEST_FILENAMES or []]
@@ -176,6 +233,7 @@ def main() -> None:
                         help="another value of a parameter, in YAML")  # fmt: skip
     parser.add_argument("--plain", type=Path, help="script of another detector")
     parser.add_argument("--deepforest", action="store_true")
+    parser.add_argument("--unet", action="store_true", help="a plain loop, of a segmentation")
     parser.add_argument("--work", type=Path, help="folder to keep; an earlier training is taken")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -196,6 +254,8 @@ def main() -> None:
         if args.deepforest:
             labels = sorted(data.ids)
             table["DeepForest"] = train_deepforest(params, module, labels, args.minutes)
+        if args.unet:
+            table["plain loop"] = train_unet(params, module, data, args.minutes)
     sys.stdout.write(pd.DataFrame(table).T.astype(float).round(3).to_string() + "\n")
     printed = run_plain(args.plain, params, args.minutes) if args.plain else ""
     sys.stdout.write(printed)

@@ -130,6 +130,11 @@ def test_wandb_has_two_names_and_one_way(tmp_path):
     assert [run.logger_options() for run in runs] == [expected] * 2
 
 
+def test_values_of_classes_may_be_numbers(tmp_path):
+    run = run_with(tmp_path, "TASK: segmentation\nCLASSES: {1: ship, '2': ferry}")
+    assert run.CLASSES == {1: "ship", "2": "ferry"}
+
+
 def test_class_proportions_go_by_name_or_by_number(tmp_path):
     run = run_with(tmp_path, "TASK: segmentation\nCLASS_PROPORTION: {'1': 5, road: 10}")
     options = run.tiling_options(["background", "wood", "road"])
