@@ -367,12 +367,16 @@ class Review:
         kinds, names = self.items["kind"].to_numpy(), self.items["raster"].to_numpy()
         boxes = self.items[TRUE_BOX_COLUMNS].to_numpy(dtype=float)
         there = {name: df[BOX_COLUMNS].to_numpy(dtype=float) for name, df in self.tables.items()}
+        stale = []
         for i in self.pending:
             if kinds[i] in ADDING or _find(there[names[i]], boxes[i]) is not None:
-                return
-            log.info("%s: the object of an item is not there any more", names[i])
+                break
+            stale.append(i)
+        for i in stale:
             self._open.remove(i)
-            self._passed.append(i)
+        self._passed += stale
+        if stale:
+            log.info("%d items are passed over, their objects are not there any more", len(stale))
 
     # -- what is decided ------------------------------------------------------------------------
 

@@ -481,10 +481,10 @@ def test_what_others_decide_meanwhile_is_looked_at_first(ground):
 def test_thousands_of_items_that_went_stale_are_passed_over_in_a_moment(ground):
     stale = [item("mislabelled", [i, 0, i + 9, 9], "b", [i, 380, i + 9, 389], "a")
              for i in range(500)] * 4  # fmt: skip
-    start = time.process_time()
+    start = time.thread_time()
     opened = open_review(ground, [*stale, ITEMS[1]])
     assert opened.current["kind"] == "spurious"
-    assert time.process_time() - start < 5
+    assert time.thread_time() - start < 5
 
 
 def test_only_the_item_and_what_is_sure_is_drawn(ground):

@@ -26,9 +26,7 @@ FEW = {"train.max_tiles": 8, "validation.max_tiles": 3, "test.max_tiles": 3}
 @pytest.fixture(scope="module")
 def segments(tmp_path_factory):
     made = make_segments(tmp_path_factory.mktemp("segments"))
-    made.data, _ = trials.prepare_search(
-        made.images, made.blocks, made.tilings, [1.0], seg_conf(), classes=LABELS
-    )
+    made.data, _ = trials.prepare_search(made.images, made.blocks, made.tilings, [1.0], seg_conf())
     return made
 
 
