@@ -223,10 +223,14 @@ class Review:
         return chosen
 
     @property
+    def place(self) -> int | None:
+        """Place in `items` of the one to decide; None: all of the kind and raster chosen are."""
+        return next((i for i in self._open if self._chosen[i]), None)
+
+    @property
     def current(self) -> pd.Series | None:
-        """The item to decide; None: all of the kind and raster chosen are."""
-        item = next((i for i in self._open if self._chosen[i]), None)
-        return None if item is None else self.items.loc[item]
+        """The item to decide, if any."""
+        return None if self.place is None else self.items.loc[self.place]
 
     @property
     def labels(self) -> list[str]:
@@ -358,7 +362,7 @@ class Review:
 
     def _take(self) -> int:
         """Take the current item out of the queue."""
-        item = self.pending[0]
+        item = self.place
         self._open.remove(item)
         return item
 
@@ -366,10 +370,14 @@ class Review:
         """Pass over items on objects that an earlier decision has removed or moved."""
         kinds, names = self.items["kind"].to_numpy(), self.items["raster"].to_numpy()
         boxes = self.items[TRUE_BOX_COLUMNS].to_numpy(dtype=float)
-        there = {name: df[BOX_COLUMNS].to_numpy(dtype=float) for name, df in self.tables.items()}
+        there: dict[str, np.ndarray] = {}  # of the rasters that are met
         stale = []
         for i in self.pending:
-            if kinds[i] in ADDING or _find(there[names[i]], boxes[i]) is not None:
+            if kinds[i] in ADDING:
+                break
+            if names[i] not in there:
+                there[names[i]] = self.tables[names[i]][BOX_COLUMNS].to_numpy(dtype=float)
+            if _find(there[names[i]], boxes[i]) is not None:
                 break
             stale.append(i)
         for i in stale:
@@ -613,7 +621,7 @@ class Desk:
             note: What to tell beside.
         """
         item, review = self.review.current, self.review
-        self._shown, self._away = self._next(), False
+        self._shown, self._away = review.place, False
         self._adding, self._center = False, None
         if item is not None:
             of_model = item["kind"] in (*ADDING, "mislabelled")
@@ -625,9 +633,6 @@ class Desk:
         else:
             self.explorer.show_row(item, item["kind"])
         self._tell(note)
-
-    def _next(self) -> int | None:
-        return next(iter(self.review.pending), None)
 
     def _show_boxes(self, raster: str | None) -> None:
         """Show the boxes of a raster; None: of the one that is shown already."""
@@ -662,7 +667,7 @@ class Desk:
         """Do as `act`, but only if what is asked is what has been drawn."""
         if self._adding or not self.explorer.drawn:
             return
-        if self._away or self._next() != self._shown:  # by a cell of the notebook
+        if self._away or self.review.place != self._shown:  # by a cell of the notebook
             self.refresh()
         else:
             self.act(name, *values)
