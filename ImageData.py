@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 BOX_COLUMNS = ["xmin", "ymin", "xmax", "ymax"]
 TRUE_BOX_COLUMNS = [f"true_{name}" for name in BOX_COLUMNS]  # of what a detection is compared with
 CENTER_COLUMNS = ["pixel_x", "pixel_y"]
+SPLITS = ("train", "validation", "test")  # of blocks of ground
 IGNORE = 255  # in masks and maps of classes: nothing is known of the pixel, or it does not count
 
 

@@ -27,11 +27,10 @@ import tiling
 from balance import METHODS, MIN_KEPT, preview, read_shares, write_shares
 from balance import Balance as Balance  # what is found
 from balance import balance as balance  # here is where it is looked for
-from ImageData import InputError, RasterHandle
+from ImageData import SPLITS, InputError, RasterHandle
 
 log = logging.getLogger(__name__)
 
-SPLITS = ("train", "validation", "test")
 REPROJECTION_SLACK = 0.01  # share of a tile; edges that were straight are curved in another CRS
 MIN_BLOCKS = 12  # below this many blocks, the derived block size shrinks
 MAX_BLOCKS = 2**22  # a terapixel in blocks of 512 px

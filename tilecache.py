@@ -22,7 +22,7 @@ import pandas as pd
 
 import fileio
 import parallel
-from ImageData import IGNORE, ClassNames, LabelSource, Window
+from ImageData import IGNORE, SPLITS, ClassNames, LabelSource, Window
 
 if TYPE_CHECKING:
     import zarr
@@ -33,7 +33,6 @@ CHUNK = 256  # px, side of what is read at once
 SHARD = 2048  # px, side of what is written at once, a file
 VALID, COUNTED = 1, 2  # bits of `known`
 MANIFEST, DONE = "manifest.json", "done.jsonl"
-SPLITS = ("train", "validation", "test")
 Handles = tuple[dict[str, fileio.Raster], dict[str, LabelSource] | None]
 
 
