@@ -902,8 +902,9 @@ def plot_confusion(confusion: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = _axes(ax, (np.clip(1.8 + 0.7 * columns, 5.4, WIDTH), 2.0 + 0.4 * rows))
     shares = values / np.maximum(values.sum(axis=1, keepdims=True), 1)
     drawn = ax.imshow(100 * shares, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    objects = counts.columns[-1] not in counts.index  # not pixels: background may go unseen
     for (i, j), count in np.ndenumerate(values):
-        nothing = i == rows - 1 and j == columns - 1  # background, not detected
+        nothing = objects and i == rows - 1 and j == columns - 1  # background, not detected
         quiet = nothing or (columns > 12 and not count)
         ax.annotate("" if quiet else f"{count:.0f}", (j, i), ha="center", va="center",
                     fontsize="small", color="black" if shares[i, j] > 0.6 else "white")  # fmt: skip

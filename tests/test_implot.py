@@ -326,6 +326,8 @@ def test_confusion_curve_and_learning_are_drawn():
     )
     ax = implot.plot_confusion(confusion)
     assert [t.get_text() for t in ax.texts] == [*"30114020", ""]
+    pixels = pd.DataFrame({"(truth)": ["a", "b"], "a": [3, 1], "b": [0, 4]})
+    assert [t.get_text() for t in implot.plot_confusion(pixels).texts] == [*"3014"]
     curve = pd.DataFrame({"recall": [0.2, 0.8], "precision": [1.0, 0.7]})
     values = {"box_recall": 0.8, "box_precision": 0.7, "box_f1": 0.75, "score_threshold": 0.4,
               "AP50": 0.6}  # fmt: skip
