@@ -167,6 +167,13 @@ def _draw_labelled(ax: Axes, df: pd.DataFrame, colors: Mapping[str, str], **styl
         _draw_boxes(ax, boxes, painted, **{"linewidths": 1.0 if len(df) < 300 else 0.7} | style)
 
 
+def _patches(colors: Mapping[str, str]) -> list[Patch]:
+    return [
+        Patch(facecolor=color, edgecolor="0.3", linewidth=0.5, label=_cut(name))
+        for name, color in colors.items()
+    ]
+
+
 def _columns(figure: Figure, handles: Sequence) -> int:
     """Return how many entries of a legend fit side by side into a figure."""
     longest = max((len(h.get_label()) for h in handles), default=0)
@@ -1369,11 +1376,63 @@ def plot_class_errors(
         ax.label_outer()
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     shown = np.unique(np.concatenate([truth[known], found[known]]))
-    handles = [
-        Patch(facecolor=colors[i], edgecolor="0.3", linewidth=0.5, label=_cut(labels[i]))
-        for i in shown.tolist() if i < len(labels)
-    ]  # fmt: skip
-    _legend_below(figure, handles)
+    _legend_below(
+        figure, _patches({labels[i]: colors[i] for i in shown.tolist() if i < len(labels)})
+    )
+    return figure
+
+
+def plot_comparison(
+    raster: fileio.Raster,
+    window: Window,
+    found: Mapping[str, pd.DataFrame | np.ndarray],
+    labels: Sequence[str] = (),
+) -> Figure:
+    """Draw a part of a raster, and beside it what each of some models makes of it.
+
+    Args:
+        raster: The raster.
+        window: The part, px.
+        found: Title -> boxes in px of the raster with their `label`, or class ids, uint8 (H, W) of
+            the window; 255 is ground that has no class. The truth may be one of them.
+        labels: Names of the classes by class id, where there are class ids.
+    """
+    boxes = {
+        title: df[df["xmax"].gt(window.x) & df["xmin"].lt(window.x + window.width)
+                  & df["ymax"].gt(window.y) & df["ymin"].lt(window.y + window.height)]
+        for title, df in found.items() if isinstance(df, pd.DataFrame)
+    }  # fmt: skip
+    colors = dict(zip(labels, class_colors(labels), strict=True))
+    if boxes:
+        colors = label_colors(pd.concat([df["label"] for df in boxes.values()]), colors)
+    columns = min(len(found) + 1, 3)
+    rows = -(-(len(found) + 1) // columns)
+    side = WIDTH / columns
+    figure, axes = plt.subplots(
+        rows, columns, layout="constrained", sharex=True, sharey=True, squeeze=False,
+        figsize=(WIDTH, min(rows * (side * window.height / window.width + 0.3) + 0.7, 2 * WIDTH)),
+    )  # fmt: skip
+    extent = (window.x, window.x + window.width, window.y + window.height, window.y)
+    panels = {_cut(raster.path.name): None, **found, **boxes}
+    for ax, (title, content) in zip(axes.flat, panels.items(), strict=False):
+        show_window(ax, raster, window, gray=isinstance(content, np.ndarray))
+        if isinstance(content, np.ndarray):
+            paint = _paint_table(dict(enumerate(colors.values())))
+            ax.imshow(paint[content], extent=extent, interpolation="nearest")
+        elif content is not None:
+            _draw_labelled(ax, content, colors)
+            title = f"{title}: {len(content):,}"
+        ax.set_title(title, fontsize="small")
+        ax.label_outer()
+        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    if boxes:
+        _legend_below(figure, _handles(colors))
+    else:
+        known = np.unique(np.concatenate([classes.ravel() for classes in found.values()]))
+        _legend_below(figure, _patches({labels[i]: colors[labels[i]]
+                                        for i in known[known < len(labels)].tolist()}))  # fmt: skip
     return figure
 
 

@@ -10,27 +10,35 @@ from __future__ import annotations
 
 import argparse
 import ast
+import difflib
 import json
 import operator
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 import fileio
+import implot
+import predict
 import strips
-from ImageData import InputError
+from ImageData import IGNORE, InputError, Window
 from LargeRasterOR import BEST_BY, LargeRasterORModel
+from LargeRasterSeg import LargeRasterSegModel
 from ModelConfig import HYPERPARAMETERS
 
+KEPT_BY = (BEST_BY, LargeRasterSegModel.BEST_BY)
 FIRST = ["run", "trial", "state", "problem"]
 LAST = ["split_hash", "data", "tiles", "code_version", "host", "started", "seconds", "checkpoint"]
-SHOWN = [*FIRST[:3], *HYPERPARAMETERS, "AP50", BEST_BY, "box_f1", "mean_IoU",
-         "val_mean_IoU", "pixel_accuracy", "seconds", "problem"]  # fmt: skip
+SHOWN = [*FIRST[:3], *HYPERPARAMETERS, "AP50", "box_f1", "mean_IoU", *KEPT_BY, "pixel_accuracy",
+         "seconds", "problem"]  # fmt: skip
 COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
     ast.Gt: operator.gt, ast.GtE: operator.ge, ast.In: lambda a, b: a.isin(b),
@@ -39,11 +47,11 @@ COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 FAILED = 1  # exit code
 
 
-def read_ledger(runs_dir: Path, where: str | None = None) -> pd.DataFrame:
-    """List all runs and trials in a folder of runs.
+def read_ledger(runs_dir: Path | Sequence[Path], where: str | None = None) -> pd.DataFrame:
+    """List all runs and trials in folders of runs.
 
     Args:
-        runs_dir: RUNS_DIR of the notebook, or the folder of one run.
+        runs_dir: RUNS_DIR of the notebook, or the folder of one run, or several of either.
         where: Which rows to keep, see `filter_rows`.
 
     Returns:
@@ -59,13 +67,19 @@ def read_ledger(runs_dir: Path, where: str | None = None) -> pd.DataFrame:
     Raises:
         InputError: There is no such folder, or see `filter_rows`.
     """
-    runs_dir = Path(runs_dir)
-    if not runs_dir.is_dir():
-        raise InputError(f"there is no folder of runs {runs_dir}; give RUNS_DIR of the notebook")
-    folders = [runs_dir] if _is_run(runs_dir) else sorted(filter(_is_run, runs_dir.iterdir()))
+    given = [runs_dir] if isinstance(runs_dir, str | Path) else runs_dir
+    folders = {}
+    for place in map(Path, given):
+        if not place.is_dir():
+            raise InputError(f"there is no folder of runs {place}; give RUNS_DIR of the notebook")
+        runs = [place] if _is_run(place) else sorted(filter(_is_run, place.iterdir()))
+        folders |= {folder.resolve(): folder for folder in runs}  # each once
+    names = Counter(folder.name for folder in folders)
     rows, options = [], []
-    for folder in folders:
+    for resolved, folder in folders.items():
         for row, configuration in _read_run(folder):
+            if names[resolved.name] > 1:  # of several machines, say
+                row["run"] = f"{resolved.parent.name}/{resolved.name}"
             rows.append(row)
             options.append(configuration)
     table = pd.DataFrame(rows, columns=None if rows else FIRST)
@@ -94,6 +108,79 @@ def load_model(row: pd.Series, device: str = "cpu") -> LargeRasterORModel:
             f"and is {row['state']}; take a row that is complete and has one"
         )
     return strips.load_model(row["checkpoint"], device)
+
+
+def rank_rows(table: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
+    """Return the complete trials that have a value of a column, the best first.
+
+    Args:
+        table: See `read_ledger`.
+        by: A column of numbers; of one that ends in `loss`, or is `seconds`, the least is best.
+            None takes that of the validation by which the task's best model is kept.
+
+    Raises:
+        InputError: There is no such column, or no complete trial has a value of it.
+    """
+    numbers = table.select_dtypes("number").columns.tolist()
+    by = by or next((name for name in KEPT_BY if name in numbers), KEPT_BY[0])
+    if by not in numbers:
+        close = difflib.get_close_matches(by, numbers, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(numbers)}"
+        raise InputError(f"trials cannot be ranked by {by!r}, no column of numbers; {hint}")
+    ranked = table[(table["state"] == "complete") & table[by].notna()]
+    if ranked.empty:
+        raise InputError(f"no trial is complete and has a value of {by!r}; rank by another column")
+    least = by.endswith("loss") or by == "seconds"
+    return ranked.sort_values(by, ascending=least, kind="stable", ignore_index=True)
+
+
+def compare(
+    rows: pd.DataFrame,
+    raster: Path | str,
+    window: Window,
+    truth: Mapping[str, pd.DataFrame | np.ndarray] | None = None,
+    **opening: object,
+) -> Figure:
+    """Draw what the models of some trials make of the same part of a raster, side by side.
+
+    Args:
+        rows: Of the ledger; trials of the same task. They are named by their number and by the
+            run and the hyperparameters in which they differ.
+        raster: File or address; it has to fit each model.
+        window: The part, px, held whole.
+        truth: Title -> what is known there, see `implot.plot_comparison`; class ids are those of
+            the models, which then have the same classes.
+        opening: See `predict.open_raster`.
+
+    Raises:
+        InputError: There are no rows, or they differ in task, or, with class ids as truth, in
+            classes; see `load_model` and `predict.open_raster`.
+    """
+    if rows.empty:
+        raise InputError("there are no trials to compare; take rows that are complete")
+    models = [load_model(row) for _, row in rows.iterrows()]
+    if len(tasks := {model.TASK for model in models}) > 1:
+        raise InputError(f"trials to compare must be of one task, got {sorted(tasks)}; filter them")
+    names = list(dict.fromkeys(label for model in models for label in model.labels))
+    maps_of_truth = any(isinstance(known, np.ndarray) for known in (truth or {}).values())
+    if maps_of_truth and len({tuple(model.labels) for model in models}) > 1:
+        raise InputError(
+            f"the models differ in their classes, {[list(m.labels) for m in models]}; compare "
+            "them without the truth, whose class ids are of one of them"
+        )
+    found: dict[str, pd.DataFrame | np.ndarray] = dict(truth or {})
+    tellers = ["run", *(name for name in HYPERPARAMETERS if name in rows)]
+    tellers = [name for name in tellers if len(set(rows[name])) > 1]
+    for number, ((_, row), model) in enumerate(zip(rows.iterrows(), models, strict=True), start=1):
+        opened = predict.open_raster(raster, model.contract, **opening)
+        seen = predict.predict_window(model, opened, window)
+        if isinstance(seen, np.ndarray):
+            ids = np.full(IGNORE + 1, IGNORE, np.uint8)
+            ids[: len(model.labels)] = [names.index(label) for label in model.labels]
+            seen = ids[seen]
+        title = ", ".join(f"{name} {row[name]}" for name in tellers) or str(row["trial"])
+        found[f"{number}: {title}"] = seen
+    return implot.plot_comparison(opened, window, found, names)
 
 
 def filter_rows(table: pd.DataFrame, where: str) -> pd.DataFrame:
@@ -290,14 +377,22 @@ def main(argv: Sequence[str]) -> int:
         description="List every trial of every run: parameters, measures, where its model is.",
     )  # fmt: skip
     add = parser.add_argument
-    add("runs_dir", type=Path, metavar="RUNS_DIR", help="the folder of all runs, or one run's")
+    add(
+        "runs_dir",
+        type=Path,
+        nargs="+",
+        metavar="RUNS_DIR",
+        help="the folder of all runs, or one run's",
+    )
     add("--where", metavar="CONDITION", help='rows to keep, such as "AP50 > 0.5"')
+    add("--best", metavar="COLUMN", help="complete trials only, the best first, such as val_AP50")
     add("--out", type=Path, metavar="FILE", help="write all columns to a .parquet or .csv")
     args = parser.parse_args(argv)
     try:
         if args.out is not None and args.out.suffix not in (".parquet", ".csv"):
             raise InputError(f"--out must end in .parquet or .csv, got {args.out}")
         table = read_ledger(args.runs_dir, args.where)
+        table = table if args.best is None else rank_rows(table, args.best)
         if args.out is not None:
             fileio.write_table(args.out, table)
             sys.stdout.write(f"rows written to {args.out}: {len(table)}\n")

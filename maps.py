@@ -286,7 +286,7 @@ def classify_window(
 
     model = checkpoint if isinstance(checkpoint, nn.Module) else load_model(checkpoint)
     size, classes = model.contract.tile_size, np.full((window.height, window.width), IGNORE, "u1")
-    device = next(model.parameters()).device
+    device = next(model.parameters(), torch.empty(0)).device
     grid = tiling.window_grid(window, size, model.contract.evaluation_overlap)
     columns = [*tiling.WINDOW_COLUMNS, *tiling.CORE_COLUMNS]
     for x, y, width, height, *core in grid[columns].to_numpy().tolist():

@@ -533,6 +533,47 @@ def predict_raster(
     return run(prepare(checkpoint, raster, outputs, **options), progress=progress)
 
 
+def predict_window(
+    model: nn.Module, raster: fileio.Raster, window: Window
+) -> pd.DataFrame | np.ndarray:
+    """Predict a part of a raster, to look at.
+
+    Args:
+        model: Ready to predict, see `strips.load_model`.
+        raster: Opened for the model, see `open_raster`.
+        window: The part, px, held whole; objects belong to it by their centres.
+
+    Returns:
+        Of a detector, see `catalogue.to_table`; else class ids, see `maps.classify_window`.
+
+    Raises:
+        InputError: The model was never validated, or the raster cannot be read.
+    """
+    if model.TASK == SEGMENTATION:
+        return maps.classify_window(model, raster, window)
+    contract, wanted = model.contract, PredictionOptions()
+    device = next(model.parameters(), torch.empty(0)).device
+    predictor = strips.StripPredictor(
+        model=model, radiometry=contract.radiometry, raster=raster, journal=Path(), key="",
+        precision="32-true", batch_size=None, readers=1, device=str(device), threads=None,
+        **_grid_settings(contract, wanted, DETECTION), **_detection_settings(model, wanted, ()),
+    )  # fmt: skip
+    margin = predictor.overlap  # so that objects at the edge are seen whole
+    x0, y0 = max(window.x - margin, 0), max(window.y - margin, 0)
+    x1 = min(window.x + window.width + margin, raster.width)
+    y1 = min(window.y + window.height + margin, raster.height)
+    seen = Window(x0, y0, x1 - x0, y1 - y0)
+    grid = tiling.window_grid(seen, predictor.tile_size, predictor.overlap)
+    columns = [*tiling.WINDOW_COLUMNS, *tiling.CORE_COLUMNS]
+    tiles = [strips.Tile(0, Window(*row[:4]), tuple(row[4:])) for row in grid[columns].to_numpy()]
+    found = Detections.concatenate(list(predictor.look_at(tiles, device)))
+    found = catalogue.SeamFront(predictor.nms_threshold).push(found, np.inf)
+    low, high = np.array(window[:2]), np.array(window[:2]) + window[2:]
+    centers = (found.boxes[:, :2] + found.boxes[:, 2:]) / 2
+    inside = ((centers >= low) & (centers < high)).all(axis=1)
+    return catalogue.to_table(found[inside], model.labels, raster)
+
+
 def prepare(
     checkpoint: Path | str | nn.Module,
     raster: Path | str,

@@ -365,6 +365,20 @@ class StripPredictor(TilePredictor):
             )
         return seen, [count >= limit for count in most]
 
+    def look_at(self, tiles: Sequence[Tile], device: torch.device) -> Iterator[Detections]:
+        """Return what each tile keeps, one tile after the other, in px of the raster.
+
+        Raises:
+            InputError: A tile cannot be read.
+        """
+        for tile in tiles:
+            _, content = self._read(tile)
+            if isinstance(content, InputError):
+                raise content
+            if isinstance(content, Pixels):
+                seen, _ = self._look(self._on_device([content], device), device)
+                yield self.keep(tile, seen[0])
+
     def keep(self, tile: Tile, found: Detections) -> Detections:
         """Return what a tile keeps of the detections on it, in px of the raster."""
         x, y, width, height = tile.window

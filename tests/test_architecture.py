@@ -41,7 +41,8 @@ LAYERS = [
     ["LargeRasterOR", "LargeRasterSeg"],
     ["strips", "study", "resume"],
     ["maps"],
-    ["trials", "predict", "preflight", "ledger", "visualization"],
+    ["trials", "predict", "preflight", "visualization"],
+    ["ledger"],
     ["gridsearch"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

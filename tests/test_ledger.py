@@ -8,12 +8,14 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from oracle import Oracle, draw
+from painter import Painter, paint
 from test_gridsearch import SPACE, conf, fake_training
 
 import fileio
 import gridsearch
 import ledger
-from ImageData import InputError
+from ImageData import InputError, Window
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +193,73 @@ def test_the_command_writes_and_shows_the_ledger(runs, tmp_path, capsys):
     assert "there is no folder of runs" in capsys.readouterr().err
     assert gridsearch.main([*arguments, "--out", "x.pkl"]) == ledger.FAILED
     assert "must end in .parquet or .csv" in capsys.readouterr().err
+
+
+def test_trials_are_ranked_by_any_number(runs):
+    table = ledger.read_ledger(runs)
+    ranked = ledger.rank_rows(table, "AP50")
+    assert len(ranked) == 7
+    assert ranked["AP50"].is_monotonic_decreasing
+    assert ranked["AP50"].iloc[0] == table["AP50"].max()
+    assert ledger.rank_rows(table, "seconds")["seconds"].is_monotonic_increasing
+    with pytest.raises(InputError, match=r"'AP5', no column of numbers; did you mean AP50\?"):
+        ledger.rank_rows(table, "AP5")
+    with pytest.raises(InputError, match="no trial is complete and has a value of 'AP50'"):
+        ledger.rank_rows(table[table["state"] == "fail"], "AP50")
+
+
+def test_folders_of_several_machines_are_one_table(runs, tmp_path, capsys):
+    other = shutil.copytree(runs / "deep", tmp_path / "other" / "deep")
+    table = ledger.read_ledger([runs, other, runs / "single"])
+    names = {f"{runs.name}/deep": 4, "other/deep": 4, "flat": 4, "single": 1}
+    assert table["run"].value_counts().to_dict() == names
+    arguments = ["ledger", str(runs), str(other), "--best", "AP50", "--where", "AP50 > 0.1"]
+    assert gridsearch.main(arguments) == 0
+    first, second = capsys.readouterr().out.splitlines()[1:3]
+    best = ledger.rank_rows(table, "AP50").iloc[0]
+    assert f"{best['AP50']:.4g}" in first
+    assert best["trial"] in first
+    assert best["trial"] in second  # of the copy
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_models_are_compared_on_one_window(tmp_path, monkeypatch, task):
+    rows = pd.DataFrame(
+        {"run": "r", "trial": ["one", "two"], "state": "complete", "patch_size": [64, 64],
+         "n_epochs": [3, 5]}
+    )  # fmt: skip
+    window = Window(100, 60, 200, 150)
+    if task == "detection":
+        draw(tmp_path / "a.tif", 400, 300)
+        models = {"one": Oracle(), "two": Oracle(offset=(5.0, 0.0))}
+        truth = {"truth": pd.DataFrame({"label": ["dim"], "xmin": 110.0, "ymin": 70.0,
+                                        "xmax": 120.0, "ymax": 90.0})}  # fmt: skip
+    else:
+        paint(tmp_path / "a.tif", 400, 300)
+        models = {"one": Painter(), "two": Painter()}
+        models["two"].labels = ("background", "sea", "water")
+        truth = None
+    monkeypatch.setattr(ledger, "load_model", lambda row: models[row["trial"]])
+    figure = ledger.compare(rows, tmp_path / "a.tif", window, truth, override=["radiometry"])
+    titles = [ax.get_title() for ax in figure.axes]
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    figure.canvas.draw()
+    if task == "detection":
+        assert titles[:2] == ["a.tif", "truth: 1"]
+        one, two = (int(title.rpartition(" ")[2]) for title in titles[2:])
+        assert one > 10
+        assert abs(one - two) < one / 2
+        assert shown == ["bright", "dim"]
+    else:
+        assert titles == ["a.tif", "1: n_epochs 3", "2: n_epochs 5"]
+        assert shown == ["background", "land", "water", "sea"]  # of both
+        pictures = [ax.images[-1].get_array() for ax in figure.axes[1:]]
+        same = (pictures[0] == pictures[1]).all(axis=-1)
+        assert 0.2 < same.mean() < 0.9  # land and sea have other colours
+        with pytest.raises(InputError, match="the models differ in their classes"):
+            ledger.compare(rows, tmp_path / "a.tif", window, {"truth": np.zeros((150, 200), "u1")})
+    with pytest.raises(InputError, match="there are no trials to compare"):
+        ledger.compare(rows[:0], tmp_path / "a.tif", window)
 
 
 def test_a_folder_without_runs_is_an_empty_table(tmp_path):

@@ -431,6 +431,18 @@ def test_a_model_without_a_threshold_asks_for_one(tmp_path, scene):
         catalogue_of(model, scene[0], tmp_path)
 
 
+@pytest.mark.parametrize("window", [(0, 0, 900, 700), (333, 210, 250, 190), (840, 500, 60, 200)])
+def test_a_window_shows_what_the_catalogue_has_there(tmp_path, window):
+    truth = draw(tmp_path / "a.tif", 900, 700)
+    raster = fileio.read_raster(tmp_path / "a.tif")
+    found = predict.predict_window(Oracle(), raster, Window(*window))
+    x, y, width, height = window
+    middle_x, middle_y = ((truth[f"{k}min"] + truth[f"{k}max"]) / 2 for k in "xy")
+    inside = (x <= middle_x) & (middle_x < x + width) & (y <= middle_y) & (middle_y < y + height)
+    assert inside.sum() > 3
+    assert_same(found, truth[inside])
+
+
 # -- the command ------------------------------------------------------------------------------
 
 
