@@ -1508,8 +1508,7 @@ def plot_tile_prediction(
             scale, ax=axes, location="bottom", label="probability of a class", shrink=0.5,
             aspect=40, pad=0.02,
         )  # fmt: skip
-    patches = [Patch(facecolor=color, edgecolor="0.3", linewidth=0.5, label=_cut(name))
-               for name, color in zip(labels, colors, strict=True)]  # fmt: skip
+    patches = _patches(dict(zip(labels, colors, strict=True)))
     if (pictures.label == 255).all(axis=2).any():
         patches.append(Patch(facecolor="white", edgecolor="0.3", linewidth=0.5, label="unknown"))
     _legend_below(figure, patches)
