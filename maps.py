@@ -30,7 +30,7 @@ import regions
 import tiling
 from ImageData import IGNORE, ImageData, InputError, Window
 from LargeRasterOR import VIEWS, autocast
-from strips import Tile, TilePredictor, load_model
+from strips import Tile, TilePredictor, batch_of, find_devices, load_model
 
 SHARES = 254  # steps of a probability or an uncertainty, which is kept as a whole number
 LEAST_ROWS = 4  # of tiles in a strip: what two strips see is kept by both, so that few are better
@@ -284,25 +284,32 @@ def classify_window(
     """
     from LargeRasterSeg import segment_views  # detectors do without it
 
-    model = checkpoint if isinstance(checkpoint, nn.Module) else load_model(checkpoint)
+    model = _ready(checkpoint)
     size, classes = model.contract.tile_size, np.full((window.height, window.width), IGNORE, "u1")
     device = next(model.parameters(), torch.empty(0)).device
     grid = tiling.window_grid(window, size, model.contract.evaluation_overlap)
-    columns = [*tiling.WINDOW_COLUMNS, *tiling.CORE_COLUMNS]
-    for x, y, width, height, *core in grid[columns].to_numpy().tolist():
-        image, valid, counted = tiling.read_tile(raster, Window(x, y, width, height), 0)
-        pixels = model.contract.radiometry.stretch(image, valid)[None]
+    rows = grid[[*tiling.WINDOW_COLUMNS, *tiling.CORE_COLUMNS]].to_numpy().tolist()
+    step = batch_of(device)
+    for batch in (rows[i : i + step] for i in range(0, len(rows), step)):
+        tiles = [tiling.read_tile(raster, Window(*row[:4]), 0) for row in batch]
+        stretch = model.contract.radiometry.stretch
+        pixels = np.stack([stretch(image, valid) for image, valid, _ in tiles])
         with torch.inference_mode():
             shares = segment_views(
                 model, torch.from_numpy(pixels).to(device), VIEWS[model.conf.views]
             )
-        found = shares[0].argmax(dim=0).cpu().numpy()
-        found = np.where(counted, found, IGNORE).astype("u1")
-        left, top, right, bottom = core
-        classes[top - window.y : bottom - window.y, left - window.x : right - window.x] = found[
-            top - y : bottom - y, left - x : right - x
-        ]
+        found = shares.argmax(dim=1).cpu().numpy()
+        for row, (*_, counted), ids in zip(batch, tiles, found, strict=True):
+            x, y, _, _, left, top, right, bottom = row
+            own = np.where(counted, ids, IGNORE)[top - y : bottom - y, left - x : right - x]
+            classes[top - window.y : bottom - window.y, left - window.x : right - window.x] = own
     return classes
+
+
+def _ready(checkpoint: Path | str | nn.Module) -> nn.Module:
+    if isinstance(checkpoint, nn.Module):
+        return checkpoint
+    return load_model(checkpoint, find_devices("auto")[0])
 
 
 def find_errors(
@@ -327,7 +334,7 @@ def find_errors(
     Returns:
         See `regions.find_errors`, with `raster, block`, and `area_m2` where rasters have a CRS.
     """
-    model = checkpoint if isinstance(checkpoint, nn.Module) else load_model(checkpoint)
+    model = _ready(checkpoint)
     labelled = {image.image_identifier: image for image in images}
     ignored, places = model.conf.segmentation.ignore_index, []
     for block in blocks[blocks["split"] == "test"].itertuples():

@@ -100,6 +100,11 @@ def own_device(device: str) -> str:
     return devices[(int(number[1]) - 1 if number else 0) % len(devices)]
 
 
+def batch_of(device: torch.device) -> int:
+    """Return how many tiles a model on a device sees at once."""
+    return CPU_BATCH if device.type == "cpu" else GPU_BATCH
+
+
 class Tile(NamedTuple):
     """A tile to predict; without a window it stands for the end of its strip."""
 
@@ -237,7 +242,7 @@ class TilePredictor:
     def predict(self, strips: Iterable[int]) -> Iterator[Path]:
         """Predict strips one after the other; yield the part of each as soon as it is written."""
         device = torch.device(own_device(self.device))
-        size = self.batch_size or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
+        size = self.batch_size or batch_of(device)
         batch, collector, predicted, empty, gaps, why = [], None, 0, 0, [], None
         try:
             for tile, content in parallel.map_threads(
