@@ -222,7 +222,7 @@ def segment_views(model: nn.Module, tiles: Tensor, views: Sequence[tuple[int, bo
     total = 0.0
     for turns, mirrored in views:
         seen = torch.rot90(tiles.flip(3) if mirrored else tiles, turns, dims=(2, 3))
-        found = torch.rot90(model(seen).softmax(dim=1), -turns, dims=(2, 3))
+        found = torch.rot90(model(seen).float().softmax(dim=1), -turns, dims=(2, 3))
         total = total + (found.flip(3) if mirrored else found)
     return total / len(views)
 

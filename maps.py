@@ -30,6 +30,7 @@ import regions
 import tiling
 from ImageData import IGNORE, ImageData, InputError, Window
 from LargeRasterOR import VIEWS, autocast
+from ModelConfig import Views
 from strips import Tile, TilePredictor, batch_of, find_devices, load_model
 
 SHARES = 254  # steps of a probability or an uncertainty, which is kept as a whole number
@@ -152,14 +153,17 @@ class MapPredictor(TilePredictor):
         planes: What is kept of each pixel: `CLASS`, perhaps `CONFIDENCE` (the probability of its
             class) and `UNCERTAINTY`.
         probabilities: Whether the probabilities of all classes are kept, too.
+        views: Which views of a tile are averaged, of `LargeRasterOR.VIEWS`.
     """
 
     classes: int
     smooth: bool
     planes: tuple[str, ...]
     probabilities: bool
+    views: Views
 
     least_rows: ClassVar[int] = LEAST_ROWS
+    least_windows: ClassVar[int] = 1  # a strip's sums are held: a narrow raster's are few, too
     order: ClassVar[tuple[str, str]] = ("col", "row")
 
     @property
@@ -257,16 +261,18 @@ class MapPredictor(TilePredictor):
 
     def _look(self, images: torch.Tensor, device: torch.device) -> np.ndarray:
         """Return the probabilities of the classes, float32 (B, C, H, W)."""
+        from LargeRasterSeg import segment_views  # detectors do without it
+
         model = self._model_on(device)
         with torch.inference_mode(), autocast(device.type, self.precision):
-            logits = model(images)
+            shares = segment_views(model, images, VIEWS[self.views])
         expected = (len(images), self.classes, *images.shape[-2:])
-        if tuple(logits.shape) != expected:
+        if tuple(shares.shape) != expected:
             raise InputError(
-                f"the model returned an array of shape {tuple(logits.shape)}, expected {expected}: "
+                f"the model returned an array of shape {tuple(shares.shape)}, expected {expected}: "
                 "one value for each of its labels and each pixel"
             )
-        return torch.softmax(logits.float(), dim=1).cpu().numpy()
+        return shares.cpu().numpy()
 
 
 def classify_window(

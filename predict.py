@@ -60,7 +60,7 @@ Scale = Annotated[float, Field(ge=0.1, le=8)]
 MANIFEST = "manifest.json"
 CHUNK = 20_000  # objects written at once: larger ones write faster, but take more memory
 TASK_OPTIONS = {  # of `PredictionOptions`, those that only one task has
-    DETECTION: ("score_threshold", "views", "scales", "geometry", "density_cell"),
+    DETECTION: ("score_threshold", "scales", "geometry", "density_cell"),
     SEGMENTATION: (
         "smooth_prediction", "probabilities", "uncertainty", "least_area", "colormap",
     ),
@@ -702,6 +702,7 @@ def _map_settings(
     return {
         "classes": len(model.labels), "smooth": smooth, "probabilities": wanted.probabilities,
         "planes": tuple(name for name, kept in planes.items() if kept),
+        "views": wanted.views or model.conf.views,
     }  # fmt: skip
 
 

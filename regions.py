@@ -19,6 +19,7 @@ from rasterio import Affine
 from ImageData import BOX_COLUMNS, CENTER_COLUMNS, IGNORE
 
 ERROR_KINDS = ("missed", "spurious", "confused")
+MOST_VERTICES = 2**17  # of all open regions together; the largest are cut where there are more
 
 
 @dataclass
@@ -29,15 +30,22 @@ class _Open:
     pieces: list[shapely.Geometry] = field(default_factory=list)
     area: int = 0
     total: float = 0.0  # of the probabilities of its pixels
+    vertices: int = 0
+    cut: bool = False  # whether there is more of it elsewhere
 
     def take(self, other: _Open) -> None:
         self.pieces += other.pieces
         self.area += other.area
         self.total += other.total
+        self.vertices += other.vertices
+        self.cut |= other.cut
 
 
 class RegionFront:
     """Joins the regions of rows that come from top to bottom; pixels that share a side connect.
+
+    Regions that would fill the memory, such as a background full of holes, are cut: what has come
+    of them is complete, and the rest is a region of its own.
 
     Args:
         labels: Of the classes, by class id.
@@ -64,7 +72,8 @@ class RegionFront:
             last: Whether no rows follow.
 
         Returns:
-            `label, area_px, mean_probability, xmin, ymin, xmax, ymax` and `geometry`, in px.
+            `label, area_px, mean_probability, cut` (whether it is a part of a larger region),
+            `xmin, ymin, xmax, ymax` and `geometry`, in px.
         """
         numbers, found = self._find(classes, probabilities)
         regions = dict(enumerate(found))
@@ -89,7 +98,23 @@ class RegionFront:
         names = np.array([_root(root, i) for i in range(len(found))], dtype=np.int64)
         self.edge = np.append(names, -1)[numbers[-1]]
         self.top += len(classes)
-        return self._to_table([joined[n] for n in sorted(joined) if n not in still])
+        complete = [joined[n] for n in sorted(joined) if n not in still]
+        return self._to_table(complete + self._cut_largest())
+
+    def _cut_largest(self) -> list[_Open]:
+        """Complete the largest open regions until the others are small enough together."""
+        cut, held = [], sum(region.vertices for region in self.open.values())
+        if held > MOST_VERTICES:
+            by_size = sorted(self.open, key=lambda number: -self.open[number].vertices)
+            for number in by_size:
+                if held <= MOST_VERTICES // 2:
+                    break
+                region = self.open[number]
+                region.cut = True
+                held -= region.vertices
+                cut.append(region)
+                self.open[number] = _Open(region.value, cut=True)
+        return cut
 
     def _find(
         self, classes: np.ndarray, probabilities: np.ndarray
@@ -103,12 +128,18 @@ class RegionFront:
         areas = np.bincount(flat, minlength=count).tolist()
         totals = np.bincount(flat, weights=probabilities[mask], minlength=count).tolist()
         return numbers, [
-            _Open(int(value), [shapely.geometry.shape(shape)], area, total)
+            _Open(
+                int(value), [shapely.geometry.shape(shape)], area, total,
+                vertices=sum(map(len, shape["coordinates"])),
+            )
             for (shape, value), area, total in zip(shapes, areas, totals, strict=True)
-        ]
+        ]  # fmt: skip
 
     def _to_table(self, regions: Sequence[_Open]) -> pd.DataFrame:
-        regions = [region for region in regions if region.area >= self.least_area]
+        regions = [
+            region for region in regions
+            if region.area and (region.cut or region.area >= self.least_area)
+        ]  # fmt: skip
         shapes = [
             # where pieces met, corners that bend nothing are left
             region.pieces[0] if len(region.pieces) == 1
@@ -122,6 +153,7 @@ class RegionFront:
             {
                 "label": [self.labels[region.value] for region in regions],
                 "area_px": area, "mean_probability": (total / area.clip(1)).round(4),
+                "cut": np.array([region.cut for region in regions], dtype=bool),
                 **dict(zip(BOX_COLUMNS, bounds.T, strict=True)),
                 "geometry": np.array(shapes, dtype=object),
             }

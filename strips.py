@@ -211,13 +211,14 @@ class TilePredictor:
     threads: int | None
 
     least_rows: ClassVar[int] = 1  # of tiles, in a strip
+    least_windows: ClassVar[int] = STRIP_WINDOWS
     order: ClassVar[tuple[str, str]] = ("row", "col")  # in which tiles are looked at
 
     @property
     def strip_rows(self) -> int:
         """Rows of tiles that form a strip; they follow from the grid alone."""
         columns = len(tiling.grid_axis(self.raster.width, self.tile_size, self.overlap)[0])
-        return max(-(-STRIP_WINDOWS // columns), self.least_rows)
+        return max(-(-self.least_windows // columns), self.least_rows)
 
     @property
     def strip_tops(self) -> np.ndarray:

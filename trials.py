@@ -39,6 +39,7 @@ from networks import (
     detections_limit,
     fit_anchors,
     good_anchor_share,
+    read_checkpoint,
 )
 from resume import LastCheckpoint, read_last, set_progress
 
@@ -285,6 +286,8 @@ def _train(
             f"the tiles in {data.tilings[size]} changed while the search ran; another run must not "
             "write to them. Run all again, or give each run a TILING_DIRECTORY of its own"
         )
+    if conf.init_from and not conf.train.epochs:  # the model is measured by what it was trained on
+        data = replace(data, radiometry=_radiometry_of(conf.init_from, data))
     module = _module(data, tiles, boxes, conf, hyperparams["sample_size"])
     contract = make_contract(data, module, size)
     task = task_of(conf)
@@ -418,6 +421,29 @@ def _known_progress(
     log.info("interrupted after %d steps; it %s", known["step"], where)
     logger.rewind(known["step"])
     return known
+
+
+def _radiometry_of(checkpoint: str, data: SearchData) -> imutils.Radiometry:
+    """Return how a model's input is made of raw pixels.
+
+    Raises:
+        InputError: It cannot be read, or is of other bands than these rasters have.
+    """
+    known, _ = read_checkpoint(checkpoint)
+    contract = DataContract(**known["contract"])
+    raster = next(iter(data.rasters.values()))
+    ours, theirs = (
+        [*bands, f"{more.count if more else 0} auxiliary"]
+        for bands, more in (
+            (raster.own.bands, masks.auxiliary_of(raster)), (contract.bands, contract.auxiliary)
+        )
+    )  # fmt: skip
+    if ours != theirs:
+        raise InputError(
+            f"{checkpoint} was trained on the bands {theirs}, and cannot be measured on {ours}; "
+            "set BANDS and AUXILIARY as they were, or train (N_EPOCHS)"
+        )
+    return contract.radiometry
 
 
 def make_contract(data: SearchData, module: TileDataModule, tile_size: int) -> DataContract:

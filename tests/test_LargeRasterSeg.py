@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +25,7 @@ import masks
 import predict
 import resume
 import splits
+import strips
 import tiling
 import trials
 from datasets import TileDataModule
@@ -245,6 +247,26 @@ def test_a_search_ranks_by_mean_iou_and_workers_find_its_labels(segments, tmp_pa
     assert kept["trial"].tolist() == [best["trial"]]
     model = ledger.load_model(best)
     assert (type(model), model.labels) == (LargeRasterSegModel, LABELS)
+
+
+def test_a_model_without_epochs_is_measured_by_its_own_stretch(segments, trained, tmp_path):
+    start = str(trained.folder / "checkpoints" / "best.ckpt")
+    train = partial(trials.train_iteration, logger=DefaultModelLogger(tmp_path))
+    known = segments.data.radiometry
+    other = replace(segments.data, radiometry=replace(
+        known, high=tuple(2 * v for v in known.high), std=tuple(3 * v for v in known.std)
+    ))  # fmt: skip
+    none = HYPERPARAMETERS | {"n_epochs": 0}
+    again = train(none, other, seg_conf(init_from=start), trial_dir=tmp_path / "b")
+    assert again["mean_IoU"] == pytest.approx(trained.measured["mean_IoU"], abs=1e-6)
+    model = strips.load_model(tmp_path / "b" / "checkpoints" / "best.ckpt")
+    assert model.contract.radiometry == known
+    known = torch.load(start, weights_only=True)
+    known["hyper_parameters"]["contract"]["bands"] = [2]
+    torch.save(known, tmp_path / "other.ckpt")
+    conf = seg_conf(init_from=str(tmp_path / "other.ckpt"))
+    with pytest.raises(InputError, match=r"bands \[2, '0 auxiliary'\], and cannot be measured on"):
+        train(none, other, conf, trial_dir=tmp_path / "c")
 
 
 def test_an_interrupted_training_ends_as_an_undisturbed_one(segments, tmp_path, monkeypatch):

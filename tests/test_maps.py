@@ -30,7 +30,7 @@ import predict
 import regions
 import strips
 import tiling
-from ImageData import InputError
+from ImageData import InputError, Window
 from regions import RegionFront
 
 OPTIONS = {"device": "cpu", "precision": "32-true", "override": ("radiometry",)}
@@ -271,6 +271,61 @@ def test_regions_are_the_same_however_the_rows_come(seed, height, width, cuts):
     assert joined["area_px"].sum() == (classes < 2).sum()
 
 
+def test_regions_that_would_fill_the_memory_are_cut(monkeypatch):
+    monkeypatch.setattr(regions, "MOST_VERTICES", 400)
+    rng = np.random.default_rng(0)
+    classes = (rng.random((600, 40)) < 0.2).astype(np.uint8)  # one background full of holes
+    chances = np.ones(classes.shape, np.float32)
+    front, parts, most = RegionFront("ab", (0,), least_area=100), [], 0
+    for top in range(0, 600, 20):
+        rows = slice(top, top + 20)
+        parts.append(front.push(classes[rows], chances[rows], last=top == 580))
+        most = max(most, sum(region.vertices for region in front.open.values()))
+    assert most <= 400
+    found = pd.concat([part for part in parts if len(part)])
+    assert found["cut"].any()
+    assert len(found) > 10
+    shapes = found["geometry"].to_numpy()
+    assert (shapely.area(shapes) == found["area_px"]).all()
+    whole = RegionFront("ab", (0,), least_area=100).push(classes, chances, last=True)
+    assert not whole["cut"].any()
+    assert found["area_px"].sum() == whole["area_px"].sum()
+    assert shapely.equals(shapely.union_all(shapes), shapely.union_all(whole["geometry"]))
+
+
+class Leaning(Painter):
+    """Finds more water towards the right of what it sees, so that views differ."""
+
+    def forward(self, images):
+        logits = super().forward(images)
+        logits[:, 2] += torch.linspace(-2, 2, images.shape[-1])
+        return logits
+
+
+def test_a_map_takes_the_views_that_the_model_was_measured_with(tmp_path):
+    path = paint(tmp_path / "a.tif", 200, 130)
+    model = Leaning()
+    plain = predict_map(
+        path, tmp_path, model=model, tile_size=64, overlap=0, smooth_prediction=False
+    )
+    one = read(plain.outputs[0])[0]
+    model.conf.views = "all"
+    turned = predict_map(
+        path,
+        tmp_path,
+        model=model,
+        names=("b.tif",),
+        tile_size=64,
+        overlap=0,
+        smooth_prediction=False,
+    )
+    several = read(turned.outputs[0])[0]
+    assert (one != several).mean() > 0.01
+    raster = fileio.read_raster(path)
+    expected = maps.classify_window(model, raster, Window(0, 0, 200, 130))
+    np.testing.assert_array_equal(several, expected)
+
+
 def test_polygons_across_tiles_and_strips_are_one(tmp_path):
     path = paint(tmp_path / "a.tif", 300, 900, **UTM)
     result = predict_map(
@@ -296,7 +351,7 @@ def test_polygons_across_tiles_and_strips_are_one(tmp_path):
     ("options", "message"),
     [
         ({"score_threshold": 0.5}, "score_threshold: the checkpoint is for segmentation"),
-        ({"views": "flips", "density_cell": 9}, "views, density_cell: the checkpoint is for seg"),
+        ({"scales": (2.0,), "density_cell": 9}, "scales, density_cell: the checkpoint is for seg"),
         ({"names": ("map.gpkg",)}, r"map\.gpkg must end in one of .*\.tif.*the class map"),
         ({"names": ("map.tif", "map.csv")}, r"map\.csv must end in one of .*\.gpkg"),
         ({"overlap": 64, "tile_size": 64}, "overlap must be less than the tiles' 64 px"),
@@ -445,7 +500,7 @@ def test_what_is_killed_goes_on_and_ends_the_same(tmp_path):
         (tmp_path / folder).mkdir()
     predict.predict_raster(Painter(), raster, names(tmp_path / "once"), **OPTIONS, **options)
     killed = tmp_path / "killed"
-    for stop in (90, 100):
+    for stop in (60, 60):
         script = KILLED.format(
             project=str(PROJECT), stop=stop, raster=str(raster), folder=str(killed),
             options=options,
