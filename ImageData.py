@@ -57,6 +57,7 @@ class ClassNames(Protocol):
     names: tuple[str, ...]
     values: Mapping[str, int]
     background: int | None
+    ignored: int | None
 
 
 class LabelSource(Protocol):

@@ -258,19 +258,9 @@ class LargeRasterSegModel(TileModel):
         """Build the network with random weights; see `load_pretrained`.
 
         Raises:
-            InputError: See `SegmentationNetwork` and `MaskLoss`; or an option is of detectors only.
+            InputError: See `SegmentationNetwork` and `MaskLoss`.
         """
         super().__init__(label_set, conf, contract, code_version)
-        if self.conf.freeze_stages:
-            raise InputError(
-                "freeze_stages is an option of detection; leave it out, or set task to 'detection'"
-            )
-        ignored = self.conf.segmentation.ignore_index
-        if ignored is not None and ignored >= len(self.labels):
-            raise InputError(
-                f"segmentation.ignore_index must be < {len(self.labels)}, the number of classes, "
-                f"got {ignored}"
-            )
         self.network = SegmentationNetwork(
             len(self.labels), self.conf.segmentation, self.contract
         ).to(memory_format=torch.channels_last)
@@ -317,15 +307,10 @@ class LargeRasterSegModel(TileModel):
         """Return the logits (B, C, H, W) of stretched tiles (B, bands, H, W)."""
         return self.network(images)
 
-    def _masks(self, targets: Sequence[Mapping[str, Tensor]]) -> Tensor:
-        mask = torch.stack([target["mask"] for target in targets])
-        ignored = self.conf.segmentation.ignore_index
-        return mask if ignored is None else torch.where(mask == ignored, IGNORE, mask)
-
     @override
     def _common_step(self, batch: Batch, stage: str) -> tuple[Tensor, Tensor]:
         images, targets = batch
-        mask = self._masks(targets)
+        mask = torch.stack([target["mask"] for target in targets])
         logits = self.network(images)
         loss = self.loss(logits, mask)
         if stage == "train" and self.conf.train.hard_negatives:
@@ -340,7 +325,7 @@ class LargeRasterSegModel(TileModel):
 
     @override
     def _loss_of_tile(self, images: Tensor, target: Mapping[str, Tensor]) -> Tensor:
-        return self.loss(self.network(images), self._masks([target]))
+        return self.loss(self.network(images), target["mask"][None])
 
     @override
     def tile_difficulty(self) -> Tensor:

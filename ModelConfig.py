@@ -94,6 +94,12 @@ PARAMETER_OF = {  # field of the model's configuration -> parameter of a run
     "validation.iou_threshold": "IOU_THRESHOLD", "test.iou_threshold": "IOU_THRESHOLD",
     "validation.score_threshold": "SCORE_THRESHOLD", "test.score_threshold": "SCORE_THRESHOLD",
 }  # fmt: skip
+OF_DETECTORS = {  # fields of the model's configuration that say nothing of masks
+    "backbone", "fpn_channels", "nms_threshold", "freeze_stages", "norm", "head_depth",
+    "finest_level", "input_scale", "smallest_anchor", "anchors_per_level", "aspect_ratios",
+    "detections_per_tile", "box_loss", "box_loss_weight", "focal_alpha", "focal_gamma",
+    "train.learn_offset", "train.min_visible",
+}  # fmt: skip
 STORAGE_SCHEMES = ("postgresql://", "postgresql+psycopg://")
 LONGEST_NAME = 200  # bytes of a raster's stem; systems allow 255, and names of files add to it
 _STRICT = ConfigDict(validate_assignment=True, extra="forbid", allow_inf_nan=False)
@@ -302,7 +308,7 @@ class ModelConfig:
         """Return a copy with other values of fields, by dotted names such as "train.patience".
 
         Raises:
-            InputError: A field is unknown, or its value out of range.
+            InputError: A field is unknown, or of the other task, or its value out of range.
         """
         values = self.to_dict()
         for name, value in options.items():
@@ -315,6 +321,15 @@ class ModelConfig:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
                 raise InputError(f"MODEL_OPTIONS names {name!r}, which is no option; {hint}")
+            masks = options.get("task", self.task) == "segmentation"
+            if name in OF_DETECTORS if masks else name.startswith("segmentation."):
+                known = [n for n in _dotted(values) if n.startswith("segmentation.")]
+                close = difflib.get_close_matches(f"segmentation.{name}", known, n=1, cutoff=0.8)
+                hint = f"; did you mean {close[0]}?" if close and masks else ""
+                raise InputError(
+                    f"MODEL_OPTIONS names {name!r}, which does nothing where TASK is "
+                    f"{'segmentation' if masks else 'detection'}; leave it out{hint}"
+                )
             place[last] = value
         try:
             return self.from_dict(values)
@@ -898,6 +913,7 @@ class RunParameters:
             "attributes": self.label_columns,
             "classes": self.CLASSES,
             "mask_reference": self.MASK_REFERENCE,
+            "ignored": self.model_config().segmentation.ignore_index,
             "region_paths": self.region_paths,
             "coordinates": self.COORDINATES,
             "layer": self.LAYER,

@@ -342,7 +342,7 @@ def find_errors(
     """
     model = _ready(checkpoint)
     labelled = {image.image_identifier: image for image in images}
-    ignored, places = model.conf.segmentation.ignore_index, []
+    places = []
     for block in blocks[blocks["split"] == "test"].itertuples():
         grid = tiling.window_grid(Window(block.x, block.y, block.width, block.height), ERROR_SIDE)
         for x, y, right, bottom in grid[tiling.CORE_COLUMNS].to_numpy().astype(int).tolist():
@@ -352,8 +352,6 @@ def find_errors(
         for block, window in places:
             image = labelled[block.raster]
             truth = image.labels.read(window)
-            if ignored is not None:
-                truth[truth == ignored] = IGNORE
             found = classify_window(model, image.raster, window)
             classes = image.labels.classes
             part = regions.find_errors(

@@ -56,10 +56,13 @@ class ClassTable:
     Attributes:
         names: Of the classes; the place of a name is its class id.
         values: Value, as text -> class id. Ground under no polygon is `background`.
+        ignored: Class id of ground that does not count, as if nothing were known there; None: all
+            classes count.
     """
 
     names: tuple[str, ...]
     values: Mapping[str, int]
+    ignored: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse tables that are none."""
@@ -71,6 +74,11 @@ class ClassTable:
             )
         if wrong := {v: i for v, i in self.values.items() if not 0 <= i < len(self.names)}:
             raise InputError(f"class ids must be 0 to {len(self.names) - 1}, got {wrong}")
+        if self.ignored is not None and not 0 <= self.ignored < len(self.names):
+            raise InputError(
+                f"segmentation.ignore_index must be < {len(self.names)}, the number of classes "
+                f"{list(self.names[:SHOWN])}, got {self.ignored}"
+            )
 
     @property
     def background(self) -> int | None:
@@ -246,6 +254,7 @@ class Labels:
         return {
             "raster": self.raster.made_from, "names": self.classes.names,
             "values": dict(self.classes.values), "mask_reference": self.mask_reference,
+            "ignored": self.classes.ignored,
         }  # fmt: skip
 
     def with_classes(self, classes: ClassTable) -> Labels:
@@ -266,6 +275,8 @@ class Labels:
         """Read the class ids of a window, see `ImageData.LabelSource`."""
         mask = self._paint(window)
         mask[~(read_counted(self.raster, window) if counted is None else counted)] = IGNORE
+        if self.classes.ignored is not None:
+            mask[mask == self.classes.ignored] = IGNORE
         return mask
 
     def _paint(self, window: Window) -> np.ndarray:
@@ -670,6 +681,7 @@ def label_images(
     *,
     attributes: str | Sequence[str | None] | None = None,
     classes: Classes = None,
+    ignored: int | None = None,
     region_paths: Sequence[tuple[Path | None, Path | None]] = (),
     coordinates: str = "auto",
     workers: int | None = 1,
@@ -682,6 +694,7 @@ def label_images(
         paths: The file of each, see `read_labels`.
         attributes: The attribute of each, or that of all.
         classes: See `make_table`.
+        ignored: See `ClassTable`.
         region_paths: Per raster, see `annotations.read_regions`; none: all ground counts.
         coordinates: See `annotations.ReadingOptions`.
         workers: Processes that look for the values of mask rasters.
@@ -705,7 +718,7 @@ def label_images(
         read_labels(path, raster, attribute=attribute, **options)
         for raster, path, attribute in zip(rasters, paths, attributes, strict=True)
     ]
-    table = resolve_classes(labels, classes)
+    table = replace(resolve_classes(labels, classes), ignored=ignored)
     images = []
     for raster, source in zip(rasters, labels, strict=True):
         df = source.df if isinstance(source, PolygonLabels) else empty_table()
@@ -734,7 +747,9 @@ def save_labels(folder: Path, labels: Mapping[str, PolygonLabels | MaskLabels]) 
             entry |= {"offset_xy": list(source.offset_xy), "zeros": source.zeros}
         entries.append(entry)
     table = next(iter(labels.values())).classes
-    classes = {"names": list(table.names), "values": dict(table.values)}
+    classes = {
+        "names": list(table.names), "values": dict(table.values), "ignored": table.ignored
+    }  # fmt: skip
     fileio.write_json(Path(folder) / "labels.json", {"classes": classes, "labels": entries})
 
 
@@ -743,7 +758,8 @@ def load_labels(
 ) -> dict[str, PolygonLabels | MaskLabels]:
     """Read the labels that `save_labels` wrote, for the same rasters."""
     known = json.loads((Path(folder) / "labels.json").read_text(encoding="utf-8"))
-    table = ClassTable(tuple(known["classes"]["names"]), known["classes"]["values"])
+    classes = known["classes"]
+    table = ClassTable(tuple(classes["names"]), classes["values"], classes["ignored"])
     labels = {}
     for entry in known["labels"]:
         path, raster = Path(entry["path"]), rasters[entry["raster"]]

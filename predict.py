@@ -274,20 +274,38 @@ class PredictionOptions:
     resolution_tolerance: Annotated[float, Field(ge=0)] | None = 0.2
 
 
-def options_of(values: dict[str, object]) -> PredictionOptions:
+def options_of(
+    values: dict[str, object], task: str | None = None, checkpoint: Path | str | None = None
+) -> PredictionOptions:
     """Check options of a prediction, long before it begins.
 
+    Args:
+        values: Names and values.
+        task: Of the model; None: not known yet.
+        checkpoint: The model, if it is there already.
+
     Raises:
-        InputError: An option is unknown, or its value out of range.
+        InputError: An option is unknown, or of another task, or its value out of range; the
+            checkpoint is none, or of another task.
     """
     try:
-        return TypeAdapter(PredictionOptions).validate_python(values)
+        wanted = TypeAdapter(PredictionOptions).validate_python(values)
     except ValidationError as error:
         lines = [
             f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}"
             for e in error.errors()
         ]
         raise InputError(f"options of the prediction: {'; '.join(lines)}") from None
+    if task is not None:
+        _check_options(wanted, task)
+    if wanted.colormap:
+        fileio.read_colormap(wanted.colormap)
+    if checkpoint is not None and (model := strips.load_model(checkpoint)).TASK != task:
+        raise InputError(
+            f"{checkpoint} is a model of {model.TASK}, but TASK is {task!r}; PREDICT_FROM must "
+            "name one of the same task"
+        )
+    return wanted
 
 
 def _check_options(wanted: PredictionOptions, task: str) -> None:

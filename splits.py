@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import logging
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -28,8 +27,6 @@ from balance import METHODS, MIN_KEPT, preview, read_shares, write_shares
 from balance import Balance as Balance  # what is found
 from balance import balance as balance  # here is where it is looked for
 from ImageData import SPLITS, InputError, RasterHandle
-
-log = logging.getLogger(__name__)
 
 REPROJECTION_SLACK = 0.01  # share of a tile; edges that were straight are curved in another CRS
 MIN_BLOCKS = 12  # below this many blocks, the derived block size shrinks
@@ -451,7 +448,7 @@ def check_classes(tiles: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
         One row per class, named by it, one column per split, in px.
 
     Raises:
-        InputError: A class that some ground has is not on training ground.
+        InputError: A class that some ground has is not on that of every split.
     """
     ground = tiles.drop_duplicates("window")
     columns = tiling.class_columns(len(names))
@@ -465,9 +462,13 @@ def check_classes(tiles: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
             "lower min_annotated and class_proportion, raise SAMPLE_SIZES or train.max_tiles, or "
             "label more of them"
         )
-    for name in counts.index[(counts[["validation", "test"]] == 0).any(axis=1)]:
-        log.warning(
-            "class %s is not on the ground of every split: %s px", name, dict(counts.loc[name])
+    there = counts[counts.sum(axis=1) > 0]
+    lacking = there[(there[["validation", "test"]] == 0).any(axis=1)]
+    if len(lacking):
+        raise InputError(
+            f"classes without a pixel on the ground of a split, px: {lacking.to_dict('index')}; "
+            "what is measured would leave them out. Change SEED, lower BLOCK_SIZE, set "
+            "USE_STRATIFICATION (validation), merge them by CLASSES, or label more of them"
         )
     return counts
 

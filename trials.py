@@ -139,7 +139,7 @@ def prepare_search(
     pixels = tiling.sample_pixels(ground, rasters, seed=conf.seed, scheduler=scheduler)
     labels = None
     if conf.task == "segmentation":
-        ids, labels = _mask_classes(images)
+        ids, labels = _mask_classes(images, conf.segmentation.ignore_index)
     else:
         ids = class_ids([label for image in images for label in image.df["label"].unique()])
     data = SearchData(
@@ -187,17 +187,27 @@ def _module(
 
 
 def _mask_classes(
-    images: Sequence[ImageData],
+    images: Sequence[ImageData], ignored: int | None
 ) -> tuple[dict[str, int], dict[str, LabelSource]]:
-    """Return the class ids, and the labels of the rasters, which must all have some."""
+    """Return the class ids, and the labels of the rasters, which must all have some.
+
+    Args:
+        images: The labelled rasters.
+        ignored: Class id that the configuration leaves out.
+    """
     labels = {image.image_identifier: image.labels for image in images}
     if without := [name for name, source in labels.items() if source is None]:
         raise InputError(
             f"segmentation needs the class of every pixel, and rasters {without} have no labels; "
             "give polygons or a mask raster of each, or set task to 'detection'"
         )
-    names = images[0].labels.classes.names  # all rasters of a run share the table
-    return {name: i for i, name in enumerate(names)}, labels
+    table = images[0].labels.classes  # all rasters of a run share it
+    if table.ignored != ignored:
+        raise InputError(
+            f"segmentation.ignore_index is {ignored}, but the labels were read with "
+            f"{table.ignored}; give masks.label_images the same (`ignored`)"
+        )
+    return {name: i for i, name in enumerate(table.names)}, labels
 
 
 def train_iteration(

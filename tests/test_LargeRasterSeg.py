@@ -160,8 +160,6 @@ def test_what_is_padded_changes_nothing_away_from_it():
         ({"segmentation.architecture": "unet", "segmentation.dropout": 0.3}, "unet has none"),
         ({"segmentation.loss": "dise"}, "'dise' is none; did you mean dice"),
         ({"segmentation.class_weights": (1.0, 2.0)}, "each of the 3 classes, got 2"),
-        ({"segmentation.ignore_index": 3}, "ignore_index must be < 3"),
-        ({"freeze_stages": 1}, "freeze_stages is an option of detection"),
         ({"segmentation.architecture": "dpt"}, "cannot be built on the encoder"),
     ],
 )  # fmt: skip

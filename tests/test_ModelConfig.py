@@ -173,3 +173,17 @@ def test_wrong_bands_and_stratifications_are_refused(tmp_path, text, message):
     with pytest.raises(InputError) as error:
         run_with(tmp_path, text)
     assert message in str(error.value)
+
+
+def test_options_of_the_other_task_are_refused():
+    masks = ModelConfig(task="segmentation")
+    with pytest.raises(
+        InputError, match=r"TASK is segmentation; .* mean segmentation.focal_gamma\?"
+    ):
+        masks.with_options({"focal_gamma": 3.0})
+    with pytest.raises(InputError, match=r"'freeze_stages', which does nothing"):
+        masks.with_options({"freeze_stages": 1})
+    with pytest.raises(InputError, match="TASK is detection; leave it out"):
+        ModelConfig().with_options({"segmentation.loss": "dice"})
+    assert masks.with_options({"segmentation.loss": "dice"}).segmentation.loss == "dice"
+    assert ModelConfig().with_options({"focal_gamma": 3.0}).focal_gamma == 3

@@ -204,6 +204,30 @@ def test_polygons_without_a_value_are_unknown_ground(ground, caplog):
     assert "1 polygons have no kind" in caplog.text
 
 
+def test_a_class_that_is_ignored_is_unknown_wherever_labels_are_read(tmp_path):
+    raster = make_raster(tmp_path, crs=None)
+    path = tmp_path / "m.tif"
+    values = np.zeros((raster.height, raster.width), np.uint8)
+    values[:, 10:20], values[:, 20:25] = 1, 2
+    with fileio.create_raster(
+        path, width=raster.width, height=raster.height, count=1, dtype="uint8"
+    ) as dst:
+        dst.write(values[None])
+    window = Window(0, 0, 30, 4)
+    (image,), table = masks.label_images([raster], [path], classes=["0", "1", "2"], ignored=0)
+    assert table.ignored == 0
+    read = image.labels.read(window)
+    assert (read[:, :10] == masks.IGNORE).all()
+    assert (read[:, 10:20] == 1).all()
+    masks.save_labels(tmp_path, {"r": image.labels})
+    again = masks.load_labels(tmp_path, {"r": raster})["r"]
+    np.testing.assert_array_equal(again.read(window), read)
+    (other,), _ = masks.label_images([raster], [path], classes=["0", "1", "2"])
+    assert fileio.fingerprint(other.labels.made_from) != fileio.fingerprint(image.labels.made_from)
+    with pytest.raises(InputError, match=r"ignore_index must be < 3, the number of classes"):
+        masks.label_images([raster], [path], classes=["0", "1", "2"], ignored=3)
+
+
 def test_missing_pixels_and_ground_that_does_not_count_are_ignored(tmp_path):
     pixels = np.full((1, HEIGHT, WIDTH), 7, np.uint8)
     pixels[:, :, :10] = 0

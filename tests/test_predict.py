@@ -431,6 +431,16 @@ def test_a_model_without_a_threshold_asks_for_one(tmp_path, scene):
         catalogue_of(model, scene[0], tmp_path)
 
 
+def test_options_are_refused_before_there_is_a_model(tmp_path, checkpoint):
+    assert predict.options_of({"score_threshold": 0.3}, "detection", checkpoint)
+    with pytest.raises(InputError, match="score_threshold: the checkpoint is for segmentation"):
+        predict.options_of({"score_threshold": 0.3}, "segmentation")
+    with pytest.raises(InputError, match="is a model of detection, but TASK is 'segmentation'"):
+        predict.options_of({}, "segmentation", checkpoint)
+    with pytest.raises(InputError, match=r"none\.csv"):
+        predict.options_of({"colormap": tmp_path / "none.csv"}, "segmentation")
+
+
 @pytest.mark.parametrize("window", [(0, 0, 900, 700), (333, 210, 250, 190), (840, 500, 60, 200)])
 def test_a_window_shows_what_the_catalogue_has_there(tmp_path, window):
     truth = draw(tmp_path / "a.tif", 900, 700)
