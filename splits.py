@@ -28,6 +28,8 @@ from balance import Balance as Balance  # what is found
 from balance import balance as balance  # here is where it is looked for
 from ImageData import SPLITS, InputError, RasterHandle
 
+log = logging.getLogger(__name__)
+
 REPROJECTION_SLACK = 0.01  # share of a tile; edges that were straight are curved in another CRS
 MIN_BLOCKS = 12  # below this many blocks, the derived block size shrinks
 MAX_BLOCKS = 2**22  # a terapixel in blocks of 512 px
@@ -448,7 +450,8 @@ def check_classes(tiles: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
         One row per class, named by it, one column per split, in px.
 
     Raises:
-        InputError: A class that some ground has is not on that of every split.
+        InputError: A class that some ground has is not on training ground, or a split has one class
+            only.
     """
     ground = tiles.drop_duplicates("window")
     columns = tiling.class_columns(len(names))
@@ -463,13 +466,18 @@ def check_classes(tiles: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
             "label more of them"
         )
     there = counts[counts.sum(axis=1) > 0]
-    lacking = there[(there[["validation", "test"]] == 0).any(axis=1)]
-    if len(lacking):
+    held = (there > 0).sum()
+    if single := [name for name in SPLITS if held[name] < min(2, len(there))]:
         raise InputError(
-            f"classes without a pixel on the ground of a split, px: {lacking.to_dict('index')}; "
-            "what is measured would leave them out. Change SEED, lower BLOCK_SIZE, set "
-            "USE_STRATIFICATION (validation), merge them by CLASSES, or label more of them"
+            f"there is nothing to tell apart on the ground of {single}, px per class: "
+            f"{there.to_dict('index')}; change SEED, lower BLOCK_SIZE, set USE_STRATIFICATION (for "
+            "the validation), or label more"
         )
+    for name in there.index[(there[["validation", "test"]] == 0).any(axis=1)]:
+        log.warning(
+            "class %s is not on the ground of every split: %s px; means over classes leave it out "
+            "there", name, dict(there.loc[name]),
+        )  # fmt: skip
     return counts
 
 
