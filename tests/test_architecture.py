@@ -33,7 +33,7 @@ LAYERS = [
     ["masks"],
     ["balance", "tilecache"],
     ["splits"],
-    ["explore", "ranks"],
+    ["explore", "ranks", "augment"],
     ["review", "mapview"],
     ["datasets", "metrics", "logger", "implot"],
     ["networks", "atlas", "optimizers"],
