@@ -121,13 +121,19 @@ class AugmentConfig:
     band_dropout: Share = 0.02  # of the bands, set to their mean, never all of a tile; 0: none
     mosaic: Share = 0.0  # of the tiles, put together of four random windows at half scale; 0: none
     flip_share: Share = 0.5  # of the tiles that are mirrored, with flips
-    # degrees, either way, what is then unknown marked so; 0: none; with masks only, as boxes swell
+    # degrees, either way; what comes in from beyond the tile is unknown and does not count; 0: none
     rotate_limit: Annotated[float, Field(ge=0, le=180)] = 0.0
     rotate_share: Share = 0.5  # of the tiles that are rotated so
     # tiles are trimmed at a percentile drawn from it, at both ends of each band; None: none
     trim_range: (
         tuple[Annotated[float, Field(ge=0, lt=50)], Annotated[float, Field(ge=0, lt=50)]] | None
     ) = None
+    shear: Share = 0.0  # px sideways per px, either way; half of the tiles; 0: none
+    shift: Share = 0.0  # of the tile's side, either way, as beyond it is unknown; half of the tiles
+    fancy_pca: NotNegative = 0.0  # std of shifts along the principal axes of the bands; 0: none
+    # 0: no more than above; 1: strong: turned by any angle, scaled, sheared, distorted, with holes,
+    # and colours, noise and blur at least as much as the strong set has: docs/own_data.md
+    strength: Share = 0.0
 
 
 @dataclass(config=_STRICT)

@@ -346,6 +346,8 @@ class BboxDataset(TileDataset):
         rasters: Identifier -> raster.
         ids: Label -> class id.
         radiometry: How raw values become model input.
+        min_visible: Share of an object's area that a transform must leave visible to show it,
+            unless its centre is.
         options: See `TileDataset`.
     """
 
@@ -356,10 +358,13 @@ class BboxDataset(TileDataset):
         rasters: Mapping[str, fileio.Raster],
         ids: Mapping[str, int],
         radiometry: imutils.Radiometry,
+        *,
+        min_visible: float = 0.25,
         **options: object,
     ) -> None:
         """Keep the boxes sorted by window, so that items are slices."""
         super().__init__(tiles, rasters, radiometry, **options)
+        self.min_visible = min_visible
         boxes = boxes[boxes["window"].isin(tiles["window"])].sort_values("window", kind="stable")
         self.first = np.searchsorted(boxes["window"], self.tiles["window"], side="left")
         self.last = np.searchsorted(boxes["window"], self.tiles["window"], side="right")
@@ -416,19 +421,51 @@ class BboxDataset(TileDataset):
     @override
     def _transformed(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
         canvas = tuple(image.shape[-2:])
-        target["boxes"] = tv_tensors.BoundingBoxes(
-            target["boxes"], format="XYXY", canvas_size=canvas
-        )
-        target["steps"] = tv_tensors.KeyPoints(
-            [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], canvas_size=canvas
-        )
+        boxes = target["boxes"]
+        # whole numbers, so that a step of 1 px is exact
+        centers = ((boxes[:, :2] + boxes[:, 2:]) / 2).round()
+        steps = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        points = (centers[:, None] + steps).reshape(-1, 2)
+        target["boxes"] = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=canvas)
+        target["steps"] = tv_tensors.KeyPoints(points, canvas_size=canvas)
+        target["seen"] = tv_tensors.Mask(torch.ones(canvas, dtype=torch.bool))
         if "counted" in target:
             target["counted"] = tv_tensors.Mask(target["counted"])
         image, target = self.transform(tv_tensors.Image(image), target)
         plain = {name: value.as_subclass(Tensor) for name, value in target.items()}
-        origin, *steps = plain.pop("steps")
-        plain["frames"] = (torch.stack(steps, dim=1) - origin[:, None]) @ plain["frames"]
-        return image.as_subclass(Tensor).contiguous(), plain
+        moved = plain.pop("steps").reshape(-1, 3, 2)
+        plain["frames"] = (moved[:, 1:] - moved[:, :1]).mT @ plain["frames"]
+        image, seen = image.as_subclass(Tensor).contiguous(), plain.pop("seen")
+        limits = torch.tensor([*canvas[::-1]] * 2)
+        if seen.all() and ((plain["boxes"] >= 0) & (plain["boxes"] <= limits)).all():
+            return image, plain
+        return image, self._visible(plain, seen)
+
+    def _visible(self, target: Target, seen: Tensor) -> Target:
+        """Leave out the objects that a transform moved or cut off the tile, as the tiling would.
+
+        Args:
+            target: What is left of it is cut at the edges.
+            seen: Ground that the image still shows, bool (H, W).
+        """
+        height, width = seen.shape
+        boxes, ground = target["boxes"].numpy(), np.array([0, 0, width, height], dtype=np.float32)
+        clamped, inside, _ = tiling.show_boxes(boxes, ground, ground, 0.0)
+        sums = np.pad(seen.numpy().cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+        (left, top), (right, bottom) = (
+            np.floor(clamped[:, :2]).astype(int).T,
+            np.ceil(clamped[:, 2:]).astype(int).T,
+        )
+        count = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
+        share = count / np.maximum((right - left) * (bottom - top), 1)
+        x, y = ((boxes[:, :2] + boxes[:, 2:]) / 2).astype(int).clip(0, [width - 1, height - 1]).T
+        enough = share * imutils.box_area(clamped) >= self.min_visible * imutils.box_area(boxes)
+        shown = (inside & seen.numpy()[y, x]) | enough
+        shown &= (clamped[:, 2:] - clamped[:, :2] >= LEAST_SIDE).all(axis=1)
+        target["boxes"] = torch.from_numpy(clamped)
+        if not seen.all():
+            target["counted"] = seen & target["counted"] if "counted" in target else seen
+        return target | {name: target[name][torch.from_numpy(shown)] for name in ITEM_TENSORS}
 
     @override
     def _place(self, index: int) -> Target:
@@ -764,7 +801,10 @@ class TileDataModule(pl.LightningDataModule):
             handles, classes = tilecache.open_cache(cache, split, rasters, labels)
             if masks:
                 return MaskDataset(part, handles, classes, radiometry, **options)
-            return BboxDataset(part, boxes, handles, ids, radiometry, **options)
+            visible = conf.train.min_visible
+            return BboxDataset(
+                part, boxes, handles, ids, radiometry, min_visible=visible, **options
+            )
 
         augment, views, seen = conf.train.augment, None, train
         if conf.train.random_windows:
@@ -776,7 +816,7 @@ class TileDataModule(pl.LightningDataModule):
             )  # fmt: skip
             seen = views.reach(train)
         splits.audit_splits(pd.concat([seen, full_validation, test]), rasters)
-        transform = training_transform(augment, radiometry, masks=masks, target_size=target_size)
+        transform = training_transform(augment, radiometry, target_size=target_size)
         self.train = dataset("train", train, transform=transform, views=views)
         self.sampler = TileSampler(
             self.train.repeat_factors(conf.train.repeat_threshold),

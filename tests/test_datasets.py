@@ -20,7 +20,6 @@ import datasets
 import fileio
 import masks
 import tiling
-from augment import training_transform
 from datasets import BboxDataset, RandomViews, Targets, TileDataModule, TileSampler
 from ImageData import BOX_COLUMNS, IGNORE, ImageData, InputError, Window
 from imutils import Radiometry
@@ -314,6 +313,61 @@ def test_frames_tell_where_a_step_in_the_raster_leads_in_the_view(marked, mosaic
     assert len(kinds) == 8, "every turn, mirrored or not"
 
 
+WARPED = {"rotate_limit": 45.0, "rotate_share": 1.0, "shear": 0.2, "shift": 0.3}
+
+
+def test_objects_that_a_warp_brings_are_known_and_those_it_takes_are_not(marked):
+    dataset, plain = views_of(marked, **WARPED), views_of(marked)
+    dataset.min_visible, lost, unknown = 0.5, 0, []
+    for index in range(len(dataset)):
+        image, target = dataset[index, index]
+        lost += len(plain[index, index][1]["boxes"]) - len(target["boxes"])
+        counted = target.get("counted", torch.ones(64, 64, dtype=torch.bool))
+        unknown.append(float((~counted).float().mean()))
+        boxes = target["boxes"]
+        assert len(boxes) == len(target["labels"]) == len(target["frames"])
+        assert boxes.min() >= 0
+        assert boxes.max() <= 64
+        near = torch.zeros(64, 64, dtype=torch.bool)
+        for x0, y0, x1, y1 in boxes.tolist():
+            x, y = int((x0 + x1) / 2), int((y0 + y1) / 2)
+            if min(x1 - x0, y1 - y0) > 3 and counted[y, x]:
+                assert (image[:, y, x] > 0.5).all()
+            # what is in a marker's corners reaches over the ellipse
+            near[max(int(y0) - 3, 0) : int(y1) + 4, max(int(x0) - 3, 0) : int(x1) + 4] = True
+        far = image[:, counted & ~near]
+        # of an object that is shown by less than half, the rest may be there
+        assert (far > 0.5).float().mean() < 0.02
+    assert lost > 20
+    assert max(unknown) > 0.3
+
+
+@pytest.mark.parametrize(("augment", "slack"), [(WARPED, 1e-3), ({"strength": 1.0}, 0.25)])
+def test_frames_follow_what_a_warp_does_at_each_object(marked, augment, slack):
+    step = torch.tensor([1.0, 2.0])
+    named = marked.boxes.assign(label=marked.boxes["object"].astype(str))
+    moved = named.copy()
+    moved[tiling.GROUND_BOX_COLUMNS] += step.repeat(2).numpy()
+    ids = {label: i for i, label in enumerate(named["label"].unique())}
+    before, after = (
+        views_of(SimpleNamespace(**{**vars(marked), "boxes": boxes, "ids": ids}), **augment)
+        for boxes in (named, moved)
+    )
+    found, expected = [], []
+    for index in range(len(before)):
+        (_, old), (_, new) = (dataset[index, index] for dataset in (before, after))
+        if not torch.equal(old["labels"], new["labels"]):
+            continue  # one left the window, or came
+        both = torch.cat([old["boxes"], new["boxes"]], 1)
+        whole = ((both > 12) & (both < 52)).all(1)  # not cut, before and after
+        found.append((new["boxes"] - old["boxes"])[whole].view(-1, 2, 2).mean(1))
+        expected.append(old["frames"][whole] @ step)
+    found, expected = torch.cat(found), torch.cat(expected)
+    assert len(found) > 30
+    assert (found - expected).abs().quantile(0.9) < slack
+    assert expected.std(0).min() > 0.1
+
+
 def test_a_tile_as_it_lies_knows_its_angle(marked):
     dataset = BboxDataset(marked.tiles, marked.boxes, marked.rasters, marked.ids, marked.radiometry)
     for index, angle in ((0, 0), (len(dataset) - 1, 90)):
@@ -359,7 +413,7 @@ def test_boxes_too_thin_for_float32_are_left_out(marked):
 def test_worker_processes_do_not_change_random_views(prepared):
     def epoch(workers):
         conf = ModelConfig(batch_size=8, workers=workers, seed=3)
-        conf.train.augment = AugmentConfig(**STRONG["all"], mosaic=0.3)
+        conf.train.augment = AugmentConfig(**STRONG["all"], mosaic=0.3, strength=1, fancy_pca=0.3)
         module = module_of(prepared, conf=conf)
         module.sampler.set_epoch(2)
         torch.manual_seed(workers)
@@ -512,7 +566,7 @@ def test_a_mask_is_the_window_of_its_labels_turned_as_the_tile(segments):
 
 @pytest.mark.parametrize(
     "augment", [{"flips": True}, {"turns": True}, {"rotate_limit": 40.0, "rotate_share": 1.0},
-                {"zoom": 2.0}, {"mosaic": 1.0}],
+                {"shear": 0.3}, {"shift": 0.3}, {"zoom": 2.0}, {"mosaic": 1.0}],
     ids=lambda augment: next(iter(augment)),
 )  # fmt: skip
 def test_masks_follow_their_images_exactly(segments, augment, tmp_path):
@@ -527,7 +581,7 @@ def test_masks_follow_their_images_exactly(segments, augment, tmp_path):
         labels[name] = masks.read_labels(mask, rasters[name], classes=CLASSES)
     changed = {"labels": labels, "rasters": rasters}
     module = masks_of(SimpleNamespace(**vars(segments) | changed), **augment)
-    dataset, exact = module.train, not augment.keys() & {"rotate_limit", "zoom", "mosaic"}
+    dataset, exact = module.train, augment.keys() <= {"flips", "turns"}
     low, high = (dataset.radiometry.stretch(np.full((1, 1, 1), v, np.uint8)).item()
                  for v in (10, 200))  # fmt: skip
     for seed in range(24):
@@ -544,8 +598,6 @@ def test_ground_that_a_rotation_brings_in_is_unknown(segments):
     dataset = masks_of(segments, rotate_limit=45.0, rotate_share=1.0).train
     unknown = [float((dataset[0, seed][1]["mask"] == IGNORE).float().mean()) for seed in range(20)]
     assert max(unknown) > 0.1
-    with pytest.raises(InputError, match="rotate_limit needs masks"):
-        training_transform(AugmentConfig(rotate_limit=10.0), radiometry_of(1))
 
 
 def test_crops_of_training_tiles_have_their_size_and_no_others(segments):
