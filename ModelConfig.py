@@ -148,7 +148,9 @@ class TrainConfig:
     warmup_share: Share = 0.1  # of all steps, learning rate rising linearly
     # epochs after each of which the rate is multiplied by gamma; None: it falls along half a cosine
     step_size: Positive | None = None
-    gamma: SampleShare = 0.9  # with step_size only
+    # measurements without a better one, after which the rate is multiplied by gamma; None: not so
+    plateau_patience: Positive | None = None
+    gamma: SampleShare = 0.9  # with step_size or plateau_patience only
     gradient_clip: PositiveFloat = 5.0  # largest L2 norm of all gradients together
     max_minutes: PositiveFloat | None = None  # training ends then, its rate falls accordingly
     patience: Positive | None = None  # measurements without a better one after which it ends
@@ -167,6 +169,8 @@ class TrainConfig:
         augment = self.augment
         if augment.enabled and not self.random_windows and (augment.zoom > 1 or augment.mosaic):
             raise ValueError("zoom and mosaic need random_windows")
+        if self.step_size is not None and self.plateau_patience is not None:
+            raise ValueError("step_size and plateau_patience are two schedules; give one of them")
 
 
 @dataclass(config=_STRICT)
@@ -195,6 +199,8 @@ class SegmentationConfig:
     encoder: str = "resnet18"  # of it, or tu- with a name of timm's; WEIGHTS names its weights
     allow_non_commercial: bool = False  # encoders and weights whose licences forbid other use
     dropout: Share | None = None  # before the last layers; None: as the architecture has it
+    # arguments of the architecture's decoder, as {"decoder_attention_type": "scse"}; None: defaults
+    decoder_options: dict[str, Any] | None = None
     loss: str = "cross_entropy"  # a name, or a sum such as 0.5*cross_entropy+0.5*dice
     class_weights: tuple[NotNegative, ...] | None = None  # by class id, in the loss; None: all 1
     ignore_index: Annotated[int, Field(ge=0, le=253)] | None = None  # class that does not count
@@ -296,7 +302,11 @@ class ModelConfig:
         norm = self.norm if self.norm != "auto" else "frozen" if self.weights else "group"
         if self.task == "segmentation":
             known = self.segmentation
-            return {"architecture": known.architecture, "encoder": known.encoder}
+            return {
+                "architecture": known.architecture,
+                "encoder": known.encoder,
+                "decoder_options": known.decoder_options or {},
+            }
         names = ("backbone", "fpn_channels", "head_depth", "anchors_per_level")
         return {name: getattr(self, name) for name in names} | {"norm": norm}
 
@@ -310,17 +320,16 @@ class ModelConfig:
         Raises:
             InputError: A field is unknown, or its value out of range.
         """
-        values = self.to_dict()
+        values, known = self.to_dict(), _dotted(ModelConfig().to_dict())
         for name, value in options.items():
-            *groups, last = name.split(".")
-            place = values
-            for group in groups:
-                place = place.get(group) if isinstance(place, dict) else None
-            if not isinstance(place, dict) or isinstance(place.get(last, {}), dict):
-                known = _dotted(values)
+            if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
                 raise InputError(f"MODEL_OPTIONS names {name!r}, which is no option; {hint}")
+            *groups, last = name.split(".")
+            place = values
+            for group in groups:
+                place = place[group]
             place[last] = value
         try:
             return self.from_dict(values)
