@@ -141,6 +141,28 @@ def test_options_of_a_decoder_are_built_checked_and_decide_which_weights_fit(tra
                     "segmentation.decoder_options": {"psp_dropout": 0.2}})  # fmt: skip
 
 
+def test_a_training_with_all_extras_runs_and_describes_itself(segments, tmp_path):
+    options = {"decoder_attention_type": "scse"}
+    conf = seg_conf(**{
+        "segmentation.decoder_options": options, "segmentation.loss": "wbce_adaptive+tversky",
+        "train.augment.strength": 0.5, "train.augment.fancy_pca": 0.1,
+        "train.plateau_patience": 1, "train.averaging": "swa",
+    })  # fmt: skip
+    hyperparams = HYPERPARAMETERS | {"n_epochs": 1, "sample_size": 0.2}
+    values = trials.train_iteration(
+        hyperparams, segments.data, conf, tmp_path, DefaultModelLogger(tmp_path)
+    )
+    assert 0 < values["mean_IoU"] <= 1
+    losses = pd.read_csv(tmp_path / "metrics.csv")["train_loss_epoch"].dropna()
+    assert 0 < losses.iloc[-1] < 2 * np.log(2) + 1, "no worse than to say nothing"
+    model = LargeRasterSegModel.load_from_checkpoint(
+        tmp_path / "checkpoints" / "best.ckpt", map_location="cpu", weights_only=True
+    )
+    assert model.conf.segmentation.decoder_options == options
+    assert "SCSEModule" in {type(part).__name__ for part in model.modules()}
+    assert model.contract.radiometry == segments.data.radiometry
+
+
 def test_a_start_keeps_classes_by_name_and_fits_the_bands(trained):
     path = str(trained.folder / "checkpoints" / "best.ckpt")
     old = LargeRasterSegModel.load_from_checkpoint(path, map_location="cpu")
