@@ -7,6 +7,7 @@ segmentation-models-pytorch, whose encoders are its own or, as `tu-NAME`, timm's
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,6 +40,7 @@ DROPOUT = {  # architecture -> the argument that sets it
     "fpn": "decoder_dropout", "pspnet": "psp_dropout", "deeplabv3": "decoder_aspp_dropout",
     "deeplabv3plus": "decoder_aspp_dropout",
 }  # fmt: skip
+DECODER = ("decoder_", "psp_")  # how the options of decoders begin
 # normalise what they pooled to one value per tile by the batch, which must hold several
 POOLING = ("deeplabv3", "deeplabv3plus", "pan", "pspnet", "upernet")
 LEAST_SIDE = {"pan": 128}  # px of the input, which it halves more often than others
@@ -59,7 +61,7 @@ class SegmentationNetwork(nn.Module):
         contract: Bands, and mean and standard deviation of the input.
 
     Raises:
-        InputError: There is no such architecture, encoder, dropout, or no such pair.
+        InputError: There is no such architecture, encoder, dropout, option, or no such pair.
     """
 
     def __init__(self, classes: int, conf: SegmentationConfig, contract: DataContract) -> None:
@@ -69,12 +71,17 @@ class SegmentationNetwork(nn.Module):
         if self.architecture not in ARCHITECTURES:
             raise InputError(_unknown("architecture", conf.architecture, ARCHITECTURES))
         check_encoder(conf)
-        options = {}
+        options = check_decoder_options(conf)
         if conf.dropout is not None:
             if self.architecture not in DROPOUT:
                 raise InputError(
                     f"segmentation.dropout: {self.architecture} has none; leave it out, or take "
                     f"one of {', '.join(DROPOUT)}"
+                )
+            if DROPOUT[self.architecture] in options:
+                raise InputError(
+                    f"segmentation.dropout is {DROPOUT[self.architecture]} of decoder_options; "
+                    "give one of them"
                 )
             options[DROPOUT[self.architecture]] = conf.dropout
         try:
@@ -83,8 +90,8 @@ class SegmentationNetwork(nn.Module):
             )
         except Exception as error:  # whatever the libraries raise of a pair that does not fit
             raise InputError(
-                f"{self.architecture} cannot be built on the encoder {conf.encoder} ({error}); "
-                "take another of either"
+                f"{self.architecture} cannot be built on the encoder {conf.encoder}"
+                f"{f' with {options}' if options else ''} ({error}); take another of them"
             ) from error
         radiometry = contract.radiometry
         for name, values in (("mean", radiometry.mean), ("std", radiometry.std)):
@@ -129,6 +136,21 @@ def check_encoder(conf: SegmentationConfig) -> None:
         raise InputError(_unknown("encoder", conf.encoder, names))
     if name.startswith("mit_"):
         _check_license(conf, f"the encoder {name}", NVIDIA_LICENSE)
+
+
+def check_decoder_options(conf: SegmentationConfig) -> dict[str, Any]:
+    """Return the options of the decoder, which its architecture must have.
+
+    Raises:
+        InputError: With the nearest names of those that it has.
+    """
+    network = smp.MODEL_ARCHITECTURES_MAPPING[conf.architecture.lower()]
+    known = [n for n in inspect.signature(network).parameters if n.startswith(DECODER)]
+    for name in conf.decoder_options or {}:
+        if name not in known:
+            wrong = _unknown("decoder_options", name, known)
+            raise InputError(f"{wrong} of {conf.architecture.lower()}")
+    return dict(conf.decoder_options or {})
 
 
 def _check_license(conf: SegmentationConfig, what: str, license_name: str) -> None:

@@ -127,13 +127,19 @@ class AugmentConfig:
     band_dropout: Share = 0.02  # of the bands, set to their mean, never all of a tile; 0: none
     mosaic: Share = 0.0  # of the tiles, put together of four random windows at half scale; 0: none
     flip_share: Share = 0.5  # of the tiles that are mirrored, with flips
-    # degrees, either way, what is then unknown marked so; 0: none; with masks only, as boxes swell
+    # degrees, either way; what comes in from beyond the tile is unknown and does not count; 0: none
     rotate_limit: Annotated[float, Field(ge=0, le=180)] = 0.0
     rotate_share: Share = 0.5  # of the tiles that are rotated so
     # tiles are trimmed at a percentile drawn from it, at both ends of each band; None: none
     trim_range: (
         tuple[Annotated[float, Field(ge=0, lt=50)], Annotated[float, Field(ge=0, lt=50)]] | None
     ) = None
+    shear: Share = 0.0  # px sideways per px, either way; half of the tiles; 0: none
+    shift: Share = 0.0  # of the tile's side, either way, as beyond it is unknown; half of the tiles
+    fancy_pca: NotNegative = 0.0  # std of shifts along the principal axes of the bands; 0: none
+    # 0: no more than above; 1: strong: turned by any angle, scaled, sheared, distorted, with holes,
+    # and colours, noise and blur at least as much as the strong set has: docs/own_data.md
+    strength: Share = 0.0
 
 
 @dataclass(config=_STRICT)
@@ -148,7 +154,9 @@ class TrainConfig:
     warmup_share: Share = 0.1  # of all steps, learning rate rising linearly
     # epochs after each of which the rate is multiplied by gamma; None: it falls along half a cosine
     step_size: Positive | None = None
-    gamma: SampleShare = 0.9  # with step_size only
+    # measurements without a better one, after which the rate is multiplied by gamma; None: not so
+    plateau_patience: Positive | None = None
+    gamma: SampleShare = 0.9  # with step_size or plateau_patience only
     gradient_clip: PositiveFloat = 5.0  # largest L2 norm of all gradients together
     max_minutes: PositiveFloat | None = None  # training ends then, its rate falls accordingly
     patience: Positive | None = None  # measurements without a better one after which it ends
@@ -167,6 +175,8 @@ class TrainConfig:
         augment = self.augment
         if augment.enabled and not self.random_windows and (augment.zoom > 1 or augment.mosaic):
             raise ValueError("zoom and mosaic need random_windows")
+        if self.step_size is not None and self.plateau_patience is not None:
+            raise ValueError("step_size and plateau_patience are two schedules; give one of them")
 
 
 @dataclass(config=_STRICT)
@@ -195,6 +205,8 @@ class SegmentationConfig:
     encoder: str = "resnet18"  # of it, or tu- with a name of timm's; WEIGHTS names its weights
     allow_non_commercial: bool = False  # encoders and weights whose licences forbid other use
     dropout: Share | None = None  # before the last layers; None: as the architecture has it
+    # arguments of the architecture's decoder, as {"decoder_attention_type": "scse"}; None: defaults
+    decoder_options: dict[str, Any] | None = None
     loss: str = "cross_entropy"  # a name, or a sum such as 0.5*cross_entropy+0.5*dice
     class_weights: tuple[NotNegative, ...] | None = None  # by class id, in the loss; None: all 1
     ignore_index: Annotated[int, Field(ge=0, le=253)] | None = None  # class that does not count
@@ -296,7 +308,11 @@ class ModelConfig:
         norm = self.norm if self.norm != "auto" else "frozen" if self.weights else "group"
         if self.task == "segmentation":
             known = self.segmentation
-            return {"architecture": known.architecture, "encoder": known.encoder}
+            return {
+                "architecture": known.architecture,
+                "encoder": known.encoder,
+                "decoder_options": known.decoder_options or {},
+            }
         names = ("backbone", "fpn_channels", "head_depth", "anchors_per_level")
         return {name: getattr(self, name) for name in names} | {"norm": norm}
 
@@ -310,26 +326,24 @@ class ModelConfig:
         Raises:
             InputError: A field is unknown, or of the other task, or its value out of range.
         """
-        values = self.to_dict()
+        values, known = self.to_dict(), _dotted(ModelConfig().to_dict())
         for name, value in options.items():
-            *groups, last = name.split(".")
-            place = values
-            for group in groups:
-                place = place.get(group) if isinstance(place, dict) else None
-            if not isinstance(place, dict) or isinstance(place.get(last, {}), dict):
-                known = _dotted(values)
+            if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
                 raise InputError(f"MODEL_OPTIONS names {name!r}, which is no option; {hint}")
             masks = options.get("task", self.task) == "segmentation"
             if name in OF_DETECTORS if masks else name.startswith("segmentation."):
-                known = [n for n in _dotted(values) if n.startswith("segmentation.")]
-                close = difflib.get_close_matches(f"segmentation.{name}", known, n=1, cutoff=0.8)
+                close = difflib.get_close_matches(f"segmentation.{name}", known, n=1, cutoff=0.9)
                 hint = f"; did you mean {close[0]}?" if close and masks else ""
                 raise InputError(
                     f"MODEL_OPTIONS names {name!r}, which does nothing where TASK is "
                     f"{'segmentation' if masks else 'detection'}; leave it out{hint}"
                 )
+            *groups, last = name.split(".")
+            place = values
+            for group in groups:
+                place = place[group]
             place[last] = value
         try:
             return self.from_dict(values)

@@ -39,7 +39,6 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
-from torchvision.transforms import v2
 from typing_extensions import override
 
 import fileio
@@ -48,8 +47,9 @@ import ranks
 import splits
 import tilecache
 import tiling
+from augment import training_transform
 from ImageData import IGNORE, InputError, LabelSource, Window
-from ModelConfig import AugmentConfig, ModelConfig
+from ModelConfig import ModelConfig
 
 Target = dict[str, Tensor]
 
@@ -346,6 +346,8 @@ class BboxDataset(TileDataset):
         rasters: Identifier -> raster.
         ids: Label -> class id.
         radiometry: How raw values become model input.
+        min_visible: Share of an object's area that a transform must leave visible to show it,
+            unless its centre is.
         options: See `TileDataset`.
     """
 
@@ -356,10 +358,13 @@ class BboxDataset(TileDataset):
         rasters: Mapping[str, fileio.Raster],
         ids: Mapping[str, int],
         radiometry: imutils.Radiometry,
+        *,
+        min_visible: float = 0.25,
         **options: object,
     ) -> None:
         """Keep the boxes sorted by window, so that items are slices."""
         super().__init__(tiles, rasters, radiometry, **options)
+        self.min_visible = min_visible
         boxes = boxes[boxes["window"].isin(tiles["window"])].sort_values("window", kind="stable")
         self.first = np.searchsorted(boxes["window"], self.tiles["window"], side="left")
         self.last = np.searchsorted(boxes["window"], self.tiles["window"], side="right")
@@ -416,19 +421,51 @@ class BboxDataset(TileDataset):
     @override
     def _transformed(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
         canvas = tuple(image.shape[-2:])
-        target["boxes"] = tv_tensors.BoundingBoxes(
-            target["boxes"], format="XYXY", canvas_size=canvas
-        )
-        target["steps"] = tv_tensors.KeyPoints(
-            [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], canvas_size=canvas
-        )
+        boxes = target["boxes"]
+        # whole numbers, so that a step of 1 px is exact
+        centers = ((boxes[:, :2] + boxes[:, 2:]) / 2).round()
+        steps = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        points = (centers[:, None] + steps).reshape(-1, 2)
+        target["boxes"] = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=canvas)
+        target["steps"] = tv_tensors.KeyPoints(points, canvas_size=canvas)
+        target["seen"] = tv_tensors.Mask(torch.ones(canvas, dtype=torch.bool))
         if "counted" in target:
             target["counted"] = tv_tensors.Mask(target["counted"])
         image, target = self.transform(tv_tensors.Image(image), target)
         plain = {name: value.as_subclass(Tensor) for name, value in target.items()}
-        origin, *steps = plain.pop("steps")
-        plain["frames"] = (torch.stack(steps, dim=1) - origin[:, None]) @ plain["frames"]
-        return image.as_subclass(Tensor).contiguous(), plain
+        moved = plain.pop("steps").reshape(-1, 3, 2)
+        plain["frames"] = (moved[:, 1:] - moved[:, :1]).mT @ plain["frames"]
+        image, seen = image.as_subclass(Tensor).contiguous(), plain.pop("seen")
+        limits = torch.tensor([*canvas[::-1]] * 2)
+        if seen.all() and ((plain["boxes"] >= 0) & (plain["boxes"] <= limits)).all():
+            return image, plain
+        return image, self._visible(plain, seen)
+
+    def _visible(self, target: Target, seen: Tensor) -> Target:
+        """Leave out the objects that a transform moved or cut off the tile, as the tiling would.
+
+        Args:
+            target: What is left of it is cut at the edges.
+            seen: Ground that the image still shows, bool (H, W).
+        """
+        height, width = seen.shape
+        boxes, ground = target["boxes"].numpy(), np.array([0, 0, width, height], dtype=np.float32)
+        clamped, inside, _ = tiling.show_boxes(boxes, ground, ground, 0.0)
+        sums = np.pad(seen.numpy().cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+        (left, top), (right, bottom) = (
+            np.floor(clamped[:, :2]).astype(int).T,
+            np.ceil(clamped[:, 2:]).astype(int).T,
+        )
+        count = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
+        share = count / np.maximum((right - left) * (bottom - top), 1)
+        x, y = ((boxes[:, :2] + boxes[:, 2:]) / 2).astype(int).clip(0, [width - 1, height - 1]).T
+        enough = share * imutils.box_area(clamped) >= self.min_visible * imutils.box_area(boxes)
+        shown = (inside & seen.numpy()[y, x]) | enough
+        shown &= (clamped[:, 2:] - clamped[:, :2] >= LEAST_SIDE).all(axis=1)
+        target["boxes"] = torch.from_numpy(clamped)
+        if not seen.all():
+            target["counted"] = seen & target["counted"] if "counted" in target else seen
+        return target | {name: target[name][torch.from_numpy(shown)] for name in ITEM_TENSORS}
 
     @override
     def _place(self, index: int) -> Target:
@@ -683,220 +720,6 @@ class HardTiles(pl.Callback):
             self.sampler.update(*zip(*pairs, strict=True))
 
 
-class RandomQuarterTurn(v2.Transform):
-    """Turn images, masks, boxes and points of square tiles by 0, 90, 180 or 270 degrees."""
-
-    def make_params(self, flat_inputs: list) -> dict[str, int]:
-        """Draw the angle, the same for all inputs."""
-        return {"turns": int(torch.randint(4, ()))}
-
-    def transform(self, inpt: object, params: dict[str, int]) -> object:
-        """Turn what lies on the tile; labels pass."""
-        turns = params["turns"]
-        if isinstance(inpt, tv_tensors.BoundingBoxes):
-            height, width = inpt.canvas_size
-            turned = imutils.rotate_boxes(inpt.numpy(), 90 * turns, width, height)
-            return tv_tensors.wrap(torch.from_numpy(turned), like=inpt)
-        if isinstance(inpt, tv_tensors.KeyPoints):
-            height, width = inpt.canvas_size
-            turned = imutils.rotate_center(*inpt.numpy().T, 90 * turns, width, height)
-            return tv_tensors.wrap(torch.from_numpy(np.stack(turned, axis=1)), like=inpt)
-        if isinstance(inpt, tv_tensors.Image | tv_tensors.Mask):
-            return tv_tensors.wrap(torch.rot90(inpt, turns, (-2, -1)), like=inpt)
-        return inpt
-
-
-class PixelTransform(v2.Transform):
-    """Base of transforms that change the pixels of images (bands, H, W); all else passes."""
-
-    def transform(self, inpt: object, params: dict[str, object]) -> object:
-        """Change images only."""
-        if not isinstance(inpt, tv_tensors.Image):
-            return inpt
-        return tv_tensors.wrap(self.change(inpt.as_subclass(Tensor), **params), like=inpt)
-
-    def change(self, image: Tensor, **params: object) -> Tensor:
-        """Return the changed image, given what `make_params` drew."""
-        raise NotImplementedError
-
-
-class RandomGain(PixelTransform):
-    """Change contrast and brightness, the same for all bands and any number of them.
-
-    Args:
-        contrast: Largest relative change of the distance to the image's mean.
-        brightness: Largest shift, in units of `std`.
-        std: Standard deviation of the input, per band.
-    """
-
-    def __init__(self, contrast: float, brightness: float, std: Sequence[float]) -> None:
-        """Keep the ranges."""
-        super().__init__()
-        self.contrast = contrast
-        self.brightness = brightness * torch.tensor(std)[:, None, None]
-
-    def make_params(self, flat_inputs: list) -> dict[str, object]:
-        """Draw one gain and one shift for all inputs."""
-        gain, shift = torch.rand(2).mul(2).sub(1)
-        return {"gain": 1 + self.contrast * float(gain), "shift": self.brightness * shift}
-
-    def change(self, image: Tensor, gain: float, shift: Tensor) -> Tensor:
-        """Apply them about the image's mean."""
-        mean = float(image.numpy().mean())  # torch's depends on the number of threads
-        return image * gain + (shift + mean * (1 - gain))
-
-
-class RandomGamma(PixelTransform):
-    """Raise what lies between 0 and 1 to a power; what lies beyond keeps its distance to it.
-
-    Args:
-        gamma: Largest exponent, >= 1; its logarithm is drawn from -log(gamma) to log(gamma).
-    """
-
-    def __init__(self, gamma: float) -> None:
-        """Keep the range."""
-        super().__init__()
-        self.gamma = gamma
-
-    def make_params(self, flat_inputs: list) -> dict[str, float]:
-        """Draw the exponent."""
-        return {"exponent": self.gamma ** (1 - 2 * float(torch.rand(())))}
-
-    def change(self, image: Tensor, exponent: float) -> Tensor:
-        """Apply it."""
-        inside = image.clamp(0, 1)
-        return image - inside + inside**exponent
-
-
-class RandomNoise(PixelTransform):
-    """Add Gaussian noise, independent for all pixels and bands.
-
-    Args:
-        noise: Largest standard deviation of the noise, in units of `std`.
-        std: Standard deviation of the input, per band.
-    """
-
-    def __init__(self, noise: float, std: Sequence[float]) -> None:
-        """Keep the range."""
-        super().__init__()
-        self.noise = noise * torch.tensor(std)[:, None, None]
-
-    def make_params(self, flat_inputs: list) -> dict[str, Tensor]:
-        """Draw how strong it is."""
-        return {"noise": self.noise * torch.rand(())}
-
-    def change(self, image: Tensor, noise: Tensor) -> Tensor:
-        """Draw and add it."""
-        return image + noise * torch.randn(image.shape)
-
-
-class BandDropout(PixelTransform):
-    """Set bands to their mean, each with the same probability, but never all bands.
-
-    Args:
-        probability: Of each band, 0-1.
-        mean: Mean of the input, per band; the network sees it as 0.
-    """
-
-    def __init__(self, probability: float, mean: Sequence[float]) -> None:
-        """Keep the values that bands are set to."""
-        super().__init__()
-        self.probability, self.mean = probability, torch.tensor(mean)[:, None, None]
-
-    def make_params(self, flat_inputs: list) -> dict[str, Tensor]:
-        """Draw the bands that go; one that stays is drawn first."""
-        dropped = torch.rand(len(self.mean)) < self.probability
-        dropped[torch.randint(len(self.mean), ())] = False
-        return {"dropped": dropped}
-
-    def change(self, image: Tensor, dropped: Tensor) -> Tensor:
-        """Set them to their mean."""
-        return torch.where(dropped[:, None, None], self.mean, image) if dropped.any() else image
-
-
-class RandomTrim(PixelTransform):
-    """Trim both ends of each band at a percentile, and stretch what is left to its old range.
-
-    Args:
-        low: Least percentile, 0 <= low <= high.
-        high: Largest, < 50.
-    """
-
-    def __init__(self, low: float, high: float) -> None:
-        """Keep the range."""
-        super().__init__()
-        self.low, self.high = low, high
-
-    def make_params(self, flat_inputs: list) -> dict[str, float]:
-        """Draw the percentile, the same for all bands and both ends."""
-        return {"percentile": self.low + (self.high - self.low) * float(torch.rand(()))}
-
-    def change(self, image: Tensor, percentile: float) -> Tensor:
-        """Trim and stretch; a band of one value stays."""
-        values = image.numpy()
-        at = [0, percentile, 100 - percentile, 100]
-        ends = np.percentile(values, at, axis=(1, 2), keepdims=True)
-        least, low, high, most = ends.astype(np.float32)
-        room = np.where(high > low, high - low, 1)
-        trimmed = least + (np.clip(values, low, high) - low) / room * (most - least)
-        return torch.from_numpy(np.where(high > low, trimmed, values).astype(np.float32))
-
-
-def training_transform(
-    augment: AugmentConfig,
-    radiometry: imutils.Radiometry,
-    *,
-    masks: bool = False,
-    target_size: int | None = None,
-) -> v2.Transform | None:
-    """Return what happens to the tensors of training tiles, or None if nothing does.
-
-    Args:
-        augment: What to draw from which range; windows are zoomed when they are read.
-        radiometry: Mean and standard deviation of the input, per band.
-        masks: Whether tiles have masks, not boxes.
-        target_size: Side of random crops, px; None: none.
-
-    Raises:
-        InputError: Boxes are to be rotated by any angle.
-    """
-    if augment.rotate_limit and not masks:
-        raise InputError(
-            "train.augment.rotate_limit needs masks: turned boxes would no longer fit their "
-            "objects; set it to 0, and see train.augment.turns"
-        )
-    crop = [v2.RandomCrop(target_size)] if target_size else []
-    if not augment.enabled:
-        return v2.Compose(crop) if crop else None
-    steps: list[v2.Transform] = []
-    if augment.flips:
-        steps.append(v2.RandomHorizontalFlip(augment.flip_share))
-    if augment.turns:
-        steps.append(RandomQuarterTurn())
-    if augment.rotate_limit and augment.rotate_share:
-        fill = {tv_tensors.Image: list(radiometry.mean), tv_tensors.Mask: IGNORE}
-        bilinear = v2.InterpolationMode.BILINEAR
-        rotation = v2.RandomRotation(augment.rotate_limit, interpolation=bilinear, fill=fill)
-        steps.append(v2.RandomApply([rotation], augment.rotate_share))
-    steps += crop
-    if augment.trim_range:
-        steps.append(RandomTrim(*sorted(augment.trim_range)))
-    if augment.gamma > 1:
-        steps.append(RandomGamma(augment.gamma))
-    if augment.contrast or augment.brightness:
-        steps.append(RandomGain(augment.contrast, augment.brightness, radiometry.std))
-    if augment.blur and augment.blur_share:
-        kernel = 2 * math.ceil(3 * augment.blur) + 1
-        blur = v2.GaussianBlur(kernel, (augment.blur / 10, augment.blur))
-        steps.append(v2.RandomApply([blur], augment.blur_share))
-    if augment.noise and augment.noise_share:
-        noise = RandomNoise(augment.noise, radiometry.std)
-        steps.append(v2.RandomApply([noise], augment.noise_share))
-    if augment.band_dropout and len(radiometry.mean) > 1:
-        steps.append(BandDropout(augment.band_dropout, radiometry.mean))
-    return v2.Compose(steps) if steps else None
-
-
 class Targets(list[Target]):
     """The targets of a batch, one dictionary per tile.
 
@@ -978,7 +801,10 @@ class TileDataModule(pl.LightningDataModule):
             handles, classes = tilecache.open_cache(cache, split, rasters, labels)
             if masks:
                 return MaskDataset(part, handles, classes, radiometry, **options)
-            return BboxDataset(part, boxes, handles, ids, radiometry, **options)
+            visible = conf.train.min_visible
+            return BboxDataset(
+                part, boxes, handles, ids, radiometry, min_visible=visible, **options
+            )
 
         augment, views, seen = conf.train.augment, None, train
         if conf.train.random_windows:
@@ -990,7 +816,7 @@ class TileDataModule(pl.LightningDataModule):
             )  # fmt: skip
             seen = views.reach(train)
         splits.audit_splits(pd.concat([seen, full_validation, test]), rasters)
-        transform = training_transform(augment, radiometry, masks=masks, target_size=target_size)
+        transform = training_transform(augment, radiometry, target_size=target_size)
         self.train = dataset("train", train, transform=transform, views=views)
         self.sampler = TileSampler(
             self.train.repeat_factors(conf.train.repeat_threshold),

@@ -53,6 +53,7 @@ from review import review as review
 if TYPE_CHECKING:
     from IPython.display import DisplayHandle
 
+    from datasets import TileDataset
     from splits import Balance
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ CAPTION = 28  # letters of a caption's line
 MOST_TICKS = 6  # values of a hyperparameter, above which they are taken for a range
 HEAT = "inferno"  # colours of probabilities
 OVERLAY = 0.5  # of a class map over its raster
+EDGE = 2  # px, of a region of a class, where it meets others
+UNKNOWN = (255, 255, 255, 170)  # over ground that does not count
 PANORAMA = 3  # times as wide as high, from which on pictures lie below each other
 PLACE = 24  # letters of a raster's name below a picture
 
@@ -561,6 +564,83 @@ def plot_tile_mosaic(
         fontsize="medium",
     )
     return figure
+
+
+def plot_augmentations(
+    dataset: TileDataset, labels: Sequence[str], count: int = 4, views: int = 5, seed: int = 0
+) -> Figure:
+    """Draw training tiles as they lie, and beside each some of the random views of it.
+
+    All pictures of a row share one stretch, so that changes of colour show. Boxes have the colours
+    of their labels; of a segmentation, edges of regions have those of their classes. Ground that
+    does not count is pale.
+
+    Args:
+        dataset: Training tiles; those with most objects are drawn, or whose classes mix most.
+        labels: Names, by class id.
+        count: Tiles.
+        views: Of each tile.
+        seed: Of the first view; others follow.
+    """
+    shown = _richest(dataset.tiles, count)
+    masked = bool(tiling.counts_of(dataset.tiles).shape[1])
+    colors = class_colors(labels) if masked else [label_colors(labels)[label] for label in labels]
+    figure, axes = _grid(len(shown) * (views + 1), views + 1, WIDTH / (views + 1))
+    for row, tile in enumerate(shown):
+        drawn = axes[row * (views + 1) : (row + 1) * (views + 1)]
+        seeds = range(seed + row * views, seed + (row + 1) * views)
+        items = [dataset[tile], *(dataset[tile, number] for number in seeds)]
+        # crops may be smaller than the tile
+        values = np.hstack([image.numpy().reshape(len(image), -1) for image, _ in items])[:, None]
+        bounds = imutils.preview_bounds(values, np.ones(values.shape[1:], dtype=bool))
+        for ax, (image, target) in zip(drawn, items, strict=True):
+            side = image.shape[-1]
+            everywhere = np.ones((side, side), dtype=bool)
+            picture = imutils.preview_stretch(image.numpy(), everywhere, bounds)
+            ax.imshow(picture, cmap="gray", vmin=0, vmax=255, extent=(0, side, side, 0))
+            _draw_target(ax, {name: value.numpy() for name, value in target.items()}, colors, side)
+            ax.set(xticks=[], yticks=[])
+        axes[row * (views + 1)].set_ylabel(f"tile {tile}", fontsize="small")
+    for view, ax in enumerate(axes[: views + 1]):
+        ax.set_title(f"view {view}" if view else "as it lies", fontsize="small")
+    if not shown:
+        _say(figure.axes[0], "no training tiles")
+    named = dict(zip(labels, colors, strict=True))
+    _legend_below(figure, [*_handles(named), Patch(facecolor="0.85", label="does not count")])
+    figure.suptitle("Training tiles, and what varies in each visit", fontsize="medium")
+    return figure
+
+
+def _richest(tiles: pd.DataFrame, count: int) -> list[int]:
+    """Return rows of tiles, each window once: most objects first, or pixels of rarer classes."""
+    pixels = tiling.counts_of(tiles)
+    if pixels.shape[1]:
+        richness = pixels.sum(axis=1) - pixels.max(axis=1)
+    else:
+        richness = tiles["objects"].to_numpy()
+    order = tiles.iloc[np.argsort(-richness, kind="stable")]
+    return order.drop_duplicates("window").index[:count].tolist()
+
+
+def _draw_target(
+    ax: Axes, target: Mapping[str, np.ndarray], colors: Sequence[str], side: int
+) -> None:
+    """Draw what lies on a tile: boxes, or edges of classes, and what does not count."""
+    paint = np.zeros((side, side, 4), np.uint8)
+    if "mask" in target:
+        mask = target["mask"]
+        near = np.pad(mask, EDGE, mode="edge")
+        edge = np.zeros(mask.shape, dtype=bool)
+        for shift in (0, 2 * EDGE):
+            edge |= near[shift : shift + side, EDGE:-EDGE] != mask
+            edge |= near[EDGE:-EDGE, shift : shift + side] != mask
+        paint[edge] = _paint_table(dict(enumerate(colors)))[mask[edge]]
+        paint[mask == IGNORE] = UNKNOWN
+    else:
+        _draw_boxes(ax, target["boxes"], [colors[label] for label in target["labels"]])
+        if "counted" in target:
+            paint[~target["counted"]] = UNKNOWN
+    ax.imshow(paint, extent=(0, side, side, 0), interpolation="nearest")
 
 
 def _draw_tile(

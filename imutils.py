@@ -125,6 +125,7 @@ class Radiometry:
         high: Raw value that becomes 1, per band.
         mean: Mean of the stretched valid pixels of the training ground, per band.
         std: Their standard deviation, per band.
+        covariance: Of their bands, row by row; empty where it was not measured.
 
     References:
         Joye and Mandel 2003, SAOImage DS9, for the logarithm and its steepness of 1000.
@@ -135,6 +136,7 @@ class Radiometry:
     high: tuple[float, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    covariance: tuple[float, ...] = ()
 
     def stretch(self, image: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
         """Stretch an image (bands, H, W) to float32; invalid pixels become the mean."""
@@ -177,7 +179,9 @@ def measure_radiometry(
     zeros, ones = (tuple(np.full(len(pixels), v).tolist()) for v in (0.0, 1.0))
     scaled = Radiometry(method, *bounds, zeros, ones).stretch(pixels[:, None]).astype(np.float64)
     mean, std = scaled.mean(axis=(1, 2)), scaled.std(axis=(1, 2)).clip(1e-3)
-    return Radiometry(method, *bounds, tuple(mean.tolist()), tuple(std.tolist()))
+    covariance = np.cov(scaled[:, 0], bias=True).ravel()
+    measured = (tuple(values.tolist()) for values in (mean, std, covariance))
+    return Radiometry(method, *bounds, *measured)
 
 
 def preview_bounds(

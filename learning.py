@@ -156,6 +156,7 @@ class TileModel(pl.LightningModule):
         sums = len(self.LOSSES) + 2
         self.sums = {stage: torch.zeros(sums, dtype=torch.float64) for stage in STAGES}
         self.seconds = 0.0
+        self.rate_drops = 0  # on plateaus, see `RateDrops`
         self.batch_idx = 0  # of the batch that is being measured
 
     # -- what a task adds ----------------------------------------------------------------------
@@ -400,12 +401,14 @@ class TileModel(pl.LightningModule):
     def _rate(self, step: int) -> float:
         """Return the learning rate of a step, as a share of its peak."""
         train, done = self.conf.train, self.share_done(step + 1)
-        if train.step_size is None:
+        if train.step_size is None and train.plateau_patience is None:
             return warm_up_and_cosine(done, train.warmup_share)
-        total = max(1, int(self.trainer.estimated_stepping_batches))
-        epoch = step * self.trainer.max_epochs // total
+        drops = self.rate_drops
+        if train.step_size is not None:
+            total = max(1, int(self.trainer.estimated_stepping_batches))
+            drops = step * self.trainer.max_epochs // total // train.step_size
         warm = min(1.0, done / train.warmup_share) if train.warmup_share else 1.0
-        return warm * train.gamma ** (epoch // train.step_size)
+        return warm * train.gamma**drops
 
     def configure_gradient_clipping(
         self,
@@ -436,6 +439,7 @@ class TileModel(pl.LightningModule):
         precision = ranks.told(resolve_precision(self.conf.precision, self.conf.accelerator))
         train = self.conf.train
         own = [RunningAverage(train)] if train.averaging != "none" else []
+        own += [] if train.plateau_patience is None else [RateDrops(train.plateau_patience)]
         own += [] if progress else [ProgressLines()]
         if train.patience is not None:
             # Lightning counts epochs, in which the last measurement still stands
@@ -541,6 +545,48 @@ class RunningAverage(WeightAveraging):
             torch._foreach_lerp_(average, current, self.weight)
         else:  # counters
             torch._foreach_copy_(average, current)
+
+
+class RateDrops(pl.Callback):
+    """Counts how often the learning rate is to fall, as measurements stay without a better one.
+
+    torch's own schedule would not know of the warm-up, nor of epochs that are not measured.
+
+    Args:
+        patience: Measurements without a better one after which it falls.
+    """
+
+    def __init__(self, patience: int) -> None:
+        """Begin without any measurement."""
+        self.patience, self.best, self.waited, self.drops = patience, -math.inf, 0, 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: TileModel) -> None:
+        """Tell the module what was counted before an interruption."""
+        pl_module.rate_drops = self.drops
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: TileModel) -> None:
+        """Compare a measurement with the best one so far; it is the same on all ranks."""
+        if trainer.state.fn != "fit" or not pl_module._measures("validation"):
+            return
+        value = float(trainer.callback_metrics[pl_module.BEST_BY])
+        better = value > self.best
+        self.best, self.waited = (value, 0) if better else (self.best, self.waited + 1)
+        if self.waited >= self.patience:
+            self.waited, self.drops = 0, self.drops + 1
+            pl_module.rate_drops = self.drops
+            log.info("no better %s in %d measurements: the learning rate falls to %.3g of its peak",
+                     pl_module.BEST_BY, self.patience,
+                     pl_module.conf.train.gamma**self.drops)  # fmt: skip
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "waited": self.waited, "drops": self.drops}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.waited, self.drops = (
+            state_dict[name] for name in ("best", "waited", "drops")
+        )
 
 
 class ProgressLines(pl.Callback):

@@ -20,6 +20,7 @@ from ImageData import IGNORE, InputError
 from ModelConfig import SegmentationConfig
 
 TERM = re.compile(r"\s*(?:([0-9]*\.?[0-9]+)\s*\*)?\s*([a-z_]+)\s*")
+LEAST_SHARE = 0.01  # of a batch, by which a class is weighed at least
 LEAST_PIXELS = 16  # that a batch's hard examples are at least
 
 
@@ -90,6 +91,21 @@ def parse_loss(text: str) -> dict[str, float]:
 def _cross_entropy(logits: Tensor, truth: Tensor, of: MaskLoss) -> Tensor:
     per_pixel = functional.cross_entropy(logits, truth, reduction="none")
     return _mean(per_pixel, of.weights[truth])
+
+
+def _wbce_adaptive(logits: Tensor, truth: Tensor, of: MaskLoss) -> Tensor:
+    """Weigh the classes of each batch alike, however many of its pixels show each.
+
+    A pixel weighs 1 / share of its class in the batch; a class in less than `LEAST_SHARE` of it no
+    more than one that has that share, so that a few pixels do not outweigh all others.
+
+    References:
+        Cui et al. 2019, Class-balanced loss, for the inverse frequencies that it starts from; ours
+        are of the batch. Of two classes it is the weighted binary cross entropy.
+    """
+    per_pixel = functional.cross_entropy(logits, truth, reduction="none")
+    shares = torch.bincount(truth, minlength=logits.shape[1]).to(per_pixel) / len(truth)
+    return _mean(per_pixel, (of.weights / shares.clamp(min=LEAST_SHARE))[truth])
 
 
 def _focal(logits: Tensor, truth: Tensor, of: MaskLoss) -> Tensor:
@@ -163,6 +179,7 @@ def _mean(values: Tensor, weights: Tensor) -> Tensor:
 
 LOSSES = {
     "cross_entropy": _cross_entropy,
+    "wbce_adaptive": _wbce_adaptive,
     "focal": _focal,
     "dice": _overlap(0.5, 0.5),
     "jaccard": _overlap(1.0, 1.0),

@@ -26,7 +26,7 @@ import ranks
 import splits
 import tilecache
 import tiling
-from datasets import HardTiles, TileDataModule, class_ids
+from datasets import HardTiles, TileDataModule, TileDataset, class_ids
 from ImageData import BOX_COLUMNS, CENTER_COLUMNS, ImageData, InputError, LabelSource
 from LargeRasterOR import LargeRasterORModel
 from LargeRasterSeg import LargeRasterSegModel
@@ -175,6 +175,11 @@ def prepare_search(
         folder = tilecache.cache_tiles(rasters, labels, blocks, cache_dir, scheduler=scheduler)
         data = replace(data, cache=folder)
     return data, counts
+
+
+def training_tiles(data: SearchData, conf: ModelConfig, tile_size: int) -> TileDataset:
+    """Return the tiles that trials of a tile size learn from; see `datasets.TileDataset`."""
+    return _module(data, *tiling.read_tiles(data.tilings[tile_size]), conf, 1.0).train
 
 
 def _module(

@@ -20,6 +20,7 @@ from datasets import BboxDataset, HardTiles, TileDataModule, collate
 from ImageData import InputError
 from imutils import Radiometry
 from LargeRasterOR import DivergedError, LargeRasterORModel, ProgressLines, resolve_precision
+from learning import RateDrops
 from ModelConfig import ModelConfig
 from networks import (
     Anchors,
@@ -266,6 +267,30 @@ def test_every_norm_learns_under_an_average(prepared, tmp_path, norm):
     counters = [v for n, v in model.state_dict().items() if n.endswith("num_batches_tracked")]
     assert bool(counters) == (norm == "batch")
     assert all(int(v) == trainer.global_step for v in counters)
+
+
+def test_the_rate_falls_on_plateaus_of_what_is_measured(prepared, tmp_path):
+    conf = small_conf(batch_size=16).with_options(
+        {"train.plateau_patience": 1, "train.gamma": 0.5, "train.warmup_share": 0.0}
+    )
+    conf.train.epochs, conf.train.lr, conf.train.optimizer = 6, 1e-9, "sgd"  # nothing is learnt
+    conf.validation.pr_compute_interval = 2  # 1, 2, 4 and 6 are measured
+    rates, kept = [], []
+
+    class Spy(pl.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"] / conf.train.lr)
+            kept.append(trainer.callbacks[[type(c).__name__ for c in trainer.callbacks]
+                                          .index("RateDrops")].state_dict())  # fmt: skip
+
+    fit(prepared, tmp_path, conf, [Spy()], sample_size=0.5)
+    np.testing.assert_allclose(rates, [1, 1, 0.5, 0.5, 0.25, 0.25])
+    assert [state["drops"] for state in kept] == [0, 1, 1, 2, 2, 3]
+    again = RateDrops(1)
+    again.load_state_dict(kept[-1])
+    module = SimpleNamespace(rate_drops=0)
+    again.on_train_start(None, module)
+    assert module.rate_drops == kept[-1]["drops"]
 
 
 def test_the_clock_ends_a_training_and_its_rate_falls_until_then(prepared, tmp_path):

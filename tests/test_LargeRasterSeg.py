@@ -115,6 +115,56 @@ def test_a_checkpoint_describes_itself_and_says_the_same(trained):
     torch.testing.assert_close(again.network.state_dict(), model.network.state_dict())
 
 
+def test_options_of_a_decoder_are_built_checked_and_decide_which_weights_fit(trained, tmp_path):
+    attention = {"segmentation.decoder_options": {"decoder_attention_type": "scse"}}
+    plain, attentive = (sum(p.numel() for p in model_of(**options).parameters())
+                        for options in ({}, attention))  # fmt: skip
+    assert attentive > plain
+    images = torch.rand(2, 1, 64, 64)
+    options = {"segmentation.decoder_options": {"psp_out_channels": 64}}
+    assert model_of(**{"segmentation.architecture": "pspnet"} | options)(images).shape[1] == 3
+    path = str(trained.folder / "checkpoints" / "best.ckpt")
+    with pytest.raises(InputError, match=r"decoder_options = \{.*scse.* \(INIT_FROM has \{\}"):
+        model_of(LABELS, init_from=path, **attention).load_pretrained()
+    for architecture, options, message in (
+        (
+            "unet",
+            {"decoder_atention_type": "scse"},
+            "mean decoder_attention_type.* of unet",
+        ),
+        ("linknet", {"classes": 4}, "there is no 'classes'; known are decoder_use_norm of linknet"),
+        ("unet", {"decoder_attention_type": "gate"}, "cannot be built .* with .*gate"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model_of(**{"segmentation.architecture": architecture,
+                        "segmentation.decoder_options": options})  # fmt: skip
+    with pytest.raises(InputError, match="give one of them"):
+        model_of(**{"segmentation.architecture": "pspnet", "segmentation.dropout": 0.1,
+                    "segmentation.decoder_options": {"psp_dropout": 0.2}})  # fmt: skip
+
+
+def test_a_training_with_all_extras_runs_and_describes_itself(segments, tmp_path):
+    options = {"decoder_attention_type": "scse"}
+    conf = seg_conf(**{
+        "segmentation.decoder_options": options, "segmentation.loss": "wbce_adaptive+tversky",
+        "train.augment.strength": 0.5, "train.augment.fancy_pca": 0.1,
+        "train.plateau_patience": 1, "train.averaging": "swa",
+    })  # fmt: skip
+    hyperparams = HYPERPARAMETERS | {"n_epochs": 1, "sample_size": 0.2}
+    values = trials.train_iteration(
+        hyperparams, segments.data, conf, tmp_path, DefaultModelLogger(tmp_path)
+    )
+    assert 0 < values["mean_IoU"] <= 1
+    losses = pd.read_csv(tmp_path / "metrics.csv")["train_loss_epoch"].dropna()
+    assert 0 < losses.iloc[-1] < 2 * np.log(2) + 1, "no worse than to say nothing"
+    model = LargeRasterSegModel.load_from_checkpoint(
+        tmp_path / "checkpoints" / "best.ckpt", map_location="cpu", weights_only=True
+    )
+    assert model.conf.segmentation.decoder_options == options
+    assert "SCSEModule" in {type(part).__name__ for part in model.modules()}
+    assert model.contract.radiometry == segments.data.radiometry
+
+
 def test_a_start_keeps_classes_by_name_and_fits_the_bands(trained):
     path = str(trained.folder / "checkpoints" / "best.ckpt")
     old = LargeRasterSegModel.load_from_checkpoint(path, map_location="cpu")

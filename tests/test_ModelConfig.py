@@ -28,6 +28,9 @@ def test_an_option_sets_a_field_of_any_depth_and_leaves_the_rest():
         ({"train.epochs.more": 5}, "which is no option"),
         ({"train.averaging": "mean"}, "train.averaging: Input should be 'none', 'ema' or 'swa'"),
         ({"train.random_windows": False, "train.augment.zoom": 2}, "need random_windows"),
+        ({"train.step_size": 2, "train.plateau_patience": 2}, "are two schedules"),
+        ({"train.augment.strength": 1.5}, "train.augment.strength: Input should be less"),
+        ({"segmentation.decoder_options.depth": 3}, "which is no option"),
         ({"head_depth": 9}, "head_depth: Input should be less than or equal to 4, got 9"),
     ],
 )
@@ -35,6 +38,15 @@ def test_a_wrong_option_is_refused_with_what_was_expected(options, message):
     with pytest.raises(InputError) as error:
         ModelConfig().with_options(options)
     assert message in str(error.value)
+
+
+def test_an_option_that_holds_options_is_set_as_a_whole():
+    name, options = "segmentation.decoder_options", {"decoder_attention_type": "scse"}
+    conf = ModelConfig(task="segmentation").with_options({name: options})
+    assert conf.segmentation.decoder_options == options
+    assert conf.with_options({name: None}) == ModelConfig(task="segmentation")
+    assert conf.architecture()["decoder_options"] == options
+    assert ModelConfig(task="segmentation").architecture()["decoder_options"] == {}
 
 
 def run_with(tmp_path, text):

@@ -14,8 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from segments import CLASSES, make_segments, write_band
-from torchvision import tv_tensors
-from torchvision.transforms import v2
+from test_augment import OFF, STRONG, radiometry_of, transform_of
 
 import datasets
 import fileio
@@ -100,115 +99,6 @@ def test_a_sample_thins_training_and_validation_but_not_the_final_measures(prepa
     assert len(half.validation) < len(whole.validation)
     assert len(half.full_validation) == len(whole.full_validation) == len(whole.validation)
     assert len(half.test) == len(whole.test)
-
-
-# ---------------------------------------------------------------------------------------------
-# Augmentation
-# ---------------------------------------------------------------------------------------------
-
-OFF = {
-    "flips": False, "turns": False, "zoom": 1, "contrast": 0, "brightness": 0, "gamma": 1,
-    "noise": 0, "blur": 0, "band_dropout": 0, "mosaic": 0,
-}  # fmt: skip
-STRONG = {
-    "flips": {"flips": True},
-    "turns": {"turns": True},
-    "gain": {"contrast": 0.3, "brightness": 1.0},
-    "gamma": {"gamma": 2.0},
-    "noise": {"noise": 0.3, "noise_share": 1.0},
-    "blur": {"blur": 1.0, "blur_share": 1.0},
-    "dropout": {"band_dropout": 0.5},
-    "all": {
-        "flips": True, "turns": True, "contrast": 0.3, "brightness": 1.0, "gamma": 1.5,
-        "noise": 0.2, "noise_share": 1.0, "blur": 0.8, "blur_share": 1.0, "band_dropout": 0.3,
-    },
-}  # fmt: skip
-
-
-def radiometry_of(bands):
-    return Radiometry(
-        "none", *(tuple([v] * bands) for v in (0.0, 1.0, 0.1, 0.2))
-    )  # low, high, mean, std
-
-
-def transform_of(bands=1, **options):
-    return datasets.training_transform(AugmentConfig(**(OFF | options)), radiometry_of(bands))
-
-
-def bounds_of(bright):
-    ys, xs = torch.nonzero(bright, as_tuple=True)
-    return torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float()
-
-
-@pytest.mark.parametrize("bands", [1, 3, 5])
-@pytest.mark.parametrize("name", STRONG)
-def test_each_transform_keeps_boxes_and_masks_on_their_objects(name, bands):
-    transform = transform_of(bands, **STRONG[name]) or v2.Identity()  # one band never drops out
-    places = set()
-    for seed in range(24):
-        torch.manual_seed(seed)
-        image = torch.zeros(bands, 40, 40)
-        image[:, 8:14, 4:13] = 1.0
-        counted = torch.ones(40, 40, dtype=torch.bool)
-        counted[8:14, 4:13] = False
-        target = {
-            "boxes": tv_tensors.BoundingBoxes(
-                torch.tensor([[4.0, 8, 13, 14]]), format="XYXY", canvas_size=(40, 40)
-            ),
-            "labels": torch.tensor([3]),
-            "counted": tv_tensors.Mask(counted),
-        }
-        out, target = transform(tv_tensors.Image(image), target)
-        total = out.as_subclass(torch.Tensor).mean(0)
-        found = bounds_of(total > (total.min() + total.max()) / 2)
-        assert out.shape == image.shape
-        assert (found - target["boxes"][0]).abs().max() <= 1, "pixels blurred and noisy by one px"
-        assert bounds_of(~target["counted"]).tolist() == target["boxes"][0].tolist()
-        assert target["labels"].tolist() == [3]
-        places.add(tuple(target["boxes"][0].int().tolist()))
-    assert len(places) == {"flips": 2, "turns": 4, "all": len(places)}.get(name, 1)
-
-
-def test_amplitudes_are_in_units_of_the_input():
-    torch.manual_seed(0)
-    image = tv_tensors.Image(torch.full((2, 64, 64), 0.5))
-    noisy = [transform_of(2, noise=0.5, noise_share=1)(image) for _ in range(50)]
-    spread = torch.stack([n.std() for n in noisy])
-    assert 0.08 < spread.max() < 0.105, "half of the input's 0.2, drawn from 0 on"
-    shifts = torch.stack([transform_of(2, brightness=2)(image).mean() for _ in range(200)]) - 0.5
-    assert 0.38 < shifts.max() <= 0.4
-    assert -0.4 <= shifts.min() < -0.38
-    bent = torch.stack([transform_of(2, gamma=2)(image).mean() for _ in range(200)])
-    assert 0.25 <= bent.min() < 0.27
-    assert 0.69 < bent.max() <= 0.5**0.5 + 1e-6
-
-
-def test_gamma_leaves_values_beyond_the_stretch_in_their_order():
-    values = torch.linspace(-2, 3, 4096).reshape(1, 64, 64)
-    out = datasets.RandomGamma(2.0)(tv_tensors.Image(values)).flatten()
-    assert (out.diff() > -1e-6).all()
-    assert torch.equal(out[[0, -1]], torch.tensor([-2.0, 3]))
-
-
-@pytest.mark.parametrize("bands", [1, 2, 5])
-@pytest.mark.parametrize("probability", [0.5, 1.0])
-def test_a_band_always_stays(bands, probability):
-    torch.manual_seed(0)
-    drop = datasets.BandDropout(probability, [0.1] * bands)
-    dropped = torch.zeros(bands)
-    for _ in range(200):
-        gone = drop(tv_tensors.Image(torch.ones(bands, 4, 4))).mean((1, 2)) < 0.5
-        assert not gone.all()
-        dropped += gone
-    expected = 200 * probability * (bands - 1) / bands
-    np.testing.assert_allclose(dropped, expected, atol=30)
-
-
-def test_every_part_can_be_switched_off():
-    assert transform_of() is None
-    assert datasets.training_transform(AugmentConfig(enabled=False), radiometry_of(1)) is None
-    for name, options in STRONG.items():
-        assert len(transform_of(3, **options).transforms) == (7 if name == "all" else 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -423,6 +313,61 @@ def test_frames_tell_where_a_step_in_the_raster_leads_in_the_view(marked, mosaic
     assert len(kinds) == 8, "every turn, mirrored or not"
 
 
+WARPED = {"rotate_limit": 45.0, "rotate_share": 1.0, "shear": 0.2, "shift": 0.3}
+
+
+def test_objects_that_a_warp_brings_are_known_and_those_it_takes_are_not(marked):
+    dataset, plain = views_of(marked, **WARPED), views_of(marked)
+    dataset.min_visible, lost, unknown = 0.5, 0, []
+    for index in range(len(dataset)):
+        image, target = dataset[index, index]
+        lost += len(plain[index, index][1]["boxes"]) - len(target["boxes"])
+        counted = target.get("counted", torch.ones(64, 64, dtype=torch.bool))
+        unknown.append(float((~counted).float().mean()))
+        boxes = target["boxes"]
+        assert len(boxes) == len(target["labels"]) == len(target["frames"])
+        assert boxes.min() >= 0
+        assert boxes.max() <= 64
+        near = torch.zeros(64, 64, dtype=torch.bool)
+        for x0, y0, x1, y1 in boxes.tolist():
+            x, y = int((x0 + x1) / 2), int((y0 + y1) / 2)
+            if min(x1 - x0, y1 - y0) > 3 and counted[y, x]:
+                assert (image[:, y, x] > 0.5).all()
+            # what is in a marker's corners reaches over the ellipse
+            near[max(int(y0) - 3, 0) : int(y1) + 4, max(int(x0) - 3, 0) : int(x1) + 4] = True
+        far = image[:, counted & ~near]
+        # of an object that is shown by less than half, the rest may be there
+        assert (far > 0.5).float().mean() < 0.02
+    assert lost > 20
+    assert max(unknown) > 0.3
+
+
+@pytest.mark.parametrize(("augment", "slack"), [(WARPED, 1e-3), ({"strength": 1.0}, 0.25)])
+def test_frames_follow_what_a_warp_does_at_each_object(marked, augment, slack):
+    step = torch.tensor([1.0, 2.0])
+    named = marked.boxes.assign(label=marked.boxes["object"].astype(str))
+    moved = named.copy()
+    moved[tiling.GROUND_BOX_COLUMNS] += step.repeat(2).numpy()
+    ids = {label: i for i, label in enumerate(named["label"].unique())}
+    before, after = (
+        views_of(SimpleNamespace(**{**vars(marked), "boxes": boxes, "ids": ids}), **augment)
+        for boxes in (named, moved)
+    )
+    found, expected = [], []
+    for index in range(len(before)):
+        (_, old), (_, new) = (dataset[index, index] for dataset in (before, after))
+        if not torch.equal(old["labels"], new["labels"]):
+            continue  # one left the window, or came
+        both = torch.cat([old["boxes"], new["boxes"]], 1)
+        whole = ((both > 12) & (both < 52)).all(1)  # not cut, before and after
+        found.append((new["boxes"] - old["boxes"])[whole].view(-1, 2, 2).mean(1))
+        expected.append(old["frames"][whole] @ step)
+    found, expected = torch.cat(found), torch.cat(expected)
+    assert len(found) > 30
+    assert (found - expected).abs().quantile(0.9) < slack
+    assert expected.std(0).min() > 0.1
+
+
 def test_a_tile_as_it_lies_knows_its_angle(marked):
     dataset = BboxDataset(marked.tiles, marked.boxes, marked.rasters, marked.ids, marked.radiometry)
     for index, angle in ((0, 0), (len(dataset) - 1, 90)):
@@ -468,7 +413,7 @@ def test_boxes_too_thin_for_float32_are_left_out(marked):
 def test_worker_processes_do_not_change_random_views(prepared):
     def epoch(workers):
         conf = ModelConfig(batch_size=8, workers=workers, seed=3)
-        conf.train.augment = AugmentConfig(**STRONG["all"], mosaic=0.3)
+        conf.train.augment = AugmentConfig(**STRONG["all"], mosaic=0.3, strength=1, fancy_pca=0.3)
         module = module_of(prepared, conf=conf)
         module.sampler.set_epoch(2)
         torch.manual_seed(workers)
@@ -621,7 +566,7 @@ def test_a_mask_is_the_window_of_its_labels_turned_as_the_tile(segments):
 
 @pytest.mark.parametrize(
     "augment", [{"flips": True}, {"turns": True}, {"rotate_limit": 40.0, "rotate_share": 1.0},
-                {"zoom": 2.0}, {"mosaic": 1.0}],
+                {"shear": 0.3}, {"shift": 0.3}, {"zoom": 2.0}, {"mosaic": 1.0}],
     ids=lambda augment: next(iter(augment)),
 )  # fmt: skip
 def test_masks_follow_their_images_exactly(segments, augment, tmp_path):
@@ -636,7 +581,7 @@ def test_masks_follow_their_images_exactly(segments, augment, tmp_path):
         labels[name] = masks.read_labels(mask, rasters[name], classes=CLASSES)
     changed = {"labels": labels, "rasters": rasters}
     module = masks_of(SimpleNamespace(**vars(segments) | changed), **augment)
-    dataset, exact = module.train, not augment.keys() & {"rotate_limit", "zoom", "mosaic"}
+    dataset, exact = module.train, augment.keys() <= {"flips", "turns"}
     low, high = (dataset.radiometry.stretch(np.full((1, 1, 1), v, np.uint8)).item()
                  for v in (10, 200))  # fmt: skip
     for seed in range(24):
@@ -653,8 +598,6 @@ def test_ground_that_a_rotation_brings_in_is_unknown(segments):
     dataset = masks_of(segments, rotate_limit=45.0, rotate_share=1.0).train
     unknown = [float((dataset[0, seed][1]["mask"] == IGNORE).float().mean()) for seed in range(20)]
     assert max(unknown) > 0.1
-    with pytest.raises(InputError, match="rotate_limit needs masks"):
-        datasets.training_transform(AugmentConfig(rotate_limit=10.0), radiometry_of(1))
 
 
 def test_crops_of_training_tiles_have_their_size_and_no_others(segments):
@@ -672,18 +615,6 @@ def test_crops_of_training_tiles_have_their_size_and_no_others(segments):
     conf.segmentation.target_size = 65
     with pytest.raises(InputError, match=r"target_size must be <= the side of the tiles \(64 px\)"):
         TileDataModule(*arguments, conf, labels=segments.labels)
-
-
-def test_trimming_stretches_what_is_left_to_the_old_range():
-    image = torch.linspace(0, 1, 10_000).view(1, 100, 100)
-    trim = datasets.RandomTrim(10.0, 10.0)
-    out = trim(tv_tensors.Image(image))
-    assert (float(out.min()), float(out.max())) == (0.0, 1.0)
-    assert float((out == 0).float().mean()) == pytest.approx(0.1, abs=1e-3)
-    assert float(out[0, 50, 0]) == pytest.approx(0.5, abs=1e-3)
-    torch.testing.assert_close(
-        trim(tv_tensors.Image(torch.ones(1, 4, 4))), tv_tensors.Image(torch.ones(1, 4, 4))
-    )
 
 
 def test_tiles_of_rare_classes_come_more_often(segments):

@@ -19,8 +19,10 @@ import implot
 import imutils
 import splits
 import study
-from ImageData import BOX_COLUMNS, Window
+import trials
+from ImageData import BOX_COLUMNS, IGNORE, Window
 from masks import ClassTable
+from ModelConfig import ModelConfig
 
 
 @pytest.fixture(autouse=True)
@@ -280,6 +282,40 @@ def test_turned_tiles_carry_turned_boxes(prepared):
     figure = implot.plot_tiles(prepared.tiles, prepared.boxes, rasters, count=4)
     assert [ax.get_title().split(", ")[1] for ax in figure.axes] == ["0°", "90°", "180°", "270°"]
     assert len({boxes_drawn(ax) for ax in figure.axes}) == 1
+
+
+def test_the_sheet_of_augmentations_shows_tiles_and_the_views_that_are_learnt(prepared):
+    conf = ModelConfig().with_options({"train.augment.strength": 1.0})
+    tiles = trials.training_tiles(prepared.data, conf, 128)
+    names = list(prepared.data.ids)
+    figure = implot.plot_augmentations(tiles, names, count=2, views=3, seed=5)
+    axes = figure.axes
+    assert [ax.get_title() for ax in axes[:4]] == ["as it lies", "view 1", "view 2", "view 3"]
+    rows = [int(ax.get_ylabel().removeprefix("tile ")) for ax in axes[::4]]
+    assert len({tiles.tiles["window"][row] for row in rows}) == 2, "no turned twins"
+    assert tiles.tiles["objects"][rows[0]] == tiles.tiles["objects"].max()
+    items = [tiles[rows[0]], *(tiles[rows[0], 5 + i] for i in range(3)), tiles[rows[1]],
+             *(tiles[rows[1], 8 + i] for i in range(3))]  # fmt: skip
+    pictures = []
+    for ax, (_, target) in zip(axes, items, strict=True):
+        assert boxes_drawn(ax) == len(target["boxes"])
+        counted = target.get("counted", np.ones((128, 128), dtype=bool))
+        assert ((ax.images[1].get_array()[..., 3] == 0) == np.asarray(counted)).all()
+        pictures.append(ax.images[0].get_array())
+    assert all(np.ptp(picture) > 20 for picture in pictures)
+    assert len({picture.tobytes() for picture in pictures}) == 8
+
+
+def test_edges_of_classes_follow_them_on_a_sheet():
+    mask = np.zeros((16, 16), dtype=np.int64)
+    mask[:, 8:], mask[12:] = 1, IGNORE
+    _, ax = plt.subplots()
+    implot._draw_target(ax, {"mask": mask}, ["#FF0000", "#0000FF"], 16)
+    paint = np.asarray(ax.images[0].get_array())
+    assert (paint[:8, 6:8] == [255, 0, 0, 255]).all()
+    assert (paint[:8, 8:10] == [0, 0, 255, 255]).all()
+    assert (paint[:8, :6, 3] == 0).all(), "inside there is nothing to see but the image"
+    assert (paint[12:] == implot.UNKNOWN).all()
 
 
 def test_the_search_heatmap_shows_the_best_of_each_pair():

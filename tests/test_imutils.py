@@ -122,6 +122,10 @@ def test_every_stretch_maps_its_bounds_to_zero_and_one_and_never_wraps(method, l
     assert (stretched[:, 0, 2] >= 1).all()  # brighter than anything seen stays brighter
     values = fitted.stretch(pixels[:, None])
     np.testing.assert_allclose(values.mean(axis=(1, 2)), fitted.mean, rtol=1e-5)
+    covariance = np.reshape(fitted.covariance, (2, 2))
+    np.testing.assert_allclose(np.sqrt(np.diag(covariance)), fitted.std, atol=1e-3)
+    expected = ((values - values.mean(axis=(1, 2), keepdims=True)).prod(axis=0)).mean()
+    np.testing.assert_allclose(covariance[[0, 1], [1, 0]], expected, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", imutils.STRETCHES)

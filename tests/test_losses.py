@@ -97,6 +97,30 @@ def test_focal_without_gamma_is_cross_entropy_and_hard_pixels_weigh_more():
     torch.testing.assert_close(loss_of("ohem", ohem_share=1.0)(logits, mask), cross_entropy)
 
 
+def test_adaptive_weights_make_the_classes_of_a_batch_weigh_the_same():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 3, 20, 20)
+    mask = torch.zeros(1, 20, 20, dtype=torch.int64)
+    mask[:, :4] = 1  # a fifth of the pixels; the third class is not there
+    per_pixel = torch.nn.functional.cross_entropy(logits, mask, reduction="none")
+    expected = (per_pixel[mask == 0].mean() + per_pixel[mask == 1].mean()) / 2
+    torch.testing.assert_close(loss_of("wbce_adaptive")(logits, mask), expected)
+    # a class of a single pixel of 400 weighs as one of a hundredth
+    mask = torch.zeros(1, 20, 20, dtype=torch.int64)
+    mask[0, 0, 0] = 2
+    per_pixel = torch.nn.functional.cross_entropy(logits, mask, reduction="none")
+    weights = torch.where(mask == 2, 100.0, 400 / 399)
+    expected = (per_pixel * weights).sum() / weights.sum()
+    torch.testing.assert_close(loss_of("wbce_adaptive")(logits, mask), expected)
+    # of two classes it is the binary loss on the difference of their logits
+    two, mask = torch.randn(1, 2, 10, 10), (torch.arange(100).view(1, 10, 10) % 4 == 0).long()
+    binary = torch.nn.functional.binary_cross_entropy_with_logits(
+        two[:, 1] - two[:, 0], mask.float(), reduction="none"
+    )
+    expected = (binary[mask == 0].mean() + binary[mask == 1].mean()) / 2
+    torch.testing.assert_close(loss_of("wbce_adaptive", 2)(two, mask), expected)
+
+
 def test_weights_of_classes_are_torchs():
     logits, mask, weights = torch.randn(2, 3, 6, 6), torch.randint(3, (2, 6, 6)), (0.1, 0.9, 2.0)
     expected = torch.nn.functional.cross_entropy(logits, mask, weight=torch.tensor(weights))

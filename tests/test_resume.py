@@ -110,6 +110,35 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(
     check_same(undisturbed, values, tmp_path)
 
 
+class Rates(pl.Callback):
+    def __init__(self):
+        self.rates = {}
+
+    def on_train_batch_start(self, trainer, *args):
+        self.rates[trainer.global_step] = trainer.optimizers[0].param_groups[0]["lr"]
+
+
+@pytest.mark.long
+def test_a_rate_that_fell_on_a_plateau_stays_low_after_an_interruption(
+    prepared, tmp_path, at_every_step
+):
+    conf = small_conf().with_options(
+        {"train.plateau_patience": 1, "train.gamma": 0.25, "train.warmup_share": 0.0,
+         "train.augment.strength": 1.0, "train.augment.fancy_pca": 0.2,
+         "validation.pr_compute_interval": 1}
+    )  # fmt: skip
+    options = {"conf": conf, "learning_rate": 1e-9}  # nothing is learnt
+    whole, cut, again = Rates(), Rates(), Rates()
+    values = train_small(prepared.data, tmp_path / "whole", [whole], **options)
+    with pytest.raises(KeyboardInterrupt):
+        train_small(prepared.data, tmp_path / "cut", [cut, Interrupt(8)], **options)
+    found = train_small(prepared.data, tmp_path / "cut", [again], **options)
+    assert whole.rates[0] == 4 * whole.rates[STEPS - 1]
+    assert cut.rates | again.rates == whole.rates
+    assert min(again.rates) == 7, "it went on from there"
+    check_same((values, tmp_path / "whole"), found, tmp_path / "cut")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("averaging", ["none", "swa"])
