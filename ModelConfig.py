@@ -468,7 +468,7 @@ class RunParameters:
     CLIP_TO_RASTER: bool
     DROP_DUPLICATES: bool
     LABEL_PERCENTILE: Annotated[float, Field(gt=0, le=100)]
-    CLASSES: Positive | list[FileName] | dict[FileName | int, FileName | int] | None
+    CLASSES: Positive | list[FileName | int] | dict[FileName | int, FileName | int] | None
     MASK_REFERENCE: bool
     ROTATION_ANGLES: list[Literal[90, 180, 270]]
     IMAGE_OUTPUT_DIRECTORY: Path | None

@@ -114,7 +114,9 @@ def make_table(values: Iterable[object], classes: Classes, *, background: bool) 
         classes: What they mean. None: each is a class, ids in the order of their numbers if all are
             whole numbers, else of the names. A sequence: these values are the classes, in this
             order. A mapping value -> name: values of one name are one class, in the order in which
-            the names come first. A mapping value -> number: classes in the order of the numbers.
+            the names come first. A mapping value -> number: values of one number are one class, of
+            the numbers 0, 1, 2 and so on; 0 is the background, where there is one, and without one
+            the numbers may begin with 1, which is class id 0 then.
             A number: of how many classes there are, with or without the background, which is
             number 0 in any case; values that are whole numbers are the classes' own numbers, others
             are numbered by name. A table stays as it is.
@@ -136,7 +138,7 @@ def make_table(values: Iterable[object], classes: Classes, *, background: bool) 
     elif isinstance(classes, Mapping):
         meanings = {text_of(value): meaning for value, meaning in classes.items()}
         if all(isinstance(m, int) and not isinstance(m, bool) for m in meanings.values()):
-            named = {value: value for value in sorted(meanings, key=meanings.get)}
+            named = _named_by_number(meanings, background)
         else:
             named = {value: str(meaning) for value, meaning in meanings.items()}
     else:
@@ -146,6 +148,23 @@ def make_table(values: Iterable[object], classes: Classes, *, background: bool) 
     if background:
         names = [BACKGROUND, *(name for name in names if name != BACKGROUND)]
     return ClassTable(tuple(names), {value: names.index(name) for value, name in named.items()})
+
+
+def _named_by_number(numbers: Mapping[str, int], background: bool) -> dict[str, str]:
+    """Give values, in the order of their numbers, the name of all that share the number."""
+    groups: dict[int, list[str]] = {}
+    for value, number in sorted(numbers.items(), key=lambda item: item[1]):
+        groups.setdefault(number, []).append(value)
+    first = min(groups, default=0)
+    if first not in (0, 1) or list(groups) != list(range(first, first + len(groups))):
+        raise InputError(
+            "class numbers in CLASSES must be 0, 1, 2 and so on, without a gap (0 is the "
+            f"background), got {list(groups)}; number anew, or give names instead"
+        )
+    names = {number: "+".join(values) for number, values in groups.items()}
+    if background and 0 in names:
+        names[0] = BACKGROUND
+    return {value: names[number] for number, values in groups.items() for value in values}
 
 
 def _numbered(found: Sequence[str], count: int) -> ClassTable:
@@ -475,7 +494,9 @@ def _read_mask(mask: fileio.Raster, window: Window) -> tuple[np.ndarray, np.ndar
     inside = ((y >= 0) & (y < mask.height))[:, None] & ((x >= 0) & (x < mask.width))
     if mask.masked or mask.nodata[0] not in (None, 0):
         inside &= mask.read_valid(window, image)
-    return image[0], inside & (image[0] != IGNORE)
+    if np.dtype(mask.dtype).itemsize == 1:
+        inside &= image[0] != IGNORE
+    return image[0], inside
 
 
 # ---------------------------------------------------------------------------------------------
@@ -501,7 +522,7 @@ def read_labels(
     Args:
         path: Polygons in any file that `annotations.read_annotations` reads, or a mask raster with
             one band of whole numbers, of the raster's size or on its grid. Of a mask, 0 is
-            background, and 255 or nodata is unknown.
+            background, and unknown is nodata, and 255 in a mask of bytes.
         raster: The raster.
         attribute: Of the polygons, which tells their class. COCO names its classes itself.
         classes: See `make_table`; for several rasters, `resolve_classes` fixes them together.

@@ -133,6 +133,7 @@ def test_wandb_has_two_names_and_one_way(tmp_path):
 def test_values_of_classes_may_be_numbers(tmp_path):
     run = run_with(tmp_path, "TASK: segmentation\nCLASSES: {1: ship, '2': ferry}")
     assert run.CLASSES == {1: "ship", "2": "ferry"}
+    assert run_with(tmp_path, "TASK: segmentation\nCLASSES: [1, 2]").CLASSES == [1, 2]
 
 
 def test_class_proportions_go_by_name_or_by_number(tmp_path):

@@ -273,7 +273,12 @@ def test_coco_polygons_are_labels(ground, tmp_path):
         ([10, 2, 7], False, ("10", "2", "7"), {"10": 0, "2": 1, "7": 2}),
         ({10: "wood", "2": "wet"}, True, ("background", "wood", "wet"), {"10": 1, "2": 2}),
         ({2: "a", 10: "a"}, False, ("a",), {"2": 0, "10": 0}),
-        ({"2": 5, "10": 3}, False, ("10", "2"), {"10": 0, "2": 1}),
+        ({"2": 1, "10": 0}, False, ("10", "2"), {"10": 0, "2": 1}),
+        ({"2": 2, "10": 1}, True, ("background", "10", "2"), {"10": 1, "2": 2}),
+        ({"2": 2, "10": 1}, False, ("10", "2"), {"10": 0, "2": 1}),
+        ({2: 1, 10: 1, 7: 2}, True, ("background", "2+10", "7"), {"2": 1, "10": 1, "7": 2}),
+        ({2: 0, 7: 1, 10: 1}, True, ("background", "7+10"), {"2": 0, "7": 1, "10": 1}),
+        ({2: 0, 7: 1, 10: 0}, False, ("2+10", "7"), {"2": 0, "10": 0, "7": 1}),
         ({2: "wood", 10: "background"}, True, ("background", "wood"), {"2": 1, "10": 0}),
     ],
 )
@@ -289,6 +294,13 @@ def test_values_that_no_class_has_are_refused(ground):
         label([shapely.box(0, 0, 9, 9)], ["lake"], classes=["forest", "water"])
     with pytest.raises(InputError, match="1 to 254 classes, got 300"):
         masks.make_table(range(300), None, background=False)
+
+
+@pytest.mark.parametrize("numbers", [(0, 5), (1, 3), (2, 3), (-1, 0)])
+def test_class_numbers_with_gaps_are_refused(numbers):
+    classes = dict(zip((2, 10), numbers, strict=True))
+    with pytest.raises(InputError, match=r"CLASSES must .* 0, 1, 2 and so on, .* got \[-?\d, \d\]"):
+        masks.make_table([2, 10], classes, background=True)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "json"])
@@ -382,6 +394,15 @@ def test_nodata_of_a_mask_is_unknown(ground, tmp_path):
     labels = masks.read_labels(drawn(tmp_path, values, nodata=9), raster)
     assert labels.read(Window(0, 0, 1, HEIGHT))[[5, 15, 25, 35], 0].tolist() == [255, 255, 0, 1]
     assert dict(labels.counts) == {"1": 40 * WIDTH}
+
+
+def test_255_is_a_class_like_any_other_in_a_mask_of_16_bits(ground, tmp_path):
+    raster, _ = ground
+    values = np.full((HEIGHT, WIDTH), 254, np.uint16)
+    values[:, 40:] = 255
+    labels = masks.read_labels(drawn(tmp_path, values), raster)
+    assert labels.classes.names == ("254", "255")
+    np.testing.assert_array_equal(labels.read(Window(0, 0, WIDTH, HEIGHT)), values - 254)
 
 
 def test_a_mask_on_the_rasters_grid_lies_where_it_lies(ground, tmp_path):
