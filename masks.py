@@ -12,6 +12,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -254,9 +255,29 @@ class Labels:
     mask_reference: bool
     counts: Mapping[str, int]
 
-    @property
+    @cached_property
     def uncovered(self) -> bool:
-        """Whether some ground is background."""
+        """Whether some pixel that counts is background; windows are looked at until one is."""
+        if self.mask_reference or not self._may_leave_ground():
+            return False
+        extent = Window(0, 0, self.raster.width, self.raster.height)
+        rows = -(-extent.height // SCAN_SIDE)
+        for row in np.random.default_rng(0).permutation(rows):  # ground is rare at the edges
+            grid = tiling.window_grid(extent, SCAN_SIDE, rows=slice(row, row + 1))
+            places = grid[tiling.WINDOW_COLUMNS].to_numpy()
+            for place in places[self.raster.may_count(places)].tolist():
+                bare = self._bare(Window(*place))
+                with suppress(InputError):  # what is damaged does not count
+                    if bare.any() and (bare & read_counted(self.raster, Window(*place))).any():
+                        return True
+        return False
+
+    def _may_leave_ground(self) -> bool:
+        """Tell, without reading pixels, whether some ground may have no label."""
+        raise NotImplementedError
+
+    def _bare(self, window: Window) -> np.ndarray:
+        """Tell which pixels (H, W) no polygon covers, or are known to have no class."""
         raise NotImplementedError
 
     @property
@@ -279,7 +300,9 @@ class Labels:
                 "%s leaves ground without a label, but %s are all classes; nothing is known there",
                 self.path.name, list(classes.names),
             )  # fmt: skip
-        return replace(self, classes=classes)
+        labels = replace(self, classes=classes)
+        labels.__dict__["uncovered"] = self.uncovered  # which may have been long work
+        return labels
 
     def read(self, window: Window, counted: np.ndarray | None = None) -> np.ndarray:
         """Read the class ids of a window, see `ImageData.LabelSource`."""
@@ -350,11 +373,7 @@ class PolygonLabels(Labels):
             self.df["label"].astype(str)
         )
 
-    @cached_property
-    def uncovered(self) -> bool:
-        """Whether some ground is background."""
-        if self.mask_reference:
-            return False
+    def _may_leave_ground(self) -> bool:
         ground = shapely.box(0, 0, self.raster.width, self.raster.height)
         shapes = self._shapes[self._tree.query(ground)]
         seen = shapely.clip_by_rect(shapes, *ground.bounds)
@@ -382,14 +401,21 @@ class PolygonLabels(Labels):
         return ids.fillna(IGNORE).to_numpy(dtype="uint8")
 
     def _paint(self, window: Window) -> np.ndarray:
-        mask = np.full((window.height, window.width), self._fill, dtype="uint8")
+        return self._draw(window, self._fill, self._ids)
+
+    def _bare(self, window: Window) -> np.ndarray:
+        return self._draw(window, 0, np.ones(len(self._shapes), dtype="uint8")) == 0
+
+    def _draw(self, window: Window, fill: int, numbers: np.ndarray) -> np.ndarray:
+        """Give the pixels of a window the number of the polygon that lies on top."""
+        mask = np.full((window.height, window.width), fill, dtype="uint8")
         x, y, width, height = window
         rows = np.sort(self._tree.query(shapely.box(x, y, x + width, y + height)))
         shapes = [
             shorten(shape, window) if count >= MANY_VERTICES else shape
             for shape, count in zip(self._shapes[rows], self._vertices[rows], strict=True)
         ]
-        burnt = [(s, int(i)) for s, i in zip(shapes, self._ids[rows], strict=True) if s is not None]
+        burnt = [(s, int(i)) for s, i in zip(shapes, numbers[rows], strict=True) if s is not None]
         if burnt:
             rasterio.features.rasterize(
                 burnt, out=mask, transform=rasterio.Affine.translation(x, y)
@@ -451,10 +477,17 @@ class MaskLabels(Labels):
         """See `Labels`."""
         return super().made_from | {"mask": self.mask.made_from, "offset": self.offset_xy}
 
-    @property
-    def uncovered(self) -> bool:
-        """Whether some ground is background: that whose value is 0."""
-        return not self.mask_reference and self.zeros > 0
+    def _may_leave_ground(self) -> bool:
+        return self.zeros > 0
+
+    def _bare(self, window: Window) -> np.ndarray:
+        pixels, known = self._pixels(window)
+        return known & (pixels == 0)
+
+    def _pixels(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
+        """See `_read_mask`; the window is the labelled raster's."""
+        left, top = self.offset_xy
+        return _read_mask(self.mask, window._replace(x=window.x - left, y=window.y - top))
 
     @cached_property
     def _table(self) -> tuple[np.ndarray, np.ndarray]:
@@ -466,15 +499,14 @@ class MaskLabels(Labels):
         return values, np.array([known[value] for value in values], dtype="uint8")
 
     def _paint(self, window: Window) -> np.ndarray:
-        there = window._replace(x=window.x - self.offset_xy[0], y=window.y - self.offset_xy[1])
-        pixels, known = _read_mask(self.mask, there)
+        pixels, known = self._pixels(window)
         values, ids = self._table
         place = np.searchsorted(values, pixels).clip(max=len(values) - 1)
         mask = np.where(known, ids[place], IGNORE).astype("uint8")
         if (strange := known & (values[place] != pixels)).any():
             raise InputError(
                 f"{self.path} has the values {np.unique(pixels[strange])[:SHOWN].tolist()} in "
-                f"window {tuple(there)}, which are not among CLASSES; was it written anew?"
+                f"window {tuple(window)}, which are not among CLASSES; was it written anew?"
             )
         return mask
 

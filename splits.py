@@ -465,7 +465,15 @@ def check_classes(tiles: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
             "lower min_annotated and class_proportion, raise SAMPLE_SIZES or train.max_tiles, or "
             "label more of them"
         )
-    for name in counts.index[(counts[["validation", "test"]] == 0).any(axis=1)]:
+    nowhere = counts.index[counts.sum(axis=1) == 0]
+    if len(nowhere):
+        log.warning(
+            "NO PIXEL of any tile is of %s; the model has a place for what it never sees, which is "
+            "in every mean: leave it out of CLASSES, or, if it is background, set MASK_REFERENCE = "
+            "True or restrict AOI_FILENAMES to ground that counts", list(nowhere),
+        )  # fmt: skip
+    few = (counts[["validation", "test"]] == 0).any(axis=1) & ~counts.index.isin(nowhere)
+    for name in counts.index[few]:
         log.warning(
             "class %s is not on the ground of every split: %s px", name, dict(counts.loc[name])
         )

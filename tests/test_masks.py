@@ -197,6 +197,35 @@ def test_ground_that_polygons_cover_whole_needs_no_background(ground):
     assert label(halves, [7, 30]).classes == masks.ClassTable(("7", "30"), {"7": 0, "30": 1})
 
 
+@pytest.mark.parametrize("gap", ["nodata", "ignored", "aoi", "sliver"])
+@pytest.mark.parametrize("drawn_as", ["polygons", "mask"])
+def test_ground_that_does_not_count_needs_no_background(tmp_path, gap, drawn_as):
+    pixels = np.full((1, HEIGHT, WIDTH), 7, np.uint8)
+    edge = 89.7 if gap == "sliver" else 60  # no pixel has its centre beyond
+    if gap == "nodata":
+        pixels[:, :, 60:] = 0
+    raster = make_raster(tmp_path, nodata=0 if gap == "nodata" else None, pixels=pixels)
+    side = shapely.box(60, 0, 90, 70)
+    regions = {
+        "ignored": fileio.Regions(ignored=(side,)),
+        "aoi": fileio.Regions(aoi=(shapely.box(0, 0, 60, 70),)),
+    }
+    raster = raster.with_regions(regions.get(gap))
+    halves = [shapely.box(-1, -1, 40, 71), shapely.box(40, -1, edge, 71)]
+    values = np.zeros((HEIGHT, WIDTH), np.uint8)
+    values[:, :40], values[:, 40 : 90 if gap == "sliver" else 60] = 1, 2
+
+    def names(on):
+        if drawn_as == "mask":
+            return masks.read_labels(drawn(tmp_path, values), on).classes.names
+        path = write_shapes(tmp_path / "l.gpkg", halves, raster, kind=[1, 2])
+        return masks.read_labels(path, on, attribute="kind").classes.names
+
+    assert names(raster) == ("1", "2")
+    if gap in regions:
+        assert names(raster.with_regions(None)) == ("background", "1", "2")
+
+
 def test_polygons_without_a_value_are_unknown_ground(ground, caplog):
     _, label = ground
     labels = label([shapely.box(0, 0, 9, 9), shapely.box(20, 0, 29, 9)], ["a", None])

@@ -373,6 +373,8 @@ def test_classes_that_training_never_sees_are_refused(caplog):
     counts = splits.check_classes(tiles, TABLE.names)
     assert counts.loc["b"].tolist() == [7, 1, 0]
     assert "class b is not on the ground of every split" in caplog.text
+    splits.check_classes(tiles.assign(class_0=0), TABLE.names)
+    assert f"NO PIXEL of any tile is of {[TABLE.names[0]]}" in caplog.text
     with pytest.raises(InputError, match="has 1 tiles but no labelled pixel"):
         splits.split_dataset_train_test(tiles.assign(class_0=[0, 0, 0], class_1=[1, 0, 1],
                                                      class_2=[0, 0, 1]), 1.0, 0)  # fmt: skip
