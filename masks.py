@@ -545,6 +545,7 @@ def read_labels(
     mask_reference: bool = False,
     coordinates: str = "auto",
     layer: str | None = None,
+    image_column: str | None = None,
     attribute_filter: str | None = None,
     default_label: str | None = None,
     workers: int | None = 1,
@@ -552,15 +553,16 @@ def read_labels(
     """Read the labels of one raster.
 
     Args:
-        path: Polygons in any file that `annotations.read_annotations` reads, or a mask raster with
-            one band of whole numbers, of the raster's size or on its grid. Of a mask, 0 is
-            background, and unknown is nodata, and 255 in a mask of bytes.
+        path: Polygons in any file (or at any address) that `annotations.read_annotations` reads, or
+            a mask raster with one band of whole numbers, of the raster's size or on its grid. Of a
+            mask, 0 is background, and unknown is nodata, and 255 in a mask of bytes.
         raster: The raster.
         attribute: Of the polygons, which tells their class. COCO names its classes itself.
         classes: See `make_table`; for several rasters, `resolve_classes` fixes them together.
         mask_reference: Ground without a label is unknown, instead of background.
         coordinates: See `annotations.ReadingOptions`.
         layer: Layer of a vector file with several.
+        image_column: See `annotations.ReadingOptions`.
         attribute_filter: See `annotations.ReadingOptions`.
         default_label: Likewise, of polygons.
         workers: Processes that look for the values of a mask raster; None takes all cores.
@@ -580,7 +582,8 @@ def read_labels(
     else:
         cleaned = annotations.read_annotations(
             path, raster, label_column=attribute or "label", coordinates=coordinates, layer=layer,
-            attribute_filter=attribute_filter, default_label=default_label, polygons_only=True,
+            image_column=image_column, attribute_filter=attribute_filter,
+            default_label=default_label, polygons_only=True,
         )  # fmt: skip
         labels = _place_polygons(path, raster, cleaned, attribute or "label", mask_reference)
     try:
@@ -775,8 +778,9 @@ def save_labels(folder: Path, labels: Mapping[str, PolygonLabels | MaskLabels]) 
     """
     entries = []
     for number, (name, source) in enumerate(labels.items()):
+        address = fileio.address_of(source.path)
         entry = {
-            "raster": name, "path": str(Path(source.path).absolute()),
+            "raster": name, "path": address or str(Path(source.path).absolute()),
             "mask_reference": source.mask_reference, "counts": dict(source.counts),
         }  # fmt: skip
         if isinstance(source, PolygonLabels):

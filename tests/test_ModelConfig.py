@@ -174,3 +174,15 @@ def test_wrong_bands_and_stratifications_are_refused(tmp_path, text, message):
     with pytest.raises(InputError) as error:
         run_with(tmp_path, text)
     assert message in str(error.value)
+
+
+def test_annotations_may_lie_at_addresses(tmp_path):
+    run = run_with(
+        tmp_path, "TASK: segmentation\nIMAGE_FILENAMES: [a.tif, b.tif]\nDF_DIR: data\n"
+        "DF_FILENAMES: [a.gpkg, 's3://box/b.gpkg']\nAOI_FILENAMES: [/vsizip/x.zip/y.gpkg, null]\n"
+        "AUXILIARY: {aux_vector_file: 'https://host/roads.fgb'}\nIMAGE_COLUMN_NAME: img",
+    )  # fmt: skip
+    assert run.df_paths == [Path("data/a.gpkg"), "s3://box/b.gpkg"]
+    assert run.region_paths == [("/vsizip/x.zip/y.gpkg", None), (None, None)]
+    assert run.auxiliary.aux_vector_file == "https://host/roads.fgb"
+    assert run.labelling_options()["image_column"] == "img"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
+from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
@@ -21,6 +23,7 @@ import fileio
 import masks
 import tiling
 from ImageData import InputError, Window
+from ModelConfig import AuxiliaryOptions
 
 UTM = "EPSG:32633"
 TRANSFORM = rasterio.Affine(0.5, 0, 500_000, 0, -0.5, 4_000_000)  # 0.5 m
@@ -289,6 +292,36 @@ def test_coco_polygons_are_labels(ground, tmp_path):
     assert labels.classes.names == ("background", "road", "roof")
     assert np.bincount(mask.ravel()).tolist() == [6100, 100, 100]
     assert labels.quarantine["reason"].tolist() == ["no polygon"]
+
+
+def test_rows_of_other_rasters_do_not_count(tmp_path):
+    rasters = [make_raster(tmp_path, name) for name in ("a", "b")]
+    shapes = [shapely.box(0, 0, 40, 70), shapely.box(40, 0, 60, 70)]
+    path = write_shapes(tmp_path / "l.gpkg", shapes, rasters[0], img=["a", "b"], kind=["x", "y"])
+    images, table = masks.label_images(rasters, [path, path], attributes="kind", image_column="img")
+    seen = [image.labels.read(Window(0, 0, WIDTH, 1))[0, [20, 50]].tolist() for image in images]
+    assert seen == [[table.names.index("x"), 0], [0, table.names.index("y")]]
+
+
+@pytest.mark.parametrize("as_path", [False, True])
+def test_vector_files_are_read_at_their_addresses(ground, tmp_path, as_path):
+    raster, label = ground
+    shape = shapely.box(10, 10, 30, 20)
+    expected = label([shape], ["a"]).read(Window(0, 0, 90, 70))
+    path = write_shapes(tmp_path / "l.gpkg", [shape], raster, kind=["a"])
+    with zipfile.ZipFile(tmp_path / "l.zip", "w") as archive:
+        archive.write(path, "in/l.gpkg")
+    path.unlink()
+    address = f"/vsizip/{tmp_path}/l.zip/in/l.gpkg"
+    address = Path(address) if as_path else address
+    labels = masks.read_labels(address, raster, attribute="kind")
+    np.testing.assert_array_equal(labels.read(Window(0, 0, 90, 70)), expected)
+    band = masks.with_auxiliary_bands(raster, AuxiliaryOptions(aux_vector_file=str(address)))
+    np.testing.assert_array_equal(band.read(Window(0, 0, 90, 70))[-1], expected)
+    with pytest.raises(InputError, match=r"none\.gpkg cannot be read as annotations"):
+        masks.read_labels(f"/vsizip/{tmp_path}/l.zip/none.gpkg", raster)
+    with pytest.raises(InputError, match="is an address, of which only vector files"):
+        masks.read_labels(f"/vsizip/{tmp_path}/l.zip/l.csv", raster)
 
 
 # -- classes ----------------------------------------------------------------------------------
