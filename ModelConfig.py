@@ -51,6 +51,11 @@ FileName = Annotated[str, Field(min_length=1)]
 FilePath = Annotated[FileName, BeforeValidator(lambda v: str(v) if isinstance(v, Path) else v)]
 
 
+def _place(folder: Path, name: str) -> Path | str:
+    """Return where a file is: in the folder, or at its address (`https://...`, `/vsi...`)."""
+    return name if "://" in name or name.startswith("/vsi") else folder / name
+
+
 def _devices(value: object) -> object:
     """Read text as a command line gives it: "2" as a number of devices, "2,3" or "2," as which."""
     if isinstance(value, str) and re.fullmatch(r"\d+(,\d+)*,?", value):
@@ -497,7 +502,7 @@ class RunParameters:
     CLIP_TO_RASTER: bool
     DROP_DUPLICATES: bool
     LABEL_PERCENTILE: Annotated[float, Field(gt=0, le=100)]
-    CLASSES: Positive | list[FileName] | dict[FileName | int, FileName | int] | None
+    CLASSES: Positive | list[FileName | int] | dict[FileName | int, FileName | int] | None
     MASK_REFERENCE: bool
     ROTATION_ANGLES: list[Literal[90, 180, 270]]
     IMAGE_OUTPUT_DIRECTORY: Path | None
@@ -828,17 +833,14 @@ class RunParameters:
         return self._raster_paths(self.PREDICT_FILENAMES)
 
     def _raster_paths(self, names: Sequence[str]) -> list[Path | str]:
-        remote = ("://", "/vsi")
-        return [
-            name if any(mark in name for mark in remote) else self.IMG_DIR / name for name in names
-        ]
+        return [_place(self.IMG_DIR, name) for name in names]
 
     @property
     def auxiliary(self) -> AuxiliaryOptions | None:
         """Which bands the rasters get beside their own; the vector file is in `DF_DIR`."""
         if self.AUXILIARY is None or self.AUXILIARY.aux_vector_file is None:
             return self.AUXILIARY
-        path = str(self.DF_DIR / self.AUXILIARY.aux_vector_file)
+        path = str(_place(self.DF_DIR, self.AUXILIARY.aux_vector_file))
         return replace(self.AUXILIARY, aux_vector_file=path)
 
     @property
@@ -851,20 +853,20 @@ class RunParameters:
         return [folder / f"{{raster}}.{suffix}" for suffix in dict.fromkeys(suffixes)]
 
     @property
-    def region_paths(self) -> list[tuple[Path | None, Path | None]]:
+    def region_paths(self) -> list[tuple[Path | str | None, Path | str | None]]:
         """Return the files of the area of interest and of ignored regions of each raster."""
         nothing = [None] * len(self.IMAGE_FILENAMES)
         return [
-            tuple(self.DF_DIR / name if name else None for name in names)
+            tuple(_place(self.DF_DIR, name) if name else None for name in names)
             for names in zip(
                 self.AOI_FILENAMES or nothing, self.IGNORE_FILENAMES or nothing, strict=True
             )
         ]
 
     @property
-    def df_paths(self) -> list[Path]:
-        """Paths of the annotation tables, in the order of the rasters."""
-        return [self.DF_DIR / name for name in self.DF_FILENAMES]
+    def df_paths(self) -> list[Path | str]:
+        """Paths, or addresses, of the annotation files, in the order of the rasters."""
+        return [_place(self.DF_DIR, name) for name in self.DF_FILENAMES]
 
     @property
     def label_columns(self) -> list[str]:
@@ -931,6 +933,7 @@ class RunParameters:
             "region_paths": self.region_paths,
             "coordinates": self.COORDINATES,
             "layer": self.LAYER,
+            "image_column": self.IMAGE_COLUMN_NAME,
             "attribute_filter": self.ATTRIBUTE_FILTER,
             "default_label": self.DEFAULT_LABEL,
             "workers": self.WORKERS,

@@ -1014,7 +1014,7 @@ def _merge_labels(
         images.append(ImageData(_ignore_real(raster, part.real), identifier, last.df))
         reports.append(report)
         log.info(
-            "%s: kept %d of %d rows, %d in quarantine", path.name, len(last.df),
+            "%s: kept %d of %d rows, %d in quarantine", Path(path).name, len(last.df),
             len(last.df) + dropped, dropped,
         )  # fmt: skip
     report = pd.concat(reports, ignore_index=True)

@@ -36,6 +36,7 @@ REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENO
 PROBE_BYTES = 2**20  # a disk that cannot take them is full
 STALE_SECONDS = 86_400.0  # from then on a temporary file of another machine is a stray
 LOCK_NAME = ".lock"
+SCHEMES = {"https": "vsicurl", "http": "vsicurl", "s3": "vsis3", "gs": "vsigs", "az": "vsiaz"}
 
 # ---------------------------------------------------------------------------------------------
 # Atomic artefacts
@@ -204,6 +205,34 @@ def recreate_directory(directory: Path) -> Path:
 # ---------------------------------------------------------------------------------------------
 # Manifests: what a finished stage was made from
 # ---------------------------------------------------------------------------------------------
+
+
+def address_of(path: Path | str) -> str | None:
+    """Return what GDAL is to open of an address; None: it is the path of a file.
+
+    Args:
+        path: `https://`, `s3://` and the like, or a path of GDAL's virtual file systems, `/vsi...`.
+            A `Path` made of it lacks one of two slashes, which is put back.
+
+    Raises:
+        InputError: It has an unknown scheme.
+    """
+    text = str(path)
+    if match := re.match(r"^(\w{2,}):/{1,2}([^/].*)$", text):
+        scheme, rest = match.groups()
+        if scheme not in SCHEMES:
+            raise InputError(f"{text} starts with {scheme}://, expected one of {list(SCHEMES)}")
+        prefix = f"{scheme}://" if scheme.startswith("http") else ""
+        return f"/{SCHEMES[scheme]}/{prefix}{rest}"
+    if not text.startswith("/vsi"):
+        return None
+    text = re.sub(r"\b(https?|ftp):/(?=[^/])", r"\1://", text)
+    if match := re.match(r"^(/vsi(?:zip|tar|gzip|7z|rar)/)((?!vsi)[^/{].*)$", text):
+        here, there = (Path(start + match[2]) for start in ("", "/"))
+        is_archive = [any(p.is_file() for p in (place, *place.parents)) for place in (here, there)]
+        if is_archive == [False, True]:
+            return f"{match[1]}/{match[2]}"
+    return text
 
 
 def fingerprint(value: object) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from artefacts import (
     FullDiskError,
     Journal,
+    address_of,
     append_line,
     atomic_path,
     exclusive,
@@ -49,7 +50,7 @@ from rasters import Raster, Regions, create_raster, read_raster, read_rasters
 
 __all__ = [
     "ANNOTATION_SUFFIXES", "PIXEL_COLUMNS", "AnnotationFile", "FullDiskError", "Journal", "Raster",
-    "Regions", "annotation_writer", "append_line", "atomic_path", "check_layout",
+    "Regions", "address_of", "annotation_writer", "append_line", "atomic_path", "check_layout",
     "content_fingerprint", "create_raster", "diagnose", "exclusive", "files_of", "fingerprint",
     "hash_rows", "identifier_from_tilename", "is_finished", "main", "mark_finished",
     "raster_fingerprint", "read_annotation_file", "read_colormap", "read_raster", "read_rasters",

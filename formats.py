@@ -46,7 +46,7 @@ import shapely
 import yaml
 
 import imutils
-from artefacts import atomic_path, find_full
+from artefacts import address_of, atomic_path, find_full
 from ImageData import BOX_COLUMNS, CENTER_COLUMNS, InputError, RasterHandle
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def read_annotation_file(
     """Read an annotation file of any format, by its suffix and content.
 
     Args:
-        path: The file.
+        path: The file, or the address of a vector file (`https://`, `s3://`, `/vsi...`).
         raster: The raster it annotates; COCO files are searched for its name, YOLO files are
             scaled by its size.
         layer: Layer of a vector file; None takes the only one that holds geometries.
@@ -106,15 +106,21 @@ def read_annotation_file(
     """
     path = Path(path)
     suffix = path.suffix.lower()
+    remote = address_of(path) is not None
+    if remote and suffix in (".csv", ".parquet", ".xml", ".txt"):
+        raise InputError(
+            f"{path} is an address, of which only vector files are read, such as GeoPackage, "
+            "FlatGeobuf or GeoJSON; copy it to DF_DIR"
+        )
     if suffix == ".csv":
         return AnnotationFile(read_table(path, text_columns), "table")
-    if not path.exists():
+    if not remote and not path.exists():
         raise InputError(f"annotation file {path} does not exist; check DF_DIR and the names in it")
     if path.is_file() and not path.stat().st_size:
         raise InputError(f"{path} is empty (0 bytes); write it again, or leave its raster out")
     if suffix == ".parquet":
         file = _read_parquet(path)
-    elif suffix == ".json":
+    elif suffix == ".json" and not remote:
         file = _read_json(path, raster, layer)
     elif suffix == ".xml":
         file = _read_voc(path, raster)
@@ -204,9 +210,11 @@ def _read_parquet(path: Path) -> AnnotationFile:
 
 def _read_vector(path: Path, layer: str | None) -> AnnotationFile:
     _check_name(path)
+    address = address_of(path)
+    source = address or path
     remedy = "expected CSV, Parquet, COCO, Pascal VOC, YOLO, or a vector file that GDAL reads"
     with _parsing(path, "annotations", remedy):
-        layers = {name: kind for name, kind in pyogrio.list_layers(path) if name != STYLES}
+        layers = {name: kind for name, kind in pyogrio.list_layers(source) if name != STYLES}
         if layer is None:
             spatial = [name for name, kind in layers.items() if kind is not None] or list(layers)
             if len(spatial) != 1:
@@ -215,20 +223,20 @@ def _read_vector(path: Path, layer: str | None) -> AnnotationFile:
         elif layer not in layers:
             raise InputError(f"{path} has no layer {layer!r}, only {list(layers)}; set LAYER")
         df = pyogrio.read_dataframe(
-            path, layer=layer, use_arrow=True, on_invalid="ignore",
+            source, layer=layer, use_arrow=True, on_invalid="ignore",
             arrow_to_pandas_kwargs={"integer_object_nulls": True},  # 1 beside null stays 1
         )  # fmt: skip
         file = _from_frame(df)
     if file.df.empty:
         raise InputError(f"layer {layer!r} of {path} is empty; choose another with LAYER")
-    null = path.suffix.lower() in (".geojson", ".json") and _crs_is_null(path)
+    null = not address and path.suffix.lower() in (".geojson", ".json") and _crs_is_null(path)
     return AnnotationFile(file.df, file.kind, None if null else file.crs)
 
 
 def _check_name(path: Path) -> None:
     """Refuse a name that pyogrio would take for an address, parts of which it would drop."""
     reached = pyogrio.util.vsi_path(path)
-    if reached != str(path) and not reached.startswith("/vsi"):
+    if address_of(path) is None and reached != str(path) and not reached.startswith("/vsi"):
         raise InputError(
             f"{str(path)!r} would be taken for {reached!r}, for the path of a vector file may hold "
             "no tab or line feed, and its name no semicolon; rename it"

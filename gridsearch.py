@@ -812,7 +812,9 @@ def _auxiliary_record(raster: fileio.Raster) -> dict[str, Any] | None:
     if options is None:
         return None
     file = options.aux_vector_file
-    return asdict(options) | {"aux_vector_file": file and str(Path(file).absolute())}
+    if file and not fileio.address_of(file):
+        file = str(Path(file).absolute())
+    return asdict(options) | {"aux_vector_file": file}
 
 
 def _load_search(run_dir: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -122,7 +123,9 @@ def make_table(values: Iterable[object], classes: Classes, *, background: bool) 
         classes: What they mean. None: each is a class, ids in the order of their numbers if all are
             whole numbers, else of the names. A sequence: these values are the classes, in this
             order. A mapping value -> name: values of one name are one class, in the order in which
-            the names come first. A mapping value -> number: classes in the order of the numbers.
+            the names come first. A mapping value -> number: values of one number are one class, of
+            the numbers 0, 1, 2 and so on; 0 is the background, where there is one, and without one
+            the numbers may begin with 1, which is class id 0 then.
             A number: of how many classes there are, with or without the background, which is
             number 0 in any case; values that are whole numbers are the classes' own numbers, others
             are numbered by name. A table stays as it is.
@@ -144,7 +147,7 @@ def make_table(values: Iterable[object], classes: Classes, *, background: bool) 
     elif isinstance(classes, Mapping):
         meanings = {text_of(value): meaning for value, meaning in classes.items()}
         if all(isinstance(m, int) and not isinstance(m, bool) for m in meanings.values()):
-            named = {value: value for value in sorted(meanings, key=meanings.get)}
+            named = _named_by_number(meanings, background)
         else:
             named = {value: str(meaning) for value, meaning in meanings.items()}
     else:
@@ -154,6 +157,23 @@ def make_table(values: Iterable[object], classes: Classes, *, background: bool) 
     if background:
         names = [BACKGROUND, *(name for name in names if name != BACKGROUND)]
     return ClassTable(tuple(names), {value: names.index(name) for value, name in named.items()})
+
+
+def _named_by_number(numbers: Mapping[str, int], background: bool) -> dict[str, str]:
+    """Give values, in the order of their numbers, the name of all that share the number."""
+    groups: dict[int, list[str]] = {}
+    for value, number in sorted(numbers.items(), key=lambda item: item[1]):
+        groups.setdefault(number, []).append(value)
+    first = min(groups, default=0)
+    if first not in (0, 1) or list(groups) != list(range(first, first + len(groups))):
+        raise InputError(
+            "class numbers in CLASSES must be 0, 1, 2 and so on, without a gap (0 is the "
+            f"background), got {list(groups)}; number anew, or give names instead"
+        )
+    names = {number: "+".join(values) for number, values in groups.items()}
+    if background and 0 in names:
+        names[0] = BACKGROUND
+    return {value: names[number] for number, values in groups.items() for value in values}
 
 
 def _numbered(found: Sequence[str], count: int) -> ClassTable:
@@ -243,9 +263,29 @@ class Labels:
     mask_reference: bool
     counts: Mapping[str, int]
 
-    @property
+    @cached_property
     def uncovered(self) -> bool:
-        """Whether some ground is background."""
+        """Whether some pixel that counts is background; windows are looked at until one is."""
+        if self.mask_reference or not self._may_leave_ground():
+            return False
+        extent = Window(0, 0, self.raster.width, self.raster.height)
+        rows = -(-extent.height // SCAN_SIDE)
+        for row in np.random.default_rng(0).permutation(rows):  # ground is rare at the edges
+            grid = tiling.window_grid(extent, SCAN_SIDE, rows=slice(row, row + 1))
+            places = grid[tiling.WINDOW_COLUMNS].to_numpy()
+            for place in places[self.raster.may_count(places)].tolist():
+                bare = self._bare(Window(*place))
+                with suppress(InputError):  # what is damaged does not count
+                    if bare.any() and (bare & read_counted(self.raster, Window(*place))).any():
+                        return True
+        return False
+
+    def _may_leave_ground(self) -> bool:
+        """Tell, without reading pixels, whether some ground may have no label."""
+        raise NotImplementedError
+
+    def _bare(self, window: Window) -> np.ndarray:
+        """Tell which pixels (H, W) no polygon covers, or are known to have no class."""
         raise NotImplementedError
 
     @property
@@ -269,7 +309,9 @@ class Labels:
                 "%s leaves ground without a label, but %s are all classes; nothing is known there",
                 self.path.name, list(classes.names),
             )  # fmt: skip
-        return replace(self, classes=classes)
+        labels = replace(self, classes=classes)
+        labels.__dict__["uncovered"] = self.uncovered  # which may have been long work
+        return labels
 
     def read(self, window: Window, counted: np.ndarray | None = None) -> np.ndarray:
         """Read the class ids of a window, see `ImageData.LabelSource`."""
@@ -342,11 +384,7 @@ class PolygonLabels(Labels):
             self.df["label"].astype(str)
         )
 
-    @cached_property
-    def uncovered(self) -> bool:
-        """Whether some ground is background."""
-        if self.mask_reference:
-            return False
+    def _may_leave_ground(self) -> bool:
         ground = shapely.box(0, 0, self.raster.width, self.raster.height)
         shapes = self._shapes[self._tree.query(ground)]
         seen = shapely.clip_by_rect(shapes, *ground.bounds)
@@ -374,14 +412,21 @@ class PolygonLabels(Labels):
         return ids.fillna(IGNORE).to_numpy(dtype="uint8")
 
     def _paint(self, window: Window) -> np.ndarray:
-        mask = np.full((window.height, window.width), self._fill, dtype="uint8")
+        return self._draw(window, self._fill, self._ids)
+
+    def _bare(self, window: Window) -> np.ndarray:
+        return self._draw(window, 0, np.ones(len(self._shapes), dtype="uint8")) == 0
+
+    def _draw(self, window: Window, fill: int, numbers: np.ndarray) -> np.ndarray:
+        """Give the pixels of a window the number of the polygon that lies on top."""
+        mask = np.full((window.height, window.width), fill, dtype="uint8")
         x, y, width, height = window
         rows = np.sort(self._tree.query(shapely.box(x, y, x + width, y + height)))
         shapes = [
             shorten(shape, window) if count >= MANY_VERTICES else shape
             for shape, count in zip(self._shapes[rows], self._vertices[rows], strict=True)
         ]
-        burnt = [(s, int(i)) for s, i in zip(shapes, self._ids[rows], strict=True) if s is not None]
+        burnt = [(s, int(i)) for s, i in zip(shapes, numbers[rows], strict=True) if s is not None]
         if burnt:
             rasterio.features.rasterize(
                 burnt, out=mask, transform=rasterio.Affine.translation(x, y)
@@ -443,10 +488,17 @@ class MaskLabels(Labels):
         """See `Labels`."""
         return super().made_from | {"mask": self.mask.made_from, "offset": self.offset_xy}
 
-    @property
-    def uncovered(self) -> bool:
-        """Whether some ground is background: that whose value is 0."""
-        return not self.mask_reference and self.zeros > 0
+    def _may_leave_ground(self) -> bool:
+        return self.zeros > 0
+
+    def _bare(self, window: Window) -> np.ndarray:
+        pixels, known = self._pixels(window)
+        return known & (pixels == 0)
+
+    def _pixels(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
+        """See `_read_mask`; the window is the labelled raster's."""
+        left, top = self.offset_xy
+        return _read_mask(self.mask, window._replace(x=window.x - left, y=window.y - top))
 
     @cached_property
     def _table(self) -> tuple[np.ndarray, np.ndarray]:
@@ -458,15 +510,14 @@ class MaskLabels(Labels):
         return values, np.array([known[value] for value in values], dtype="uint8")
 
     def _paint(self, window: Window) -> np.ndarray:
-        there = window._replace(x=window.x - self.offset_xy[0], y=window.y - self.offset_xy[1])
-        pixels, known = _read_mask(self.mask, there)
+        pixels, known = self._pixels(window)
         values, ids = self._table
         place = np.searchsorted(values, pixels).clip(max=len(values) - 1)
         mask = np.where(known, ids[place], IGNORE).astype("uint8")
         if (strange := known & (values[place] != pixels)).any():
             raise InputError(
                 f"{self.path} has the values {np.unique(pixels[strange])[:SHOWN].tolist()} in "
-                f"window {tuple(there)}, which are not among CLASSES; was it written anew?"
+                f"window {tuple(window)}, which are not among CLASSES; was it written anew?"
             )
         return mask
 
@@ -486,7 +537,9 @@ def _read_mask(mask: fileio.Raster, window: Window) -> tuple[np.ndarray, np.ndar
     inside = ((y >= 0) & (y < mask.height))[:, None] & ((x >= 0) & (x < mask.width))
     if mask.masked or mask.nodata[0] not in (None, 0):
         inside &= mask.read_valid(window, image)
-    return image[0], inside & (image[0] != IGNORE)
+    if np.dtype(mask.dtype).itemsize == 1:
+        inside &= image[0] != IGNORE
+    return image[0], inside
 
 
 # ---------------------------------------------------------------------------------------------
@@ -503,6 +556,7 @@ def read_labels(
     mask_reference: bool = False,
     coordinates: str = "auto",
     layer: str | None = None,
+    image_column: str | None = None,
     attribute_filter: str | None = None,
     default_label: str | None = None,
     workers: int | None = 1,
@@ -510,15 +564,16 @@ def read_labels(
     """Read the labels of one raster.
 
     Args:
-        path: Polygons in any file that `annotations.read_annotations` reads, or a mask raster with
-            one band of whole numbers, of the raster's size or on its grid. Of a mask, 0 is
-            background, and 255 or nodata is unknown.
+        path: Polygons in any file (or at any address) that `annotations.read_annotations` reads, or
+            a mask raster with one band of whole numbers, of the raster's size or on its grid. Of a
+            mask, 0 is background, and unknown is nodata, and 255 in a mask of bytes.
         raster: The raster.
         attribute: Of the polygons, which tells their class. COCO names its classes itself.
         classes: See `make_table`; for several rasters, `resolve_classes` fixes them together.
         mask_reference: Ground without a label is unknown, instead of background.
         coordinates: See `annotations.ReadingOptions`.
         layer: Layer of a vector file with several.
+        image_column: See `annotations.ReadingOptions`.
         attribute_filter: See `annotations.ReadingOptions`.
         default_label: Likewise, of polygons.
         workers: Processes that look for the values of a mask raster; None takes all cores.
@@ -538,7 +593,8 @@ def read_labels(
     else:
         cleaned = annotations.read_annotations(
             path, raster, label_column=attribute or "label", coordinates=coordinates, layer=layer,
-            attribute_filter=attribute_filter, default_label=default_label, polygons_only=True,
+            image_column=image_column, attribute_filter=attribute_filter,
+            default_label=default_label, polygons_only=True,
         )  # fmt: skip
         labels = _place_polygons(path, raster, cleaned, attribute or "label", mask_reference)
     try:
@@ -735,8 +791,9 @@ def save_labels(folder: Path, labels: Mapping[str, PolygonLabels | MaskLabels]) 
     """
     entries = []
     for number, (name, source) in enumerate(labels.items()):
+        address = fileio.address_of(source.path)
         entry = {
-            "raster": name, "path": str(Path(source.path).absolute()),
+            "raster": name, "path": address or str(Path(source.path).absolute()),
             "mask_reference": source.mask_reference, "counts": dict(source.counts),
         }  # fmt: skip
         if isinstance(source, PolygonLabels):

@@ -32,11 +32,14 @@ UNTOUCHED: dict[str, Any] = {
     "AUXILIARY": None, "TILE_OVERLAP": 0, "MIN_ANNOTATED": 0, "CLASS_PROPORTION": {},
     "BALANCE_SEARCH": [], "PATCH_SIZES": [256], "BATCH_SIZES": [4], "N_EPOCHS": [4],
     "LEARNING_RATES": [0.001], "STRETCH": "auto", "BACKBONE": "resnet18", "WEIGHTS": None,
-    "INIT_FROM": None,
+    "INIT_FROM": None, "ROTATION_ANGLES": [90, 180, 270], "CENSORED_PIXELS_LIMIT": 2500,
     "OPTIMIZER": "adamw", "MODEL_OPTIONS": {}, "PREDICT_FILENAMES": [], "PREDICT_FROM": None,
     "PREDICT_OPTIONS": {}, "VISUALIZATION": {}, "RUN_NAME": "first_run", "RUNS_DIR": "runs",
     "ACCELERATOR": "auto", "DEVICES": 1, "LOGGER": "default", "LOGGER_OPTIONS": {},
 }  # fmt: skip
+# What an experiment of a YAML has where no key says so, and the notebook may: no turned twins of
+# training tiles, which would multiply num_trn_samples, and no tile left out for being black.
+SILENT: dict[str, Any] = {"ROTATION_ANGLES": [], "CENSORED_PIXELS_LIMIT": 10**9}
 ARCHITECTURES = (
     "unet", "unetplusplus", "manet", "linknet", "fpn", "pspnet", "deeplabv3", "deeplabv3plus",
     "pan", "upernet", "segformer", "dpt",
@@ -203,6 +206,12 @@ def _bands(value: object, source: Source) -> dict[str, Any]:
             raise ValueError(f"BGR_to_RGB needs three bands, number_of_bands is {value}")
         bands[:3] = bands[2::-1]
     return {"BANDS": bands}
+
+
+def _reversed(value: object, source: Source) -> _Noted:
+    if _flag(value, source) and "global.number_of_bands" not in source.given:
+        raise ValueError("is True, so that number_of_bands must be given, too, 3 or more")
+    return _Noted(f"BANDS, reversed: {value}")
 
 
 def _model(value: object, source: Source) -> dict[str, Any]:
@@ -468,7 +477,7 @@ KEYS: dict[str, tuple[str, Convert]] = {
     "global.num_gpus": ("DEVICES", _gpus),
     "global.max_used_ram": ("MODEL_OPTIONS/max_used_ram", _gpu_limit),
     "global.max_used_perc": ("MODEL_OPTIONS/max_used_perc", _gpu_limit),
-    "global.BGR_to_RGB": ("BANDS", lambda v, s: _Noted(f"BANDS, reversed: {_flag(v, s)}")),
+    "global.BGR_to_RGB": ("BANDS", _reversed),
     "global.scale_data": ("STRETCH", _scale),
     "global.aux_vector_file": ("AUXILIARY/aux_vector_file", _file),
     "global.aux_vector_attrib": ("AUXILIARY/aux_vector_attrib", _auxiliary("file", _text)),
@@ -573,7 +582,7 @@ def read_config(path: Path | str) -> OldConfig:
     given, problems = _flatten(sections)
     source = Source(path, {key: value for key, value in given.items() if not _is_blank(value)})
     values: dict[str, Any] = {
-        "TASK": "segmentation", "RUN_NAME": re.sub(r"[^\w.+-]", "_", path.stem),
+        "TASK": "segmentation", "RUN_NAME": re.sub(r"[^\w.+-]", "_", path.stem), **SILENT,
     }  # fmt: skip
     bucket = source.get("global.bucket_name")
     if "sample.prep_csv_file" not in source.given:
@@ -603,8 +612,9 @@ def read_config(path: Path | str) -> OldConfig:
     if any(key.startswith(f"{AUGMENTATION}.") for key in given) and not any(
         key.startswith(f"{AUGMENTATION}.") for key in source.given
     ):
-        values.setdefault("MODEL_OPTIONS", {})["train.augment.enabled"] = False
-        rows.append((AUGMENTATION, "blank", "MODEL_OPTIONS train.augment.enabled = False"))
+        for option in ("train.augment.enabled", "train.random_windows"):
+            values.setdefault("MODEL_OPTIONS", {})[option] = False
+            rows.append((AUGMENTATION, "blank", f"MODEL_OPTIONS {option} = False"))
     if problems:
         raise InputError(f"CONFIG_YAML {path}:\n" + "\n".join(problems))
     return OldConfig(values, pd.DataFrame(rows, columns=["key", "value", "here"]), text)
@@ -631,8 +641,8 @@ def merge(given: Mapping[str, Any], config: OldConfig) -> dict[str, Any]:
                     for k in value.keys() & here.keys() if here[k] != value[k]]  # fmt: skip
             clashes += sorted(both)
             merged[name] = {**here, **value}
-        elif name == "RUN_NAME" and here != untouched:
-            continue  # no key says it; it is only the file's name where nobody gives one
+        elif name in ("RUN_NAME", *SILENT) and here != untouched:
+            continue  # no key says it
         elif here not in (untouched, value):
             clashes.append(f"{name} = {here!r}, but the YAML says {value!r}")
         else:

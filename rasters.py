@@ -10,7 +10,6 @@ import errno
 import hashlib
 import logging
 import os
-import re
 import threading
 import warnings
 from collections import OrderedDict
@@ -32,7 +31,7 @@ from rasterio.enums import ColorInterp, Interleaving, MaskFlags, Resampling
 from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as RasterioWindow
 
-from artefacts import atomic_path, find_full
+from artefacts import address_of, atomic_path, find_full
 from ImageData import InputError, Window
 
 log = logging.getLogger(__name__)
@@ -48,7 +47,6 @@ MAX_BANDS = 1024  # read at once; a damaged header may promise tens of thousands
 MAX_BLOCK_BYTES = 2**29  # decoded at once; a header may declare more than any memory holds
 OVERVIEW_CELLS = 8  # px of an overview along a window's side, at least, that tell if it is empty
 MAX_OPEN_DATASETS = 32  # per thread; GDAL keeps a file descriptor and buffers for each
-SCHEMES = {"https": "vsicurl", "http": "vsicurl", "s3": "vsis3", "gs": "vsigs", "az": "vsiaz"}
 # a remote folder is not listed, and no file is looked for beside the raster
 REMOTE = {
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "GDAL_HTTP_MAX_RETRY": "3",
@@ -710,16 +708,9 @@ def _is_remote(source: str) -> bool:
 
 def _source(path: Path | str) -> tuple[str, bool]:
     """Return what GDAL is to open, and whether it is a file on this machine."""
+    if address := address_of(path):
+        return address, False
     text = str(path)
-    # a `Path` made of an address has but one of its slashes
-    if match := re.match(r"^(\w{2,}):/{1,2}([^/].*)$", text):
-        scheme, rest = match.groups()
-        if scheme not in SCHEMES:
-            raise InputError(f"{text} starts with {scheme}://, expected one of {list(SCHEMES)}")
-        prefix = f"{scheme}://" if scheme.startswith("http") else ""
-        return f"/{SCHEMES[scheme]}/{prefix}{rest}", False
-    if text.startswith("/vsi"):
-        return text, False
     if not Path(text).exists():
         raise InputError(f"raster {text} does not exist; check its name (IMG_DIR, IMAGE_FILENAMES)")
     if Path(text).suffix.lower() in (".fits", ".fit", ".fts"):

@@ -438,7 +438,9 @@ def check_labels(tiles: pd.DataFrame, boxes: pd.DataFrame) -> pd.DataFrame:
     return counts
 
 
-def check_classes(tiles: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+def check_classes(
+    tiles: pd.DataFrame, names: Sequence[str], ignored: int | None = None
+) -> pd.DataFrame:
     """Count the pixels per class and split, and refuse classes that the training never sees.
 
     Tiles that overlap count their common ground as often as they show it.
@@ -446,6 +448,7 @@ def check_classes(tiles: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
     Args:
         tiles: The tiles of a trial, of all splits.
         names: Of the classes, by class id.
+        ignored: Class id of ground that does not count; None: there is none.
 
     Returns:
         One row per class, named by it, one column per split, in px.
@@ -467,6 +470,15 @@ def check_classes(tiles: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
             "label more of them"
         )
     there = counts[counts.sum(axis=1) > 0]
+    nowhere = counts.index.difference(
+        [*there.index, *([] if ignored is None else [names[ignored]])]
+    )
+    if len(nowhere):
+        log.warning(
+            "NO PIXEL of any tile is of %s; the model has a place for what it never sees: leave it "
+            "out of CLASSES, or, if it is background, set MASK_REFERENCE = True or restrict "
+            "AOI_FILENAMES to ground that counts", list(nowhere),
+        )  # fmt: skip
     held = (there > 0).sum()
     if single := [name for name in SPLITS if held[name] < min(2, len(there))]:
         raise InputError(

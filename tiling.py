@@ -11,7 +11,7 @@ import logging
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -339,6 +339,9 @@ def make_single_size(
     One process at a time makes it, the others wait. One that is killed leaves the answers of the
     filters, the counts of classes and its chips to the next.
     """
+    if options.pixel_limit >= size**2:  # it cannot reject, so that no tile need be read for it
+        able = tuple(f for f in options.filters if f is not black_pixel_filter)
+        options = replace(options, filters=able)
     classes = _classes_of(images, options)
     directory = Path(tiling_directory) / f"tiling_{size}"
     made_from = {

@@ -161,7 +161,7 @@ def prepare_search(
                 used = pd.concat(used)
                 counts = (
                     splits.check_labels(used, boxes) if labels is None
-                    else splits.check_classes(used, list(ids))
+                    else splits.check_classes(used, list(ids), conf.segmentation.ignore_index)
                 )  # fmt: skip
             except InputError as error:
                 raise InputError(

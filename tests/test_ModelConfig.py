@@ -145,6 +145,7 @@ def test_wandb_has_two_names_and_one_way(tmp_path):
 def test_values_of_classes_may_be_numbers(tmp_path):
     run = run_with(tmp_path, "TASK: segmentation\nCLASSES: {1: ship, '2': ferry}")
     assert run.CLASSES == {1: "ship", "2": "ferry"}
+    assert run_with(tmp_path, "TASK: segmentation\nCLASSES: [1, 2]").CLASSES == [1, 2]
 
 
 def test_class_proportions_go_by_name_or_by_number(tmp_path):
@@ -199,3 +200,15 @@ def test_options_of_the_other_task_are_refused():
         ModelConfig().with_options({"segmentation.loss": "dice"})
     assert masks.with_options({"segmentation.loss": "dice"}).segmentation.loss == "dice"
     assert ModelConfig().with_options({"focal_gamma": 3.0}).focal_gamma == 3
+
+
+def test_annotations_may_lie_at_addresses(tmp_path):
+    run = run_with(
+        tmp_path, "TASK: segmentation\nIMAGE_FILENAMES: [a.tif, b.tif]\nDF_DIR: data\n"
+        "DF_FILENAMES: [a.gpkg, 's3://box/b.gpkg']\nAOI_FILENAMES: [/vsizip/x.zip/y.gpkg, null]\n"
+        "AUXILIARY: {aux_vector_file: 'https://host/roads.fgb'}\nIMAGE_COLUMN_NAME: img",
+    )  # fmt: skip
+    assert run.df_paths == [Path("data/a.gpkg"), "s3://box/b.gpkg"]
+    assert run.region_paths == [("/vsizip/x.zip/y.gpkg", None), (None, None)]
+    assert run.auxiliary.aux_vector_file == "https://host/roads.fgb"
+    assert run.labelling_options()["image_column"] == "img"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
+from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
@@ -21,6 +23,7 @@ import fileio
 import masks
 import tiling
 from ImageData import InputError, Window
+from ModelConfig import AuxiliaryOptions
 
 UTM = "EPSG:32633"
 TRANSFORM = rasterio.Affine(0.5, 0, 500_000, 0, -0.5, 4_000_000)  # 0.5 m
@@ -197,6 +200,35 @@ def test_ground_that_polygons_cover_whole_needs_no_background(ground):
     assert label(halves, [7, 30]).classes == masks.ClassTable(("7", "30"), {"7": 0, "30": 1})
 
 
+@pytest.mark.parametrize("gap", ["nodata", "ignored", "aoi", "sliver"])
+@pytest.mark.parametrize("drawn_as", ["polygons", "mask"])
+def test_ground_that_does_not_count_needs_no_background(tmp_path, gap, drawn_as):
+    pixels = np.full((1, HEIGHT, WIDTH), 7, np.uint8)
+    edge = 89.7 if gap == "sliver" else 60  # no pixel has its centre beyond
+    if gap == "nodata":
+        pixels[:, :, 60:] = 0
+    raster = make_raster(tmp_path, nodata=0 if gap == "nodata" else None, pixels=pixels)
+    side = shapely.box(60, 0, 90, 70)
+    regions = {
+        "ignored": fileio.Regions(ignored=(side,)),
+        "aoi": fileio.Regions(aoi=(shapely.box(0, 0, 60, 70),)),
+    }
+    raster = raster.with_regions(regions.get(gap))
+    halves = [shapely.box(-1, -1, 40, 71), shapely.box(40, -1, edge, 71)]
+    values = np.zeros((HEIGHT, WIDTH), np.uint8)
+    values[:, :40], values[:, 40 : 90 if gap == "sliver" else 60] = 1, 2
+
+    def names(on):
+        if drawn_as == "mask":
+            return masks.read_labels(drawn(tmp_path, values), on).classes.names
+        path = write_shapes(tmp_path / "l.gpkg", halves, raster, kind=[1, 2])
+        return masks.read_labels(path, on, attribute="kind").classes.names
+
+    assert names(raster) == ("1", "2")
+    if gap in regions:
+        assert names(raster.with_regions(None)) == ("background", "1", "2")
+
+
 def test_polygons_without_a_value_are_unknown_ground(ground, caplog):
     _, label = ground
     labels = label([shapely.box(0, 0, 9, 9), shapely.box(20, 0, 29, 9)], ["a", None])
@@ -286,6 +318,36 @@ def test_coco_polygons_are_labels(ground, tmp_path):
     assert labels.quarantine["reason"].tolist() == ["no polygon"]
 
 
+def test_rows_of_other_rasters_do_not_count(tmp_path):
+    rasters = [make_raster(tmp_path, name) for name in ("a", "b")]
+    shapes = [shapely.box(0, 0, 40, 70), shapely.box(40, 0, 60, 70)]
+    path = write_shapes(tmp_path / "l.gpkg", shapes, rasters[0], img=["a", "b"], kind=["x", "y"])
+    images, table = masks.label_images(rasters, [path, path], attributes="kind", image_column="img")
+    seen = [image.labels.read(Window(0, 0, WIDTH, 1))[0, [20, 50]].tolist() for image in images]
+    assert seen == [[table.names.index("x"), 0], [0, table.names.index("y")]]
+
+
+@pytest.mark.parametrize("as_path", [False, True])
+def test_vector_files_are_read_at_their_addresses(ground, tmp_path, as_path):
+    raster, label = ground
+    shape = shapely.box(10, 10, 30, 20)
+    expected = label([shape], ["a"]).read(Window(0, 0, 90, 70))
+    path = write_shapes(tmp_path / "l.gpkg", [shape], raster, kind=["a"])
+    with zipfile.ZipFile(tmp_path / "l.zip", "w") as archive:
+        archive.write(path, "in/l.gpkg")
+    path.unlink()
+    address = f"/vsizip/{tmp_path}/l.zip/in/l.gpkg"
+    address = Path(address) if as_path else address
+    labels = masks.read_labels(address, raster, attribute="kind")
+    np.testing.assert_array_equal(labels.read(Window(0, 0, 90, 70)), expected)
+    band = masks.with_auxiliary_bands(raster, AuxiliaryOptions(aux_vector_file=str(address)))
+    np.testing.assert_array_equal(band.read(Window(0, 0, 90, 70))[-1], expected)
+    with pytest.raises(InputError, match=r"none\.gpkg cannot be read as annotations"):
+        masks.read_labels(f"/vsizip/{tmp_path}/l.zip/none.gpkg", raster)
+    with pytest.raises(InputError, match="is an address, of which only vector files"):
+        masks.read_labels(f"/vsizip/{tmp_path}/l.zip/l.csv", raster)
+
+
 # -- classes ----------------------------------------------------------------------------------
 
 
@@ -297,7 +359,12 @@ def test_coco_polygons_are_labels(ground, tmp_path):
         ([10, 2, 7], False, ("10", "2", "7"), {"10": 0, "2": 1, "7": 2}),
         ({10: "wood", "2": "wet"}, True, ("background", "wood", "wet"), {"10": 1, "2": 2}),
         ({2: "a", 10: "a"}, False, ("a",), {"2": 0, "10": 0}),
-        ({"2": 5, "10": 3}, False, ("10", "2"), {"10": 0, "2": 1}),
+        ({"2": 1, "10": 0}, False, ("10", "2"), {"10": 0, "2": 1}),
+        ({"2": 2, "10": 1}, True, ("background", "10", "2"), {"10": 1, "2": 2}),
+        ({"2": 2, "10": 1}, False, ("10", "2"), {"10": 0, "2": 1}),
+        ({2: 1, 10: 1, 7: 2}, True, ("background", "2+10", "7"), {"2": 1, "10": 1, "7": 2}),
+        ({2: 0, 7: 1, 10: 1}, True, ("background", "7+10"), {"2": 0, "7": 1, "10": 1}),
+        ({2: 0, 7: 1, 10: 0}, False, ("2+10", "7"), {"2": 0, "10": 0, "7": 1}),
         ({2: "wood", 10: "background"}, True, ("background", "wood"), {"2": 1, "10": 0}),
     ],
 )
@@ -313,6 +380,13 @@ def test_values_that_no_class_has_are_refused(ground):
         label([shapely.box(0, 0, 9, 9)], ["lake"], classes=["forest", "water"])
     with pytest.raises(InputError, match="1 to 254 classes, got 300"):
         masks.make_table(range(300), None, background=False)
+
+
+@pytest.mark.parametrize("numbers", [(0, 5), (1, 3), (2, 3), (-1, 0)])
+def test_class_numbers_with_gaps_are_refused(numbers):
+    classes = dict(zip((2, 10), numbers, strict=True))
+    with pytest.raises(InputError, match=r"CLASSES must .* 0, 1, 2 and so on, .* got \[-?\d, \d\]"):
+        masks.make_table([2, 10], classes, background=True)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "json"])
@@ -406,6 +480,15 @@ def test_nodata_of_a_mask_is_unknown(ground, tmp_path):
     labels = masks.read_labels(drawn(tmp_path, values, nodata=9), raster)
     assert labels.read(Window(0, 0, 1, HEIGHT))[[5, 15, 25, 35], 0].tolist() == [255, 255, 0, 1]
     assert dict(labels.counts) == {"1": 40 * WIDTH}
+
+
+def test_255_is_a_class_like_any_other_in_a_mask_of_16_bits(ground, tmp_path):
+    raster, _ = ground
+    values = np.full((HEIGHT, WIDTH), 254, np.uint16)
+    values[:, 40:] = 255
+    labels = masks.read_labels(drawn(tmp_path, values), raster)
+    assert labels.classes.names == ("254", "255")
+    np.testing.assert_array_equal(labels.read(Window(0, 0, WIDTH, HEIGHT)), values - 254)
 
 
 def test_a_mask_on_the_rasters_grid_lies_where_it_lies(ground, tmp_path):

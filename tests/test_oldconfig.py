@@ -190,6 +190,21 @@ def test_every_key_becomes_a_parameter(folder):
     augment = train.augment
     assert (augment.rotate_limit, augment.rotate_share, augment.flip_share) == (45, 0.5, 0.5)
     assert augment.trim_range == (0.1, 2.0)
+    assert train.random_windows
+    # num_trn_samples is what is trained with, and no tile goes that the YAML keeps
+    assert run.ROTATION_ANGLES == []
+    assert 512**2 < run.CENSORED_PIXELS_LIMIT
+    chosen = {"ROTATION_ANGLES": [90], "CENSORED_PIXELS_LIMIT": 7, "CONFIG_YAML": str(path)}
+    run = RunParameters.from_notebook(notebook_parameters() | chosen)
+    assert (run.ROTATION_ANGLES, run.CENSORED_PIXELS_LIMIT) == ([90], 7)
+
+
+def test_a_blank_augmentation_means_none(folder):
+    keys = yaml.safe_load(YAML)["training"]["augmentation"]
+    path = write(folder, {f"training.augmentation.{key}": None for key in keys})
+    run = RunParameters.from_notebook(notebook_parameters() | {"CONFIG_YAML": str(path)})
+    train = run.model_config().train
+    assert (train.augment.enabled, train.random_windows, run.ROTATION_ANGLES) == (False, False, [])
 
 
 def test_the_table_says_of_every_key_what_it_became(folder):
@@ -215,6 +230,7 @@ def test_the_table_says_of_every_key_what_it_became(folder):
         ({"training.augmentation": 5}, "training.augmentation must hold keys, got 5"),
         ({"global.task": "classification"}, "global.task must be segmentation"),
         ({"global.model_name": "unett"}, "there is no 'unett'; did you mean unet"),
+        ({"global.number_of_bands": None}, "BGR_to_RGB is True, so that number_of_bands must be"),
         ({"global.aux_vector_file": "gone.gpkg"}, "there is no gone.gpkg"),
         ({"global.coordconv_convert": "yes"}, "coordconv_convert must be True or False"),
         ({"training.loss_fn": "Lovas"}, "loss_fn there is no 'Lovas'; did you mean lovasz?"),

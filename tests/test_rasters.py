@@ -527,6 +527,7 @@ def test_buckets_are_read_by_their_addresses(server, tmp_path, monkeypatch):
         ("gs://bucket/b.tif", "/vsigs/bucket/b.tif"),
         ("az://box/b.tif", "/vsiaz/box/b.tif"),
         ("/vsizip/a.zip/b.tif", "/vsizip/a.zip/b.tif"),
+        (Path("/vsicurl/https://host/b.tif"), "/vsicurl/https://host/b.tif"),
     ],
 )
 def test_addresses_are_those_of_gdal(address, source):

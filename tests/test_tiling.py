@@ -165,6 +165,22 @@ def test_filters_reject_tiles_and_say_which_did(half_black, tmp_path, workers):
     assert (tiles["kept"] == ~left).all()
 
 
+def test_a_limit_that_cannot_reject_needs_no_reading(half_black, tmp_path, monkeypatch):
+    image, blocks = half_black
+    monkeypatch.setattr(tiling, "read_tile", None)
+    options = tiling.TilingOptions(
+        filters=(tiling.black_pixel_filter,), pixel_limit=64 * 64, empty_tile_ratio=10
+    )
+    tiles, _ = tiling.read_tiles(
+        tiling.make_single_size(64, [image], blocks, tmp_path, options, workers=1)
+    )
+    assert tiles["kept"].all()
+    with pytest.raises(TypeError):
+        tiling.make_single_size(
+            64, [image], blocks, tmp_path, replace(options, pixel_limit=64 * 64 - 1), workers=1
+        )
+
+
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_filters_never_touch_what_is_measured(half_black, tmp_path, split):
     image, blocks = half_black
