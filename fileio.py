@@ -17,6 +17,7 @@ from artefacts import (
     Journal,
     append_line,
     atomic_path,
+    content_fingerprint,
     exclusive,
     fingerprint,
     hash_rows,
@@ -44,7 +45,7 @@ from formats import (
     write_annotations,
 )
 from ImageData import InputError
-from layout import check_layout, content_fingerprint, diagnose, raster_fingerprint, rewrite
+from layout import check_layout, diagnose, raster_fingerprint, rewrite
 from rasters import Raster, Regions, create_raster, read_raster, read_rasters
 
 __all__ = [
