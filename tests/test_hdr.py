@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import OpenImageIO as oiio  # noqa: N813
 import pandas as pd
 import pytest
+import rasterio
 import shapely
+import torch
 from conftest import PROJECT, REAL_DATA
+from painter import Painter
+from segments import make_tiles, seg_conf, write_band
 
 import fileio
+import gridsearch
 import hdr
 import layout
+import masks
+import predict
 import rasters
+import splits
 import tiling
+import trials
 from ImageData import InputError, Window
+from imutils import log_transform, measure_radiometry
+from learning import _plain
+from ModelConfig import HdrLogOptions
+from networks import DataContract
 
 RGBA = ("R", "G", "B", "A")
 
@@ -368,6 +383,61 @@ def test_the_doctor_and_the_tiles_take_it_as_any_raster(tmp_path, caplog):
     assert raster.with_regions(regions).made_from["regions"] != raster.made_from["regions"]
     fileio.rewrite(raster, tmp_path / "sky.tif")
     np.testing.assert_array_equal(read_all(tmp_path / "sky.tif")[1], pixels)
+
+
+def test_a_map_of_an_image_is_that_of_its_logarithm(tmp_path, cache):
+    pixels = light(200, 300, 1, "half")
+    pixels[:5, :7], pixels[9, 9] = np.inf, np.nan
+    path = write(tmp_path / "sky.exr", pixels, "half", names=("Y",))
+    options = HdrLogOptions(clip=5000.0)
+    fitted = measure_radiometry(light(10, 10, 1).reshape(1, -1), "hdr_log", options=options)
+    model = Painter()
+    model.contract = replace(model.contract, dtype="float32", radiometry=fitted)
+    chosen = {"device": "cpu", "precision": "32-true", "override": ("radiometry",)}
+    predict.predict_raster(model, path, [tmp_path / "map.tif"], **chosen)
+    with rasterio.open(tmp_path / "map.tif") as src:
+        found, valid = src.read(1), src.dataset_mask() > 0
+    seen = log_transform(pixels[None, ..., 0], options)
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(seen)[None]).argmax(1)[0].numpy()
+    assert np.argwhere(~valid).tolist() == [[9, 9]]
+    assert (found == expected)[valid].mean() > 0.9999  # but for what rounding decides
+    assert len(np.unique(expected[valid])) == 3
+    record = json.loads((tmp_path / "map.tif.provenance.json").read_text())
+    assert record["plan"]["raster"] == fileio.content_fingerprint(path)
+    assert str(cache) not in json.dumps(record), "a result depends on the image, not on its copy"
+
+
+def test_a_search_and_a_checkpoint_keep_the_constants(tmp_path):
+    paths, names = [], {"0": "ground", "1": "sky"}
+    for number in range(2):
+        path = write(tmp_path / f"sky{number}.exr", light(256, 256, 3, "half"), "half")
+        write_band(tmp_path / f"mask{number}.tif", np.tril(np.ones((256, 256), np.uint8)))
+        paths.append(path)
+    opened = fileio.read_rasters(paths)
+    table = [tmp_path / f"mask{number}.tif" for number in range(2)]
+    images, _ = masks.label_images(opened, table, classes=names)
+    blocks = splits.ground_blocks(
+        opened, split_by="block", max_tile_size=64, block_size=64, test_proportion=0.2,
+        validation_proportion=0.25, seed=0,
+    )  # fmt: skip
+    tilings, conf = make_tiles(images, blocks, tmp_path, 64), seg_conf()
+    options = HdrLogOptions(log_split_around1=True, clip_percentile=99)
+    data, _ = trials.prepare_search(
+        images, blocks, tilings, [1.0], conf, stretch="hdr_log", stretch_options=options
+    )
+    constants = data.radiometry.options
+    assert constants.log_split_around1
+    assert 100 < constants.clip < 60_000
+    plan = gridsearch.Plan("a", "b", {"learning_rate": [0.1]}, "grid", 1, False, None)
+    gridsearch._write_search(tmp_path / "run", plan, data, conf)
+    _, again, _ = gridsearch._read_search(tmp_path / "run")
+    assert again.radiometry == data.radiometry
+    contract = replace(Painter().contract, radiometry=data.radiometry)
+    assert DataContract(**_plain(asdict(contract))) == contract
+    before = _plain(asdict(Painter().contract))
+    assert before["radiometry"].pop("options") is None
+    assert DataContract(**before) == Painter().contract, "checkpoints from before the constants"
 
 
 def test_real_panoramas_are_read_and_the_photograph_is_refused_by_name():
