@@ -605,6 +605,11 @@ def plot_stretch(
             few = np.unique(values)
             whole = pixels.dtype.kind in "ui" and ax is left and np.ptp(few) < MAX_BINS
             edges = np.arange(few[0] - 0.5, few[-1] + 1) if whole else MAX_BINS // 4
+            if radiometry.options and ax is left:  # of light there are many decades
+                step = radiometry.options.log_epsilon / radiometry.options.input_mul
+                most = max(few[-1], 2 * step)
+                edges = np.r_[min(few[0], 0), np.geomspace(step, most, MAX_BINS // 4)]
+                ax.set_xscale("symlog", linthresh=step)
             ax.hist(values, edges, weights=np.full(len(values), 100 / len(values)),
                     histtype="stepfilled", color=COLORS[5])  # fmt: skip
             ax.set_yscale("log")  # the background outweighs what objects are made of
