@@ -201,7 +201,8 @@ def show_window(
     image = image.mean(axis=0, keepdims=True) if gray else image
     extent = (window.x, window.x + window.width, window.y + window.height, window.y)
     ax.imshow(
-        imutils.preview_stretch(image, valid), cmap="gray", extent=extent, interpolation="nearest",
+        imutils.preview_stretch(image, valid, light=raster.light),
+        cmap="gray", extent=extent, interpolation="nearest",
         vmin=-150 if gray else 0, vmax=255,  # a gray one is a background, on which colours show
     )  # fmt: skip
     ax.set(xlim=extent[:2], ylim=extent[2:], xlabel="x (px)", ylabel="y (px)")
@@ -564,9 +565,10 @@ def _draw_tile(
     colors: Mapping[str, str],
 ) -> None:
     window = Window(tile.x, tile.y, tile.width, tile.height)
-    image, valid, _ = tiling.read_tile(rasters[tile.raster], window, tile.angle)
-    ax.imshow(imutils.preview_stretch(image, valid), cmap="gray", vmin=0, vmax=255,
-              extent=(0, tile.width, tile.height, 0))  # fmt: skip
+    raster = rasters[tile.raster]
+    image, valid, _ = tiling.read_tile(raster, window, tile.angle)
+    ax.imshow(imutils.preview_stretch(image, valid, light=raster.light), cmap="gray", vmin=0,
+              vmax=255, extent=(0, tile.width, tile.height, 0))  # fmt: skip
     mine = boxes[boxes["window"] == tile.window]
     turned = tiling.boxes_of_tile(mine[BOX_COLUMNS].to_numpy(), tile.angle, tile.width, tile.height)
     styles = np.where(mine["owned"], "-", ":")

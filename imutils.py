@@ -306,18 +306,27 @@ def preview_bounds(
 
 
 def preview_stretch(
-    image: np.ndarray, valid: np.ndarray, bounds: np.ndarray | None = None
+    image: np.ndarray,
+    valid: np.ndarray,
+    bounds: np.ndarray | None = None,
+    *,
+    light: bool = False,
 ) -> np.ndarray:
     """Stretch an image (bands, H, W) of any type to uint8 (H, W) or (H, W, 3) for looking at it.
 
     Invalid pixels (H, W) become black. The bounds are those of the image itself unless they are
-    given, see `preview_bounds`.
+    given, see `preview_bounds`. Light is shown in its logarithm, by the formula of the stretch
+    `log`, the steeper the more decades the bounds span.
     """
     bands = _shown_bands(image)
     bounds = preview_bounds(image, valid) if bounds is None else bounds
+    least, most = max(bounds.min(), 1e-12), bounds.max()
+    steepness = min(max(most / least, 1.0), LOG_STEEPNESS)
     planes = []
     for band, (lo, hi) in zip(bands.astype(np.float64), bounds, strict=True):
         scaled = np.where(valid, (band - lo) / max(hi - lo, 1e-12), 0.0)
+        if light:
+            scaled = np.log1p(steepness * scaled.clip(0)) / np.log1p(steepness)
         planes.append((scaled.clip(0, 1) * 255).astype(np.uint8))
     return np.stack(planes, axis=-1) if len(planes) == 3 else planes[0]
 

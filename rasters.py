@@ -247,6 +247,11 @@ class Raster:
         return self.path.stem
 
     @property
+    def light(self) -> bool:
+        """Whether its values are light of many decades, to be looked at in their logarithm."""
+        return is_hdr(self.path)
+
+    @property
     def own(self) -> Raster:
         """The raster without bands that are not of its file; see `masks.AuxiliaryRaster`."""
         return self

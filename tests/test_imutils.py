@@ -243,6 +243,18 @@ def test_invalid_pixels_become_the_mean():
     np.testing.assert_allclose(stretched, [[[0.1, 0.4], [0.4, 1.0]]], rtol=1e-6)
 
 
+def test_light_is_looked_at_in_its_logarithm():
+    valid = np.ones((20, 50), bool)
+    light = np.geomspace(0.01, 100, 1000, dtype=np.float32).reshape(1, 20, 50)
+    seen = imutils.preview_stretch(light, valid, light=True)
+    assert 80 < np.median(seen) < 160, "the middle of the decades is gray"
+    assert (np.diff(seen.ravel().astype(int)) >= 0).all()
+    assert (seen.min(), seen.max()) == (0, 255)
+    assert np.median(imutils.preview_stretch(light, valid)) < 10
+    same = np.full((3, 20, 50), 0.0, np.float32)
+    assert (imutils.preview_stretch(same, valid, light=True) == 0).all()
+
+
 def test_a_constant_band_does_not_divide_by_zero():
     for value in (7.0, 0.0, 1e12):
         fitted = imutils.measure_radiometry(np.full((1, 10), value))
