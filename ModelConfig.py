@@ -17,7 +17,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -107,6 +107,7 @@ OF_DETECTORS = {  # fields of the model's configuration that say nothing of mask
 }  # fmt: skip
 STORAGE_SCHEMES = ("postgresql://", "postgresql+psycopg://")
 LONGEST_NAME = 200  # bytes of a raster's stem; systems allow 255, and names of files add to it
+Options = TypeVar("Options")
 _STRICT = ConfigDict(validate_assignment=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -125,6 +126,7 @@ class AugmentConfig:
     contrast: Share = 0.3  # relative change of the distance to the tile's mean; 0: none
     brightness: NotNegative = 0.75  # shift, std; 0: none
     gamma: Annotated[float, Field(ge=1, le=4)] = 1.25  # exponent, 1/gamma to gamma; 1: none
+    exposure: NotNegative = 0.0  # factor on raw values, EV (stops) either way; 0: none
     noise: NotNegative = 0.1  # Gaussian, in its own std per std of the input; 0: none
     noise_share: Share = 0.25  # of the tiles with noise
     blur: Annotated[float, Field(ge=0, le=8)] = 0.7  # Gaussian, sigma in px of the tile; 0: none
@@ -397,17 +399,53 @@ class VisualizationConfig:
         Raises:
             InputError: An option is unknown, or its value out of range.
         """
-        known = [f.name for f in fields(cls)]
-        for name in options:
-            if name not in known:
-                close = difflib.get_close_matches(name.removeprefix("vis_"), known, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-                raise InputError(f"VISUALIZATION names {name!r}, which is no option; {hint}")
-        try:
-            return TypeAdapter(cls).validate_python(dict(options))
-        except ValidationError as error:
-            lines = [f"{'.'.join(map(str, e['loc']))}: {_wrong(e)}" for e in error.errors()]
-            raise InputError("VISUALIZATION: " + "\n".join(lines)) from None
+        return _read_options(cls, "VISUALIZATION", options, prefix="vis_")
+
+
+@dataclass(config=_STRICT)
+class HdrLogOptions:
+    """The constants of the stretch `hdr_log`, see `imutils.log_transform`."""
+
+    input_mul: PositiveFloat = 1.0  # of linear values, before the logarithm; 2**8: 8 EV brighter
+    log_epsilon: PositiveFloat = 1e-3  # added before the logarithm, so that black is a number
+    log_split_around1: bool = False  # True: from 1 on a root, which tells bright values better
+    log_pow: PositiveFloat = 7.5  # of that root
+    output_bias: float = 2.5  # added to the logarithm
+    output_scale: PositiveFloat = 1 / 2.2 / 2  # by which the sum is multiplied
+    clip: PositiveFloat | None = None  # raw value of which all brighter ones are taken; None: none
+    # % of the pixels of the training ground of which `clip` is taken, such as 99.9 without the sun
+    clip_percentile: Annotated[float, Field(gt=0, le=100)] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse two ways to say one thing."""
+        if None not in (self.clip, self.clip_percentile):
+            raise ValueError("clip and clip_percentile exclude each other")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> HdrLogOptions:
+        """Read what STRETCH_OPTIONS holds.
+
+        Raises:
+            InputError: An option is unknown, or its value out of range.
+        """
+        return _read_options(cls, "STRETCH_OPTIONS", options)
+
+
+def _read_options(
+    cls: type[Options], parameter: str, options: Mapping[str, Any], prefix: str = ""
+) -> Options:
+    """Read a parameter that holds options by name, which may begin with a prefix of old."""
+    known = [f.name for f in fields(cls)]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name.removeprefix(prefix), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            raise InputError(f"{parameter} names {name!r}, which is no option; {hint}")
+    try:
+        return TypeAdapter(cls).validate_python(dict(options))
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {_wrong(e)}" for e in error.errors()]
+        raise InputError(f"{parameter}: " + "\n".join(lines)) from None
 
 
 def _dotted(values: Mapping[str, Any], before: str = "") -> list[str]:
@@ -534,8 +572,9 @@ class RunParameters:
     PRUNING: bool
     STORAGE: FileName | None
     RETRY_FAILED: bool
-    STRETCH: Literal["auto", "none", "minmax", "percentile", "log"]
+    STRETCH: Literal["auto", "none", "minmax", "percentile", "log", "hdr_log"]
     STRETCH_PERCENTILES: Annotated[list[Percent], Field(min_length=2, max_length=2)]
+    STRETCH_OPTIONS: dict[str, Any]
     BACKBONE: FileName
     WEIGHTS: str | None
     INIT_FROM: str | None
@@ -637,6 +676,12 @@ class RunParameters:
                         "'segmentation'"
                     )
         VisualizationConfig.of(self.VISUALIZATION)
+        if self.STRETCH_OPTIONS and self.STRETCH != "hdr_log":
+            raise InputError(
+                f"STRETCH_OPTIONS are of STRETCH = 'hdr_log', but STRETCH = {self.STRETCH!r}; set "
+                "it so, or leave them empty"
+            )
+        HdrLogOptions.of(self.STRETCH_OPTIONS)
         if self.PREDICT_FROM and not Path(self.PREDICT_FROM).is_file():
             raise InputError(
                 f"PREDICT_FROM must name a checkpoint, there is no {self.PREDICT_FROM}; None takes "
@@ -991,7 +1036,11 @@ class RunParameters:
 
     def stretch_options(self) -> dict[str, Any]:
         """Return the arguments of `imutils.measure_radiometry` that are parameters."""
-        return {"stretch": self.STRETCH, "percentiles": tuple(self.STRETCH_PERCENTILES)}
+        return {
+            "stretch": self.STRETCH,
+            "percentiles": tuple(self.STRETCH_PERCENTILES),
+            "stretch_options": HdrLogOptions.of(self.STRETCH_OPTIONS),
+        }
 
     def prediction_options(self) -> dict[str, Any]:
         """Return the arguments of `predict.prepare` that are parameters."""

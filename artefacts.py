@@ -37,6 +37,7 @@ PROBE_BYTES = 2**20  # a disk that cannot take them is full
 STALE_SECONDS = 86_400.0  # from then on a temporary file of another machine is a stray
 LOCK_NAME = ".lock"
 SCHEMES = {"https": "vsicurl", "http": "vsicurl", "s3": "vsis3", "gs": "vsigs", "az": "vsiaz"}
+PIECES, PIECE_BYTES = 64, 2**16  # of a file, for its fingerprint
 
 # ---------------------------------------------------------------------------------------------
 # Atomic artefacts
@@ -303,6 +304,25 @@ def _used(function: FunctionType) -> dict[str, object]:
         else value
         for name, value in used.items()
     }
+
+
+def content_fingerprint(path: Path | str) -> str:
+    """Digest a file's size, head, tail and pieces evenly between; fast however large it is.
+
+    A copied or touched file keeps its fingerprint. A change between the pieces of a file of the
+    same size goes unnoticed.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= PIECES * PIECE_BYTES:
+            digest.update(file.read())
+        else:
+            for offset in np.linspace(0, size - PIECE_BYTES, PIECES).astype(int):
+                file.seek(offset)
+                digest.update(file.read(PIECE_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def is_finished(path: Path, parameters: Mapping[str, Any]) -> bool:

@@ -430,6 +430,32 @@ class FancyPCA(PixelTransform):
         return image + shift
 
 
+class RandomExposure(PixelTransform):
+    """Multiply the raw values that the input was stretched of, and stretch them again.
+
+    What the stretch has cut stays cut: a sun that was clipped darkens with all else.
+
+    Args:
+        exposure: Largest change either way, EV: each doubles or halves.
+        radiometry: The stretch.
+    """
+
+    def __init__(self, exposure: float, radiometry: imutils.Radiometry) -> None:
+        """Keep the range and the stretch."""
+        super().__init__()
+        self.exposure, self.radiometry = exposure, radiometry
+
+    def make_params(self, flat_inputs: list) -> dict[str, float]:
+        """Draw the factor, the same for all bands."""
+        return {"factor": 2 ** (self.exposure * (2 * float(torch.rand(())) - 1))}
+
+    def change(self, image: Tensor, factor: float) -> Tensor:
+        """Apply it."""
+        raw = self.radiometry.unstretch(image.numpy())
+        raw *= factor
+        return torch.from_numpy(self.radiometry.stretch(raw))
+
+
 class RandomNoise(PixelTransform):
     """Add Gaussian noise, independent for all pixels and bands.
 
@@ -546,6 +572,8 @@ def training_transform(
         )  # fmt: skip
         steps.append(warp)
     steps += crop
+    if augment.exposure:
+        steps.append(RandomExposure(augment.exposure, radiometry))
     if augment.trim_range:
         steps.append(RandomTrim(*sorted(augment.trim_range)))
     if augment.gamma > 1:

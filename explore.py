@@ -293,7 +293,7 @@ class Ground:
         if self._bounds is None and valid.any():
             # once, so that the same ground looks the same wherever the view is
             self._bounds = imutils.preview_bounds(image, valid)
-        shown = imutils.preview_stretch(image, valid, self._bounds)
+        shown = imutils.preview_stretch(image, valid, self._bounds, light=self.raster.light)
         if shown.ndim == 2:  # colours are drawn in half the time of values
             shown = np.repeat(shown[:, :, None], 3, axis=2)
         x, y, width, height = picture.window

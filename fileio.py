@@ -18,6 +18,7 @@ from artefacts import (
     address_of,
     append_line,
     atomic_path,
+    content_fingerprint,
     exclusive,
     fingerprint,
     hash_rows,
@@ -45,7 +46,7 @@ from formats import (
     write_annotations,
 )
 from ImageData import InputError
-from layout import check_layout, content_fingerprint, diagnose, raster_fingerprint, rewrite
+from layout import check_layout, diagnose, raster_fingerprint, rewrite
 from rasters import Raster, Regions, create_raster, read_raster, read_rasters
 
 __all__ = [

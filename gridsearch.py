@@ -40,6 +40,7 @@ import pandas as pd
 import pytorch_lightning as pl
 import shapely
 from optuna.trial import FrozenTrial, TrialState
+from pydantic import TypeAdapter
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import fileio
@@ -864,9 +865,7 @@ def _read_search(run_dir: Path) -> tuple[Plan, SearchData, ModelConfig]:
         tilings={int(size): Path(folder) for size, folder in shared["tilings"].items()},
         rasters=rasters,
         ids=shared["ids"],
-        radiometry=imutils.Radiometry(
-            **{n: tuple(v) if isinstance(v, list) else v for n, v in shared["radiometry"].items()}
-        ),
+        radiometry=TypeAdapter(imutils.Radiometry).validate_python(shared["radiometry"]),
         blocks=pd.read_parquet(run_dir / "search" / "blocks.parquet"),
         evaluation_overlap=shared["evaluation_overlap"],
         tile_marks={int(size): mark for size, mark in shared["tile_marks"].items()},

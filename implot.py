@@ -211,7 +211,8 @@ def show_window(
     image = image.mean(axis=0, keepdims=True) if gray else image
     extent = (window.x, window.x + window.width, window.y + window.height, window.y)
     ax.imshow(
-        imutils.preview_stretch(image, valid), cmap="gray", extent=extent, interpolation="nearest",
+        imutils.preview_stretch(image, valid, light=raster.light),
+        cmap="gray", extent=extent, interpolation="nearest",
         vmin=-150 if gray else 0, vmax=255,  # a gray one is a background, on which colours show
     )  # fmt: skip
     ax.set(xlim=extent[:2], ylim=extent[2:], xlabel="x (px)", ylabel="y (px)")
@@ -651,9 +652,10 @@ def _draw_tile(
     colors: Mapping[str, str],
 ) -> None:
     window = Window(tile.x, tile.y, tile.width, tile.height)
-    image, valid, _ = tiling.read_tile(rasters[tile.raster], window, tile.angle)
-    ax.imshow(imutils.preview_stretch(image, valid), cmap="gray", vmin=0, vmax=255,
-              extent=(0, tile.width, tile.height, 0))  # fmt: skip
+    raster = rasters[tile.raster]
+    image, valid, _ = tiling.read_tile(raster, window, tile.angle)
+    ax.imshow(imutils.preview_stretch(image, valid, light=raster.light), cmap="gray", vmin=0,
+              vmax=255, extent=(0, tile.width, tile.height, 0))  # fmt: skip
     mine = boxes[boxes["window"] == tile.window]
     turned = tiling.boxes_of_tile(mine[BOX_COLUMNS].to_numpy(), tile.angle, tile.width, tile.height)
     styles = np.where(mine["owned"], "-", ":")
@@ -692,6 +694,11 @@ def plot_stretch(
             few = np.unique(values)
             whole = pixels.dtype.kind in "ui" and ax is left and np.ptp(few) < MAX_BINS
             edges = np.arange(few[0] - 0.5, few[-1] + 1) if whole else MAX_BINS // 4
+            if radiometry.options and ax is left:  # of light there are many decades
+                step = radiometry.options.log_epsilon / radiometry.options.input_mul
+                most = max(few[-1], 2 * step)
+                edges = np.r_[min(few[0], 0), np.geomspace(step, most, MAX_BINS // 4)]
+                ax.set_xscale("symlog", linthresh=step)
             ax.hist(values, edges, weights=np.full(len(values), 100 / len(values)),
                     histtype="stepfilled", color=COLORS[5])  # fmt: skip
             ax.set_yscale("log")  # the background outweighs what objects are made of

@@ -7,7 +7,6 @@ wide as the raster, and one of a PNG or a single strip half of the file. `diagno
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import tempfile
@@ -25,7 +24,14 @@ from rasterio.enums import ColorInterp, Resampling
 from rasterio.windows import Window as RasterioWindow
 
 import parallel
-from artefacts import FullDiskError, atomic_path, fingerprint, remove_strays, write_json
+from artefacts import (
+    FullDiskError,
+    atomic_path,
+    content_fingerprint,
+    fingerprint,
+    remove_strays,
+    write_json,
+)
 from ImageData import InputError, Window
 from rasters import (
     GDAL_ERRORS,
@@ -46,7 +52,6 @@ WORTH_IT = 2.0  # least gain that pays for a copy
 SAMPLE_SIDE = 2048  # px, largest side of the piece that is rewritten to measure the gain
 MOST_WINDOWS = 200  # per measurement
 SWATH_BYTES = 2**28  # most that a rewrite holds of the raster at once
-PIECES, PIECE_BYTES = 64, 2**16  # of a file, for its fingerprint
 DIAGNOSIS = "layout.json"  # beside a repaired copy
 
 
@@ -322,25 +327,6 @@ def _take_sidecar(temporary: Path, out: Path) -> None:
 # ---------------------------------------------------------------------------------------------
 # Repair: copies in the cache
 # ---------------------------------------------------------------------------------------------
-
-
-def content_fingerprint(path: Path | str) -> str:
-    """Digest a file's size, head, tail and pieces evenly between; fast however large it is.
-
-    A copied or touched file keeps its fingerprint. A change between the pieces of a file of the
-    same size goes unnoticed.
-    """
-    path = Path(path)
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        if size <= PIECES * PIECE_BYTES:
-            digest.update(file.read())
-        else:
-            for offset in np.linspace(0, size - PIECE_BYTES, PIECES).astype(int):
-                file.seek(offset)
-                digest.update(file.read(PIECE_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def raster_fingerprint(raster: Raster) -> str:

@@ -127,7 +127,7 @@ class MapPicture:
         window, image, valid = self._read(window, step)
         rows = ((y - window.y) * image.shape[1] / window.height).astype(int)
         cols = ((x - window.x) * image.shape[2] / window.width).astype(int)
-        shown = imutils.preview_stretch(image, valid, self._limits)
+        shown = imutils.preview_stretch(image, valid, self._limits, light=self.raster.light)
         shown = shown if shown.ndim == 3 else np.repeat(shown[..., None], 3, axis=2)
         picture[inside, :3] = shown[rows, cols]
         picture[inside, 3] = valid[rows, cols] * np.uint8(255)

@@ -1,6 +1,7 @@
 """Before any long work: does the input fit together, what will the run take, will the model fit?
 
-As a command it reads the parameters as the notebook would, and leaves nothing on disk:
+As a command it reads the parameters as the notebook would, and leaves nothing on disk but copies of
+HDR images, which the notebook will read:
 
     python preflight.py --params params/mine.yaml
 """
@@ -432,7 +433,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _open_rasters(params: RunParameters, folder: Path) -> list[fileio.Raster]:
     paths = [*params.image_paths, *params.predict_paths]
-    rasters = fileio.read_rasters(paths, params.BANDS, params.RESOLUTION_TOLERANCE)
+    rasters = fileio.read_rasters(
+        paths, params.BANDS, params.RESOLUTION_TOLERANCE, params.CACHE_DIR
+    )
     rasters = rasters[: len(params.image_paths)]
     rasters = fileio.check_layout(rasters, repair=False, cache_dir=folder)
     return [masks.with_auxiliary_bands(raster, params.auxiliary) for raster in rasters]
@@ -446,7 +449,7 @@ def _blocks(params: RunParameters, images: Sequence[ImageData]) -> pd.DataFrame:
 
 
 def check(params: RunParameters) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """Do what the notebook does up to its plan, and leave nothing on disk.
+    """Do what the notebook does up to its plan; of files it leaves but copies of HDR images.
 
     Returns:
         What `describe_pairs`, `plan_run` and `find_misfits` return.

@@ -1,7 +1,8 @@
 """Rasters by windows: handles, validity, regions, map coordinates, new files.
 
 A raster is whatever GDAL opens: GeoTIFF, COG, VRT, JPEG 2000, PNG, and files behind `https://`,
-`s3://` and GDAL's other virtual file systems. FITS images are read through a VRT made on the fly.
+`s3://` and GDAL's other virtual file systems. FITS images are read through a VRT made on the fly,
+OpenEXR and Radiance HDR images through a tiled GeoTIFF that is made of them once.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from rasterio.enums import ColorInterp, Interleaving, MaskFlags, Resampling
 from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
 from rasterio.windows import Window as RasterioWindow
 
-from artefacts import address_of, atomic_path, find_full
+from artefacts import address_of, atomic_path, content_fingerprint, exclusive, find_full
+from hdr import is_hdr, open_hdr
 from ImageData import InputError, Window
 
 log = logging.getLogger(__name__)
@@ -57,6 +59,8 @@ FITS_UNSIGNED = {16: ("UInt16", 2**15), 32: ("UInt32", 2**31)}  # stored signed,
 
 # UnicodeDecodeError: of text in a damaged header
 GDAL_ERRORS = (RasterioError, CRSError, CPLE_BaseError, UnicodeDecodeError)
+
+CACHE_VARIABLE = "LARGE_RASTER_CACHE"  # of the environment: the folder of copies of HDR images
 
 SMALLEST_OVERVIEW = 512  # px, longest side; halving ends below it
 
@@ -141,7 +145,8 @@ class Raster:
 
     Attributes:
         path: The file; its stem names the raster. Of a remote one, its address.
-        source: What GDAL opens: the file, an address in its virtual file systems, or a VRT.
+        source: What GDAL opens: the file, an address in its virtual file systems, a VRT, or the
+            copy of an HDR image.
         width: Columns in px.
         height: Rows in px.
         bands: One-based indexes of the bands that `read` returns, in that order.
@@ -238,6 +243,11 @@ class Raster:
     def identifier(self) -> str:
         """Name of the raster in every table and file: the stem of its path."""
         return self.path.stem
+
+    @property
+    def light(self) -> bool:
+        """Whether its values are light of many decades, to be looked at in their logarithm."""
+        return is_hdr(self.path)
 
     @property
     def own(self) -> Raster:
@@ -622,6 +632,7 @@ def read_rasters(
     paths: Sequence[Path | str],
     bands: Sequence[int] | None = None,
     resolution_tolerance: float | None = None,
+    cache_dir: Path | None = None,
 ) -> list[Raster]:
     """Open rasters that one model is to be trained on.
 
@@ -630,11 +641,15 @@ def read_rasters(
         bands: See `Raster.open`.
         resolution_tolerance: Largest relative difference of their ground resolutions; None allows
             any.
+        cache_dir: Where copies of HDR images are kept from now on, by this process and those that
+            it starts; None: see `cache_folder`.
 
     Raises:
         InputError: One cannot be opened, or they differ in the number of bands, the type or, by
             more than the tolerance, in resolution.
     """
+    if cache_dir is not None:
+        os.environ[CACHE_VARIABLE] = str(Path(cache_dir).absolute())
     rasters = [read_raster(path, bands) for path in paths]
     for raster in rasters:
         _warn_of_palette(raster)
@@ -659,6 +674,8 @@ def read_rasters(
 
 
 def _files_of(src: rasterio.DatasetReader, path: Path) -> tuple[str, ...]:
+    if is_hdr(path):  # its copy is made again when it is gone
+        return (str(path),)
     files = {path, *map(Path, src.files)}
     return tuple(sorted(str(file) for file in files if file.is_file()))
 
@@ -715,6 +732,8 @@ def _source(path: Path | str) -> tuple[str, bool]:
         raise InputError(f"raster {text} does not exist; check its name (IMG_DIR, IMAGE_FILENAMES)")
     if Path(text).suffix.lower() in (".fits", ".fit", ".fts"):
         return _fits_as_vrt(Path(text)), True
+    if is_hdr(Path(text)):
+        return str(_hdr_as_geotiff(Path(text))), True
     return text, True
 
 
@@ -809,6 +828,47 @@ def _fits_as_vrt(path: Path) -> str:
         for i in range(count)
     )
     return f"<VRTDataset {shape}>{scaled}</VRTDataset>"
+
+
+def cache_folder() -> Path:
+    """Return where copies of HDR images are: `$LARGE_RASTER_CACHE`, or the user's cache."""
+    users = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get(CACHE_VARIABLE) or Path(users).expanduser() / "LargeRasterOR")
+
+
+def _hdr_as_geotiff(path: Path) -> Path:
+    """Return the tiled copy of an HDR image, made if there is none: the same values in float32.
+
+    It is `<cache folder>/<fingerprint>/<stem>.tif`. One process at a time makes it.
+
+    Raises:
+        InputError: The image cannot be read, or the copy not be written.
+    """
+    copy = cache_folder() / content_fingerprint(path) / f"{path.stem}.tif"
+
+    def is_there() -> bool:
+        # the fingerprint misses a change between its pieces, the file's time does not
+        return copy.exists() and copy.stat().st_mtime_ns >= path.stat().st_mtime_ns
+
+    if not is_there():
+        with exclusive(copy.parent, wait=True):
+            if not is_there():
+                _copy_hdr(path, copy)
+    return copy
+
+
+def _copy_hdr(path: Path, copy: Path) -> None:
+    with open_hdr(path) as image:
+        log.info("%s is copied to %s, to be read by windows", path, copy)
+        count = len(image.channels)
+        with create_raster(
+            copy, overviews=Resampling.average, width=image.width, height=image.height,
+            count=count, dtype="float32", predictor=3, zstd_level=1, photometric="minisblack",
+            interleave="pixel" if count <= 8 else "band", num_threads="all_cpus",
+        ) as dst:  # fmt: skip
+            dst.descriptions = image.channels
+            for block in image.blocks():
+                dst.write(image.read(block), window=RasterioWindow(*block))
 
 
 @contextmanager

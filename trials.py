@@ -32,7 +32,7 @@ from LargeRasterOR import LargeRasterORModel
 from LargeRasterSeg import LargeRasterSegModel
 from learning import DivergedError, TileModel
 from logger import LoggerProtocol
-from ModelConfig import PLACE, ModelConfig
+from ModelConfig import PLACE, HdrLogOptions, ModelConfig
 from networks import (
     GOOD_ANCHOR,
     DataContract,
@@ -109,6 +109,7 @@ def prepare_search(
     *,
     stretch: str = "auto",
     percentiles: tuple[float, float] = (0.5, 99.5),
+    stretch_options: HdrLogOptions | None = None,
     scheduler: str | None = None,
     cache_dir: Path | None = None,
 ) -> tuple[SearchData, pd.DataFrame]:
@@ -122,6 +123,7 @@ def prepare_search(
         conf: Configuration of all trials.
         stretch: See `imutils.measure_radiometry`.
         percentiles: See there.
+        stretch_options: See there.
         scheduler: Of a Dask cluster that is to read the pixels for it.
         cache_dir: Where all tiles are to be cached, see `tilecache`; None: they are not.
 
@@ -146,7 +148,7 @@ def prepare_search(
         tilings=dict(tilings),
         rasters=rasters,
         ids=ids,
-        radiometry=imutils.measure_radiometry(pixels, stretch, percentiles),
+        radiometry=imutils.measure_radiometry(pixels, stretch, percentiles, stretch_options),
         blocks=blocks,
         evaluation_overlap=tiling.evaluation_overlap(images),
         tile_marks={size: fileio.fingerprint(index) for size, index in indexes.items()},

@@ -8,7 +8,7 @@ import pytest
 from conftest import PROJECT
 
 from ImageData import InputError
-from ModelConfig import ModelConfig, RunParameters
+from ModelConfig import HdrLogOptions, ModelConfig, RunParameters
 
 
 def test_an_option_sets_a_field_of_any_depth_and_leaves_the_rest():
@@ -59,6 +59,33 @@ def test_options_of_a_run_reach_its_model(tmp_path):
     run = run_with(tmp_path, "MODEL_OPTIONS: {train.max_minutes: 12}\nMIN_VISIBLE: 0.5")
     conf = run.model_config()
     assert (conf.train.max_minutes, conf.train.min_visible) == (12, 0.5)
+
+
+def test_constants_of_the_logarithm_are_those_of_the_run(tmp_path):
+    run = run_with(tmp_path, "STRETCH: hdr_log\nSTRETCH_OPTIONS: {input_mul: 4, clip: 500}")
+    options = run.stretch_options()
+    assert options["stretch"] == "hdr_log"
+    assert options["stretch_options"] == HdrLogOptions(input_mul=4.0, clip=500.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{input_mull: 2}", r"'input_mull', which is no option; did you mean input_mul\?"),
+        ("{log_epsilon: 0}", "log_epsilon: Input should be greater than 0, got 0"),
+        ("{clip: 5, clip_percentile: 99}", "clip and clip_percentile exclude each other"),
+        ("{clip_percentile: 101}", "less than or equal to 100, got 101"),
+        ("{log_pow: .inf}", "log_pow: Input should be a finite number"),
+    ],
+)
+def test_wrong_constants_are_refused(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        run_with(tmp_path, f"STRETCH: hdr_log\nSTRETCH_OPTIONS: {text}")
+
+
+def test_constants_of_another_stretch_are_refused(tmp_path):
+    with pytest.raises(InputError, match="are of STRETCH = 'hdr_log', but STRETCH = 'log'"):
+        run_with(tmp_path, "STRETCH: log\nSTRETCH_OPTIONS: {clip: 5}")
 
 
 def test_an_option_that_has_a_parameter_is_refused(tmp_path):

@@ -25,6 +25,7 @@ LAYERS = [
     ["oldconfig"],
     ["ModelConfig"],
     ["artefacts", "imutils", "parallel"],
+    ["hdr"],
     ["rasters", "formats"],
     ["layout"],
     ["fileio"],
@@ -47,7 +48,7 @@ LAYERS = [
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 WITHOUT_TORCH = LEVEL["splits"]  # the highest layer that worker processes import
-DISK = {"artefacts", "rasters", "formats", "layout"}
+DISK = {"artefacts", "hdr", "rasters", "formats", "layout"}
 TORCH = {"torch", "torchvision", "torchmetrics", "pytorch_lightning", "lightning"}
 MODULES = sorted(path.stem for path in PROJECT.glob("*.py"))
 

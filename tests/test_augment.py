@@ -11,8 +11,8 @@ from torchvision.transforms import v2
 import augment
 from augment import FancyPCA, RandomHoles, RandomWarp
 from ImageData import IGNORE, InputError
-from imutils import Radiometry
-from ModelConfig import AugmentConfig
+from imutils import STRETCHES, Radiometry, measure_radiometry
+from ModelConfig import AugmentConfig, HdrLogOptions
 
 OFF = {
     "flips": False, "turns": False, "zoom": 1, "contrast": 0, "brightness": 0, "gamma": 1,
@@ -26,6 +26,7 @@ STRONG = {
     "noise": {"noise": 0.3, "noise_share": 1.0},
     "blur": {"blur": 1.0, "blur_share": 1.0},
     "dropout": {"band_dropout": 0.5},
+    "exposure": {"exposure": 2.0},
     "all": {
         "flips": True, "turns": True, "contrast": 0.3, "brightness": 1.0, "gamma": 1.5,
         "noise": 0.2, "noise_share": 1.0, "blur": 0.8, "blur_share": 1.0, "band_dropout": 0.3,
@@ -300,3 +301,35 @@ def test_fancy_pca_shifts_as_the_bands_vary_together():
 def test_fancy_pca_needs_a_covariance():
     with pytest.raises(InputError, match="fancy_pca needs the covariance of the 2 bands"):
         transform_of(2, fancy_pca=0.1)
+
+
+@pytest.mark.parametrize("method", STRETCHES)
+def test_exposure_multiplies_what_was_stretched(method):
+    rng = np.random.default_rng(0)
+    raw = rng.lognormal(0, 2, (3, 32, 32)).astype(np.float32)
+    radiometry = measure_radiometry(raw.reshape(3, -1), method, (0, 100))
+    transform = augment.RandomExposure(3.0, radiometry)
+    image = tv_tensors.Image(torch.from_numpy(radiometry.stretch(raw)))
+    stops = []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        factor = transform.make_params([])["factor"]
+        torch.manual_seed(seed)
+        out = transform(image)
+        assert out.dtype == torch.float32
+        expected = radiometry.stretch(raw * np.float32(factor))
+        np.testing.assert_allclose(out.numpy(), expected, rtol=1e-3, atol=1e-3)
+        stops.append(np.log2(factor))
+    assert -3 <= min(stops) < -2
+    assert 2 < max(stops) <= 3
+
+
+def test_a_clipped_sun_darkens_and_never_exceeds_its_clip():
+    options = HdrLogOptions(clip=100.0)
+    raw = np.array([[[1.0, 99, 5000]]], np.float32)
+    radiometry = measure_radiometry(raw.reshape(1, -1), "hdr_log", options=options)
+    change = augment.RandomExposure(2.0, radiometry).change
+    image = torch.from_numpy(radiometry.stretch(raw))
+    for factor, expected in ((0.5, [0.5, 49.5, 50]), (4, [4.0, 100, 100])):
+        seen = radiometry.unstretch(change(image, factor).numpy())
+        np.testing.assert_allclose(seen, [[expected]], rtol=1e-4)

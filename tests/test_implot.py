@@ -130,6 +130,19 @@ def test_the_stretch_is_drawn_per_band_with_its_bounds():
     assert "the first 8 of 15 bands" in many.get_suptitle()
 
 
+def test_light_of_many_decades_is_drawn_in_bins_of_its_logarithm():
+    pixels = np.random.default_rng(0).lognormal(0, 3, (3, 4000)).astype(np.float32)
+    pixels[:, :50] = 0
+    left, right = implot.plot_stretch(pixels, imutils.measure_radiometry(pixels, "hdr_log")).axes[
+        :2
+    ]
+    assert left.get_xscale() == "symlog"
+    assert right.get_xscale() == "linear"
+    (steps,) = (patch.get_path().vertices for patch in left.patches)
+    assert steps[:, 0].max() == pytest.approx(pixels[0].max())
+    assert steps[steps[:, 0] < 1e-3, 1].max() > 1, "black is a bin of its own"
+
+
 def test_ticks_are_written_as_powers_and_labels_with_their_dollars(prepared):
     pixels = np.random.default_rng(0).normal(0.5, 0.1, (1, 1000)).astype(np.float32)
     figure = implot.plot_stretch(pixels, imutils.measure_radiometry(pixels, "minmax"))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import imutils
+from ImageData import InputError
+from ModelConfig import HdrLogOptions
 
 sides = st.integers(1, 40)
 shares = st.floats(0, 1, allow_nan=False)
@@ -139,7 +143,7 @@ def test_order_survives_every_stretch_of_every_type(method, dtype):
     assert inside.sum() > 0.9 * len(steps)
     # of int32 without a stretch, 1 in 2**31 is less than float32 tells apart
     assert (np.diff(stretched[inside]) >= 0).all()
-    if (method, dtype) != ("none", "int32"):
+    if method not in ("none", "hdr_log") or dtype != "int32":
         assert (np.diff(stretched[inside]) > 0).all()
 
 
@@ -151,11 +155,108 @@ def test_negative_floats_stretch():
         ).all()
 
 
+CONSTANTS = st.builds(
+    HdrLogOptions,
+    input_mul=st.floats(2**-12, 2**12),
+    log_epsilon=st.floats(1e-6, 1),
+    log_split_around1=st.booleans(),
+    log_pow=st.floats(1, 20),
+    output_bias=st.floats(-10, 10),
+    output_scale=st.floats(0.01, 10),
+    clip=st.none() | st.floats(0.5, 1e6),
+)
+
+
+def written_out(x, options):
+    """Take one value through the document's formula, in Python's own floats."""
+    most = math.inf if options.clip is None else options.clip
+    value = min(max(x, 0), most) * options.input_mul + options.log_epsilon
+    y = math.log(value)
+    if options.log_split_around1 and value >= 1:
+        y = value ** (1 / options.log_pow) - 1
+    return (y + options.output_bias) * options.output_scale
+
+
+@given(CONSTANTS, st.lists(st.floats(-10, 1e6), min_size=1, max_size=20))
+def test_the_log_transform_is_the_formula_and_its_inverse_is_exact(options, values):
+    x = np.array(values)
+    y = imutils.log_transform(x, options)
+    expected = np.array([written_out(value, options) for value in values])
+    np.testing.assert_allclose(y, expected, rtol=1e-9, atol=1e-9)
+    kept = x.clip(0, options.clip)
+    back = imutils.invert_log_transform(y, options)
+    # an epsilon that is large beside the values costs them digits, as does any addition
+    lost = options.log_epsilon / options.input_mul
+    np.testing.assert_allclose(back, kept, rtol=1e-9, atol=1e-9 * (1 + lost))
+    again = imutils.log_transform(back, options)
+    np.testing.assert_allclose(again, y, rtol=1e-6, atol=1e-6)
+
+
+def test_hdr_pixels_are_stretched_in_float32_and_come_back():
+    x = np.exp(np.linspace(np.log(1e-3), np.log(65504), 90_000, dtype=np.float32))
+    image = x.reshape(3, 300, 100)
+    before = image.copy()
+    for split in (False, True):
+        options = HdrLogOptions(log_split_around1=split)
+        fitted = imutils.measure_radiometry(image.reshape(3, -1), "hdr_log", options=options)
+        stretched = fitted.stretch(image)
+        assert stretched.dtype == fitted.unstretch(stretched).dtype == np.float32
+        np.testing.assert_allclose(fitted.unstretch(stretched), image, rtol=1e-4)
+        turned = fitted.stretch(image[:, ::-1, ::-1])
+        np.testing.assert_array_equal(turned, stretched[:, ::-1, ::-1])
+        np.testing.assert_array_equal(image, before)
+        ends = np.array([fitted.low, fitted.high]).T[:, None]
+        np.testing.assert_allclose(fitted.stretch(ends), np.tile([0, 1], (3, 1, 1)), atol=1e-6)
+
+
+def test_the_sun_is_clipped_alike_in_all_bands():
+    pixels = np.ones((2, 1000), np.float32)
+    pixels[0, :10], pixels[1, :10] = 40_000, 60_000
+    options = HdrLogOptions(clip_percentile=98.9)
+    fitted = imutils.measure_radiometry(pixels, "hdr_log", options=options)
+    assert (fitted.options.clip, fitted.options.clip_percentile) == (1, None)
+    options = HdrLogOptions(clip_percentile=100)
+    fitted = imutils.measure_radiometry(pixels, "hdr_log", options=options)
+    assert fitted.options.clip == 60_000
+    given = imutils.measure_radiometry(pixels, "hdr_log", options=HdrLogOptions(clip=2.0))
+    seen = given.stretch(np.array([[[1.0, 2.0, 50.0, np.inf]]] * 2, np.float32))
+    assert seen[0, 0, 0] < seen[0, 0, 1] == seen[0, 0, 2] == seen[0, 0, 3]
+    with pytest.raises(InputError, match="clip_percentile 50 of the training ground is 0"):
+        imutils.measure_radiometry(0 * pixels, "hdr_log", options=HdrLogOptions(clip_percentile=50))
+
+
+def test_constants_that_no_float_holds_are_refused():
+    options = HdrLogOptions(output_scale=0.001)
+    with pytest.raises(InputError, match=r"got output_scale 0\.001 and output_bias 2\.5"):
+        imutils.measure_radiometry(np.ones((1, 3)), "hdr_log", options=options)
+
+
+@pytest.mark.parametrize("method", imutils.STRETCHES)
+def test_raw_values_come_back(method):
+    rng = np.random.default_rng(0)
+    pixels = rng.uniform(10, 500, (2, 1000)).astype(np.float32)
+    fitted = imutils.measure_radiometry(pixels, method, (0, 100))
+    back = fitted.unstretch(fitted.stretch(pixels[:, None]))
+    np.testing.assert_allclose(back[:, 0], pixels, rtol=1e-3)
+
+
 def test_invalid_pixels_become_the_mean():
     fitted = imutils.Radiometry("minmax", (0.0,), (10.0,), (0.4,), (0.1,))
     image = np.array([[[1.0, np.nan], [-3.4e38, 10.0]]], np.float32)
     stretched = fitted.stretch(image, np.array([[True, False], [False, True]]))
     np.testing.assert_allclose(stretched, [[[0.1, 0.4], [0.4, 1.0]]], rtol=1e-6)
+
+
+def test_light_is_looked_at_in_its_logarithm():
+    valid = np.ones((20, 50), bool)
+    light = np.geomspace(0.01, 100, 1000, dtype=np.float32).reshape(1, 20, 50)
+    seen = imutils.preview_stretch(light, valid, light=True)
+    assert 80 < np.median(seen) < 160, "the middle of the decades is gray"
+    assert (np.diff(seen.ravel().astype(int)) >= 0).all()
+    assert (seen.min(), seen.max()) == (0, 255)
+    assert np.median(imutils.preview_stretch(light, valid)) < 10
+    same = np.full((3, 20, 50), 0.0, np.float32)
+    assert (imutils.preview_stretch(same, valid, light=True) == 0).all()
 
 
 def test_a_constant_band_does_not_divide_by_zero():
