@@ -114,7 +114,9 @@ def make_table(values: Iterable[object], classes: Classes, *, background: bool) 
         classes: What they mean. None: each is a class, ids in the order of their numbers if all are
             whole numbers, else of the names. A sequence: these values are the classes, in this
             order. A mapping value -> name: values of one name are one class, in the order in which
-            the names come first. A mapping value -> number: classes in the order of the numbers.
+            the names come first. A mapping value -> number: classes in the order of the numbers;
+            values of one number are one class, called like the first of them, or the background,
+            where there is one and the number is 0.
             A number: of how many classes there are, with or without the background, which is
             number 0 in any case; values that are whole numbers are the classes' own numbers, others
             are numbered by name. A table stays as it is.
@@ -136,7 +138,10 @@ def make_table(values: Iterable[object], classes: Classes, *, background: bool) 
     elif isinstance(classes, Mapping):
         meanings = {text_of(value): meaning for value, meaning in classes.items()}
         if all(isinstance(m, int) and not isinstance(m, bool) for m in meanings.values()):
-            named = {value: value for value in sorted(meanings, key=meanings.get)}
+            called = {0: BACKGROUND} if background else {}
+            for value, number in meanings.items():
+                called.setdefault(number, value)
+            named = {v: called[meanings[v]] for v in sorted(meanings, key=meanings.get)}
         else:
             named = {value: str(meaning) for value, meaning in meanings.items()}
     else:
@@ -295,7 +300,7 @@ def read_counted(raster: fileio.Raster, window: Window) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PolygonLabels(Labels):
-    """Polygons of a vector file. The later one in the file lies on top.
+    """Polygons of a vector file. The later one in the file lies on top, of COCO the smaller one.
 
     Attributes:
         df: The polygons, with `label` (the attribute's value), `geometry` and boxes, px.
@@ -558,6 +563,10 @@ def _place_polygons(
     if not here.all():
         log.info("%s: %d of %d polygons lie off the raster", path.name, (~here).sum(), len(here))
     df = geometries.with_geometry(cleaned.df, shapes)[here].reset_index(drop=True)
+    if path.suffix.lower() == ".json" and "category_id" in df.columns:
+        # the order of COCO's annotations means nothing, and what hides a smaller one is no object
+        areas = shapely.area(df["geometry"].to_numpy(dtype=object))
+        df = df.iloc[np.argsort(-areas, kind="stable")].reset_index(drop=True)
     if nameless := int(df["label"].isna().sum()):
         log.warning(
             "%s: %d polygons have no %s; nothing is known of their ground", path.name, nameless,
