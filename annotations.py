@@ -518,15 +518,15 @@ def read_annotations(path: Path, raster: fileio.Raster, **options: object) -> Cl
 
     Returns:
         The rows with `pixel_x, pixel_y, diameter, label, xmin, ymin, xmax, ymax` (float64, px; the
-        diameter is the longer side), `score` and `iscrowd` where the file has them, and, where it
-        gives polygons, `geometry` (px; None for points); quarantine and report. Nothing is said of
-        where the boxes lie: that is up to `preprocess_df`.
+        diameter is the longer side), `score, iscrowd, category_id` where the file has them, and,
+        where it gives polygons, `geometry` (px; None for points); quarantine and report. Nothing is
+        said of where the boxes lie: that is up to `preprocess_df`.
 
     Raises:
         InputError: The file cannot be used, or no row is left.
     """
     reading = _plan_reading(Path(path), raster, ReadingOptions(**options))
-    return _carry_out(Path(path), raster, reading, ("score", "iscrowd", "geometry"))
+    return _carry_out(Path(path), raster, reading, ("score", "iscrowd", "category_id", "geometry"))
 
 
 def preprocess_df(

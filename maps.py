@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import ClassVar
@@ -22,13 +22,16 @@ import pandas as pd
 import rasterio
 import torch
 from rasterio.enums import ColorInterp, Resampling
+from rasterio.windows import Window as RasterioWindow
 from torch import nn
 
 import fileio
+import imutils
 import parallel
 import regions
 import tiling
 from ImageData import IGNORE, ImageData, InputError, Window
+from imutils import Radiometry
 from LargeRasterOR import VIEWS, autocast
 from ModelConfig import Views
 from strips import Tile, TilePredictor, batch_of, find_devices, load_model
@@ -40,6 +43,8 @@ BLOCK = 256  # px, side of what is written at once
 CHUNK_COLUMNS = 8 * BLOCK  # px that are put together at once
 CLASS, CONFIDENCE, UNCERTAINTY = "class", "confidence", "uncertainty"  # planes of a map
 ERROR_SIDE = 4096  # px of the windows in which errors are looked for
+PNG = ".png"  # of a class map that any reader of pictures takes
+PICTURE = {"nodata": None, "photometric": "RGB", "alpha": "YES", "interleave": "pixel"}
 PIXELS_PER_PUSH = 2**22  # of rows whose regions are looked for at once
 
 
@@ -577,10 +582,12 @@ class MapFiles:
     """What is written of a map.
 
     Attributes:
-        classes: The class map, a GeoTIFF.
+        classes: The class map, a GeoTIFF, or a PNG whose gray levels are the class ids.
         regions: Files of polygons, of any suffix that `fileio.write_annotations` knows.
         probabilities: GeoTIFF of one band per class, if wanted.
         uncertainty: GeoTIFF of one band, if wanted.
+        overlay: GeoTIFF of the raster's picture under the classes' colours, if wanted.
+        opacity: How much of that the colours are, 0-1.
         least_area: Least area of a polygon, px.
         names: Of the classes, by class id.
         colors: Of the classes, `#RRGGBB`.
@@ -590,6 +597,8 @@ class MapFiles:
     regions: tuple[Path, ...]
     probabilities: Path | None
     uncertainty: Path | None
+    overlay: Path | None
+    opacity: float
     least_area: int
     names: tuple[str, ...]
     colors: tuple[str, ...]
@@ -634,7 +643,8 @@ class _Sheets:
         self.regions = dict.fromkeys(files.names, 0)
         count = len(files.names)
         self.classes = self._open(stack, files.classes, 1, Resampling.nearest)
-        self.classes.write_colormap(1, _color_table(files.colors))
+        if files.classes.suffix.lower() != PNG:  # its palette would hide the ids from most readers
+            self.classes.write_colormap(1, _color_table(files.colors))
         self.classes.set_band_description(1, "class")
         names = {f"class_{i}": name for i, name in enumerate(files.names)}
         self.classes.update_tags(1, **names)
@@ -646,6 +656,10 @@ class _Sheets:
         if files.uncertainty is not None:
             self.uncertainty = self._open(stack, files.uncertainty, 1, Resampling.average)
             self.uncertainty.set_band_description(1, "disagreement of overlapping tiles")
+        self.overlay = None
+        if files.overlay is not None:
+            dst = self._open(stack, files.overlay, 4, Resampling.average, **PICTURE)
+            self.overlay = _Overlay(predictor.raster, predictor.radiometry, files, dst)
         self.appends: list[Callable[[pd.DataFrame], None]] = [
             stack.enter_context(
                 fileio.annotation_writer(path, predictor.raster, files.names, shape="own")
@@ -655,18 +669,18 @@ class _Sheets:
         self.front = regions.RegionFront(files.names, range(count), files.least_area)
 
     def _open(
-        self, stack: ExitStack, path: Path, count: int, overviews: Resampling
+        self, stack: ExitStack, path: Path, count: int, overviews: Resampling, **layout: object
     ) -> rasterio.io.DatasetWriter:
         raster = self.predictor.raster
-        place = {"crs": raster.crs, "transform": rasterio.Affine(*raster.transform)}
-        dst = stack.enter_context(
-            fileio.create_raster(
-                path, width=raster.width, height=raster.height, count=count, dtype="uint8",
-                nodata=IGNORE, sparse_ok=True, interleave="band", overviews=overviews,
-                blockxsize=BLOCK, blockysize=BLOCK, **place,
-            )
-        )  # fmt: skip
-        if overviews is Resampling.average:  # shares: GDAL and QGIS show them from 0 to 1
+        profile = {
+            "width": raster.width, "height": raster.height, "count": count, "dtype": "uint8",
+            "nodata": IGNORE, "sparse_ok": True, "interleave": "band", "blockxsize": BLOCK,
+            "blockysize": BLOCK, "crs": raster.crs, "transform": rasterio.Affine(*raster.transform),
+        } | layout  # fmt: skip
+        if path.suffix.lower() == PNG:
+            return stack.enter_context(fileio.create_png(path, **profile))
+        dst = stack.enter_context(fileio.create_raster(path, overviews=overviews, **profile))
+        if overviews is Resampling.average and not layout:  # shares: shown from 0 to 1
             dst.scales = (1 / SHARES,) * count
             dst.colorinterp = [ColorInterp.gray] + [ColorInterp.undefined] * (count - 1)
         return dst
@@ -688,6 +702,8 @@ class _Sheets:
             ):
                 if dst is not None and (values != IGNORE).any():
                     dst.write(values, window=window)
+            if self.overlay is not None:
+                self.overlay.write(Window(x0, y0, x1 - x0, y1 - y0), layers[CLASS])
             if self.appends:
                 kept.append(planes[[0, self._place(CONFIDENCE)]])
         if self.appends:
@@ -721,6 +737,48 @@ class _Sheets:
             )
             for append in self.appends:
                 append(_measure_ground(df, self.predictor.raster))
+
+
+class _Overlay:
+    """The picture of a raster under the colours of its classes, stretched the same everywhere."""
+
+    def __init__(
+        self, raster: fileio.Raster, radiometry: Radiometry, files: MapFiles,
+        dst: rasterio.io.DatasetWriter,
+    ) -> None:  # fmt: skip
+        self.raster, self.dst, self.opacity = raster.own, dst, np.float32(files.opacity)
+        own = {n: getattr(radiometry, n)[: len(self.raster.bands)]
+               for n in ("low", "high", "mean", "std")}  # fmt: skip
+        self.radiometry = replace(radiometry, **own)
+        colors = _color_table(files.colors)
+        self.colors = np.zeros((IGNORE + 1, 3), np.float32)
+        self.colors[list(colors)] = [color[:3] for color in colors.values()]
+        ground = pd.DataFrame([(self.raster.identifier, 0, 0, raster.width, raster.height)],
+                              columns=["raster", *tiling.WINDOW_COLUMNS])  # fmt: skip
+        try:
+            pixels = tiling.sample_pixels(ground, {self.raster.identifier: self.raster}, seed=0)
+        except InputError:  # hardly any ground, or a damaged place
+            pixels = np.array([own["low"], own["high"]]).T
+        shown = self.radiometry.stretch(pixels[:, None])
+        self.bounds = imutils.preview_bounds(shown, np.ones(shown.shape[1:], bool))
+
+    def write(self, window: Window, classes: np.ndarray) -> None:
+        """Write a window, given its classes (H, W)."""
+        try:
+            image = self.raster.read(window)
+            valid = self.raster.read_valid(window, image)
+        except InputError:  # a gap, of which the record of the prediction tells
+            return
+        if not valid.any():
+            return
+        shown = self.radiometry.stretch(image, valid)
+        picture = imutils.preview_stretch(shown, valid, self.bounds).astype(np.float32)
+        picture = np.broadcast_to(picture.reshape(*classes.shape, -1), (*classes.shape, 3))
+        blended = picture + self.opacity * (self.colors[classes] - picture)
+        picture = np.where((classes != IGNORE)[..., None], blended, picture)
+        pixels = np.concatenate([np.rint(picture), 255 * valid[..., None]], axis=2)
+        pixels = pixels.astype(np.uint8).transpose(2, 0, 1)
+        self.dst.write(pixels, window=RasterioWindow(*window))
 
 
 def _measure_ground(df: pd.DataFrame, raster: fileio.Raster) -> pd.DataFrame:

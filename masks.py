@@ -348,7 +348,7 @@ def read_counted(raster: fileio.Raster, window: Window) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PolygonLabels(Labels):
-    """Polygons of a vector file. The later one in the file lies on top.
+    """Polygons of a vector file. The later one in the file lies on top, of COCO the smaller one.
 
     Attributes:
         df: The polygons, with `label` (the attribute's value), `geometry` and boxes, px.
@@ -625,6 +625,10 @@ def _place_polygons(
     if not here.all():
         log.info("%s: %d of %d polygons lie off the raster", path.name, (~here).sum(), len(here))
     df = geometries.with_geometry(cleaned.df, shapes)[here].reset_index(drop=True)
+    if path.suffix.lower() == ".json" and "category_id" in df.columns:
+        # the order of COCO's annotations means nothing, and what hides a smaller one is no object
+        areas = shapely.area(df["geometry"].to_numpy(dtype=object))
+        df = df.iloc[np.argsort(-areas, kind="stable")].reset_index(drop=True)
     if nameless := int(df["label"].isna().sum()):
         log.warning(
             "%s: %d polygons have no %s; nothing is known of their ground", path.name, nameless,

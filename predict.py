@@ -62,13 +62,13 @@ CHUNK = 20_000  # objects written at once: larger ones write faster, but take mo
 TASK_OPTIONS = {  # of `PredictionOptions`, those that only one task has
     DETECTION: ("score_threshold", "scales", "geometry", "density_cell"),
     SEGMENTATION: (
-        "smooth_prediction", "probabilities", "uncertainty", "least_area", "colormap",
+        "smooth_prediction", "probabilities", "uncertainty", "overlay", "least_area", "colormap",
     ),
 }  # fmt: skip
 BESIDE = {  # further files, named after the first output
-    DETECTION: ("density",), SEGMENTATION: ("probabilities", "uncertainty"),
+    DETECTION: ("density",), SEGMENTATION: ("probabilities", "uncertainty", "overlay"),
 }  # fmt: skip
-MAP_SUFFIXES, POLYGON_SUFFIXES = (".tif", ".tiff"), (".gpkg", ".geojson", ".parquet")
+MAP_SUFFIXES, POLYGON_SUFFIXES = (".tif", ".tiff", maps.PNG), (".gpkg", ".geojson", ".parquet")
 FAILED, INCOMPLETE, INTERRUPTED = 1, 3, 130  # exit codes; 0: complete, 2: not understood
 
 
@@ -236,6 +236,8 @@ class PredictionOptions:
             the map with the ending `_probabilities.tif`; 0 to 254 stand for 0 to 1, 255 is nodata.
         uncertainty: Of a map: write how much overlapping tiles disagree, likewise with the ending
             `_uncertainty.tif`: the root of the weighted variances of all classes' probabilities.
+        overlay: Of a map: how much of a picture, 0-1, the colours of the classes are over the
+            raster, written likewise with the ending `_overlay.tif`. None: no picture.
         least_area: Of a map: smaller regions are left out of the files of polygons, px.
         colormap: Of a map: CSV of value, name and colour of its classes.
         readers: Threads that read ahead.
@@ -263,6 +265,7 @@ class PredictionOptions:
     smooth_prediction: bool | None = None
     probabilities: bool = False
     uncertainty: bool = False
+    overlay: Share | None = None
     least_area: Positive = 1
     colormap: Path | None = None
     readers: Positive = 2
@@ -473,6 +476,7 @@ class MapTask(Task):
             path, self.outputs[1:],
             _beside(path, "probabilities") if wanted.probabilities else None,
             _beside(path, "uncertainty") if wanted.uncertainty else None,
+            None if wanted.overlay is None else _beside(path, "overlay"), wanted.overlay or 0.0,
             wanted.least_area, *_names_and_colors(self.labels, wanted),
         )  # fmt: skip
 
@@ -480,7 +484,8 @@ class MapTask(Task):
     def further(self) -> list[Path]:
         """Files beside the outputs, named after the first."""
         files = self.map_files
-        return [path for path in (files.probabilities, files.uncertainty) if path is not None]
+        paths = (files.probabilities, files.uncertainty, files.overlay)
+        return [path for path in paths if path is not None]
 
     @property
     def form(self) -> dict[str, object]:
@@ -491,7 +496,7 @@ class MapTask(Task):
             "further": [str(path) for path in self.further],
             "least_area": files.least_area,
             "classes": [list(pair) for pair in zip(files.names, files.colors, strict=True)],
-        }
+        } | ({"opacity": files.opacity} if files.overlay else {})
 
     def merge(self, made: Iterator[int]) -> dict[str, object]:
         """Write the map and what goes with it; see `Task`."""
@@ -540,8 +545,8 @@ def predict_raster(
             keeps the limits that the prediction sets; several processes get copies of it.
         raster: File or address.
         outputs: Files to write, of any suffix that `fileio.write_annotations` knows; of a map first
-            the GeoTIFF, and perhaps files for the polygons of its regions. A file named as the
-            first one and `.provenance.json` tells how they were made.
+            the GeoTIFF or PNG of class ids, and perhaps files for the polygons of its regions. A
+            file named as the first one and `.provenance.json` tells how they were made.
         progress: Show a bar.
         options: See `PredictionOptions`.
 
@@ -748,6 +753,11 @@ def _check_names(
             raise InputError(
                 f"{first} must end in one of {list(MAP_SUFFIXES)}: the checkpoint is for "
                 "segmentation, and the first output is the class map; polygons may follow"
+            )
+        if first.suffix.lower() == maps.PNG and max(raster.width, raster.height) > fileio.PNG_SIDE:
+            raise InputError(
+                f"a PNG is at most {fileio.PNG_SIDE:,} px wide and high, {raster.path} has "
+                f"{raster.width:,} x {raster.height:,}; name a .tif"
             )
     for path in tables:
         suffixes = POLYGON_SUFFIXES if kind == SEGMENTATION else fileio.ANNOTATION_SUFFIXES
@@ -1021,8 +1031,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--checkpoint", type=Path, required=True, help="the model, such as runs/mine/best.ckpt")
     add("--output", nargs="+", action="extend", required=True, metavar="OUT",
         help="catalogues to write: .gpkg, .geojson, .parquet, .csv, .json (COCO), .txt (YOLO); "
-        "of a map first its .tif, and perhaps .gpkg, .geojson, .parquet for the polygons of its "
-        "regions; "
+        "of a map first its .tif or .png, and perhaps .gpkg, .geojson, .parquet for the polygons "
+        "of its regions; "
         "{raster} in the name stands for the raster's own. The rasters come first in the command")
     add("--tile-size", "--chunk-size", type=int, metavar="PX",
         help="side of the tiles (default: the training's)")
@@ -1053,6 +1063,9 @@ def _parser() -> argparse.ArgumentParser:
         help="of a map: also write OUT_probabilities.tif, a band per class, 0-254 for 0 to 1")
     add("--uncertainty", action="store_true",
         help="of a map: also write OUT_uncertainty.tif, how much overlapping tiles disagree")
+    add("--overlay", type=float, nargs="?", const=0.5, metavar="SHARE",
+        help="of a map: also write OUT_overlay.tif, the raster under the classes' colours, which "
+        "are that share of it, 0-1 (if not given: 0.5)")
     add("--least-area", type=int, default=1, metavar="PX",
         help="of a map: smaller regions get no polygon (default: %(default)s)")
     add("--colormap", type=Path, metavar="CSV",

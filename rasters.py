@@ -25,6 +25,7 @@ import numpy as np
 import pyproj
 import rasterio
 import rasterio.features
+import rasterio.shutil
 import shapely
 from pyproj.exceptions import ProjError
 from rasterio._err import CPLE_BaseError  # some calls let GDAL's own errors through
@@ -895,6 +896,35 @@ def create_raster(
             with rasterio.Env(SPARSE_OK_OVERVIEW=bool(layout.get("sparse_ok"))):
                 add_overviews(temporary, overviews)
         check_whole(temporary, sparse=bool(layout.get("sparse_ok")))
+
+
+PNG_SIDE = 1_000_000  # px, the longest that libpng reads and writes
+PNG_END = b"IEND\xaeB`\x82"
+
+
+@contextmanager
+def create_png(path: Path, **profile: object) -> Iterator[rasterio.io.DatasetWriter]:
+    """Open a new PNG for writing by windows; it takes its name when the block succeeds.
+
+    Windows go to a GeoTIFF beside it, of which the PNG is made row by row at the end.
+
+    Args:
+        path: The file to make.
+        profile: See `create_raster`; one band, or three, of bytes, at most `PNG_SIDE` px a side.
+    """
+    with atomic_path(path) as temporary:
+        draft = temporary.with_suffix(".tif")
+        try:
+            with create_raster(draft, **profile) as dst:
+                yield dst
+            with rasterio.Env(GDAL_PAM_ENABLED="NO"):  # no file of metadata beside it
+                rasterio.shutil.copy(draft, temporary, driver="PNG")
+        finally:
+            draft.unlink(missing_ok=True)
+        with temporary.open("rb") as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            if file.read() != PNG_END:
+                raise OSError(errno.ENOSPC, "no room for all of it", str(path))
 
 
 def add_overviews(path: Path, resampling: Resampling) -> None:

@@ -13,6 +13,7 @@ Make the samples of the quickstart: `python sampledata.py --output data --seed 0
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ LAND_COVER_SAMPLES = {  # px, width and height; the second is for prediction
     "land_cover_1": (2560, 2048),
     "land_cover_2": (1536, 1024),
 }
+SKY_SAMPLES = {  # px, width and height; the last is for prediction
+    "sky_1": (2048, 1024), "sky_2": (2048, 1024), "sky_3": (2048, 1024), "sky_4": (2048, 1024),
+}  # fmt: skip
 SAMPLES = {  # px, width and height; the third is for prediction, its catalogue to compare with
     "sample_1": (2048, 1536),
     "sample_2": (1536, 1536),
@@ -554,6 +558,278 @@ def _render_cover(df: pd.DataFrame, window: Window, seed: int, bands: int) -> np
     return image
 
 
+# ---------------------------------------------------------------------------------------------
+# Sky
+# ---------------------------------------------------------------------------------------------
+
+SKY, OBJECT = "sky", "object"  # categories 1 and 2 of the polygons; an object stands before the sky
+SUN_RADIANCE = 65_504.0  # the largest number of 16-bit floats: where such pictures are cut off
+SUN_RADIUS, HALO = 0.009, 0.05  # radians; the halo is where the sun outshines the sky by far
+GRID = 8  # steps per px at which the outlines' vertices lie: exact in binary, and in the file
+SURFACES = {  # what is no sky -> reflectance of red, green, blue
+    "ground": (0.20, 0.21, 0.13), "building": (0.42, 0.38, 0.34), "tree": (0.07, 0.11, 0.04),
+    "wood": (0.08, 0.06, 0.05),
+}  # fmt: skip
+
+
+class Panorama(NamedTuple):
+    """All that determines a picture of the sky; sizes in px, angles in radians, y points down."""
+
+    width: int
+    height: int
+    seed: int
+    sun_azimuth: float
+    sun_altitude: float
+    exposure: float  # factor of all radiances
+    cover: float  # 0-1, how much of the sky is cloud
+
+
+def make_sky(
+    image_path: Path, mask_path: Path, *, width: int, height: int, seed: int
+) -> pd.DataFrame:
+    """Write a float32 panorama of linear radiance, and the mask of its sky: 1, all else 0.
+
+    Clouds belong to the sky. Hills and houses bound it; trees, poles, wires and twigs stand before
+    it. The sun is as bright as 16-bit floats can tell, ten thousand times the sky around it.
+
+    Args:
+        image_path: The raster to write, three bands, window by window.
+        mask_path: The mask to write, one band of bytes.
+        width: Columns in px, the whole circle of directions.
+        height: Rows in px, from the zenith to the nadir.
+        seed: At least 0; the same seed gives the same pixels.
+
+    Returns:
+        The polygons whose pixels are the mask: `label` (`SKY`, then `OBJECT` on top of it) and
+        `geometry` (px), without holes.
+
+    Raises:
+        InputError: A number is out of its range.
+    """
+    scene = Scene(width, height, seed)
+    rng = np.random.default_rng([seed, width, height])
+    turn = rng.uniform(0.1, 0.9) * 2 * np.pi
+    view = Panorama(width, height, seed, turn, rng.uniform(0.15, 0.8),
+                    2.0 ** rng.uniform(-1, 1), rng.uniform(0.35, 0.65))  # fmt: skip
+    surfaces, objects = _lay_skyline(rng, width, height)
+    skies = _cut_sky(surfaces["geometry"].to_numpy(), width, height)
+    df = pd.concat([surfaces, pd.DataFrame({"surface": SKY, "geometry": skies}), objects],
+                   ignore_index=True)  # fmt: skip
+    tree = shapely.STRtree(df["geometry"].to_numpy())
+    size = {"width": width, "height": height}
+    picture = {"count": 3, "dtype": "float32", "photometric": "RGB", "predictor": 3}
+    Path(mask_path).unlink(missing_ok=True)  # a picture without its mask is unfinished
+    with (
+        fileio.create_raster(Path(image_path), **size, **picture) as image,
+        fileio.create_raster(Path(mask_path), **size, count=1, dtype="uint8") as mask,
+    ):
+        for window in _blocks(scene):
+            found = np.sort(tree.query(shapely.box(*_bounds(window))))
+            pixels, is_sky = _render_sky(df.iloc[found], window, view)
+            image.write(pixels, window=RasterioWindow(*window))
+            mask.write(is_sky[None], window=RasterioWindow(*window))
+    log.info("wrote %s (%d x %d px) and %s", image_path, width, height, mask_path)
+    labels = np.where(df["surface"] == SKY, SKY, OBJECT)
+    return (
+        df.assign(label=labels).iloc[len(surfaces) :][["label", "geometry"]].reset_index(drop=True)
+    )
+
+
+def generate_sky(
+    directory_images: Path, directory_datasets: Path, *, seed: int = 0, force: bool = False
+) -> None:
+    """Write the samples of skies, their masks, and the polygons of all, `sky.json` (COCO).
+
+    What is there already stays, unless one of the files is missing.
+    """
+    images = [Path(directory_images) / f"{name}.tif" for name in SKY_SAMPLES]
+    masks = [Path(directory_datasets) / f"{name}_mask.tif" for name in SKY_SAMPLES]
+    coco = Path(directory_datasets) / "sky.json"
+    if not force and all(path.exists() for path in (*images, *masks, coco)):
+        log.info("%s and its pictures exist and stay; force overwrites them", coco)
+        return
+    coco.unlink(missing_ok=True)
+    shown, entries = [], []
+    for number, (image, mask, (width, height)) in enumerate(
+        zip(images, masks, SKY_SAMPLES.values(), strict=True), start=1
+    ):
+        own = seed * len(SKY_SAMPLES) + number
+        df = make_sky(image, mask, width=width, height=height, seed=own)
+        shown.append({"id": number, "file_name": image.name, "width": width, "height": height})
+        for label, shape in zip(df["label"], df["geometry"], strict=True):
+            x0, y0, x1, y1 = shape.bounds
+            entries.append({
+                "id": len(entries) + 1, "image_id": number, "iscrowd": 0, "area": shape.area,
+                "category_id": 1 + (label == OBJECT), "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "segmentation": [shapely.get_coordinates(shape)[:-1].ravel().tolist()],
+            })  # fmt: skip
+    categories = [{"id": 1, "name": SKY}, {"id": 2, "name": OBJECT}]
+    data = {"images": shown, "categories": categories, "annotations": entries}
+    fileio.write_json(coco, data)
+
+
+def _on_grid(shapes: list | np.ndarray) -> np.ndarray:
+    return shapely.transform(
+        np.asarray(shapes, dtype=object), lambda xy: np.round(xy * GRID) / GRID
+    )
+
+
+def _cut_sky(surfaces: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Return the parts of the picture that no surface covers, as polygons without holes."""
+    rest = shapely.difference(shapely.box(0, 0, width, height), shapely.union_all(surfaces))
+    parts = _on_grid(shapely.get_parts(rest))
+    return parts[(shapely.area(parts) > 1) & shapely.is_valid(parts)]
+
+
+def _lay_skyline(
+    rng: np.random.Generator, width: int, height: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Place hills and houses, which reach down to the ground, and what stands before the sky."""
+    unit = height / 1024  # px; all sizes are those of 2048 x 1024 px
+    x = np.arange(-16 * unit, width + 17 * unit, 8 * unit)
+    hills = np.zeros_like(x)
+    for size, step in ((26, 300 * unit), (9, 90 * unit), (2.5, 24 * unit)):
+        knots = np.arange(-2 * step, width + 2 * step, step) + rng.uniform(0, step)
+        hills += size * unit * np.interp(x, knots, rng.normal(0, 1, knots.size))
+    rim = height / 2 - 24 * unit - hills
+    ground = shapely.Polygon([(x[0], height + 1), *zip(x, rim, strict=True), (x[-1], height + 1)])
+
+    def foot(place: float) -> float:
+        return float(np.interp(place, x, rim)) + 30 * unit
+
+    houses, trees, wood = [], [], []
+    for place in np.cumsum(rng.exponential(75 * unit, int(width / (75 * unit)))):
+        w, h = rng.uniform(28, 110) * unit, rng.uniform(40, 190) * unit * rng.uniform(0.5, 1)
+        base, roof = foot(place), rng.uniform(0, 0.45) * w * (rng.uniform() < 0.6)
+        houses.append(shapely.Polygon([
+            (place, base + 60 * unit), (place, base - h), (place + w / 2, base - h - roof),
+            (place + w, base - h), (place + w, base + 60 * unit),
+        ]))  # fmt: skip
+        if rng.uniform() < 0.5:  # a chimney, or an aerial
+            at, thick = place + rng.uniform(0.15, 0.3) * w, rng.choice([1.6, 9.0]) * unit
+            houses.append(shapely.box(at, base - h - roof - 22 * unit, at + thick, base))
+    for place in np.cumsum(rng.exponential(95 * unit, int(width / (95 * unit)))):
+        bare = rng.uniform() < 0.3
+        tall = rng.uniform(60, 230) * unit
+        if bare:
+            wood += _grow(rng, (place, foot(place)), -np.pi / 2, tall * 0.34, 5 * unit, 6)
+            continue
+        crown = (place, foot(place) - 0.68 * tall)
+        trees.append(_crown(rng, crown, tall * rng.uniform(0.24, 0.36), 0.40 * tall))
+        wood.append(shapely.LineString([(place, foot(place)), crown]).buffer(tall * 0.025))
+    places = np.arange(rng.uniform(0, 200), width, rng.uniform(260, 380)) * 1.0
+    tops = [(place, foot(place) - rng.uniform(150, 190) * unit) for place in places]
+    for top in tops:
+        wood.append(shapely.box(top[0] - 2 * unit, top[1], top[0] + 2 * unit, foot(top[0])))
+        wood.append(shapely.box(top[0] - 17 * unit, top[1] + 9 * unit, top[0] + 17 * unit,
+                                top[1] + 12 * unit))  # fmt: skip
+    t = np.linspace(0, 1, 24)
+    for one, other in itertools.pairwise(tops):
+        for side in (-14 * unit, 14 * unit):
+            low = 9 * unit + 26 * unit * 4 * t * (1 - t)
+            along = one[0] + side + t * (other[0] - one[0])
+            line = np.stack([along, one[1] + low + t * (other[1] - one[1])], axis=1)
+            wood.append(shapely.LineString(line).buffer(0.75, cap_style="flat"))
+    frames = []
+    for groups in ({"ground": [ground], "building": houses}, {"wood": wood, "tree": trees}):
+        rows = [(name, shape) for name, shapes in groups.items() for shape in shapes]
+        df = pd.DataFrame(rows, columns=["surface", "geometry"])
+        df["geometry"] = pd.Series(_on_grid(df["geometry"].to_numpy()), dtype=object)
+        shapes = df["geometry"].to_numpy()
+        seen = shapely.intersects(shapes, shapely.box(0, 0, width, height))
+        frames.append(df[shapely.is_valid(shapes) & seen].reset_index(drop=True))
+    return frames[0], frames[1]
+
+
+def _crown(
+    rng: np.random.Generator, center: tuple[float, float], wide: float, high: float
+) -> shapely.Polygon:
+    """Outline a tree's crown: an oval with leaves."""
+    angles = np.linspace(0, 2 * np.pi, 120, endpoint=False)
+    waves = sum(rng.normal(0, 0.34 / n) * np.sin(n * angles + rng.uniform(0, 2 * np.pi))
+                for n in (3, 5, 7, 9, 12, 16, 23))  # fmt: skip
+    reach = (1 + 0.8 * waves).clip(0.45, 1.5) + rng.uniform(-0.06, 0.06, angles.size)
+    rim = np.stack([wide * np.cos(angles), high * np.sin(angles)], axis=1) * reach[:, None]
+    return shapely.Polygon(np.array(center) + rim)
+
+
+def _grow(
+    rng: np.random.Generator, start: tuple[float, float], angle: float, length: float,
+    thick: float, depth: int,
+) -> list[shapely.Polygon]:  # fmt: skip
+    """Grow a bare branch and those that fork from it."""
+    end = start[0] + length * np.cos(angle), start[1] + length * np.sin(angle)
+    branch = shapely.LineString([start, end]).buffer(max(thick, 0.9), quad_segs=2)
+    if depth == 1:
+        return [branch]
+    forks = [angle + side * rng.uniform(0.2, 0.55) for side in (-1, 1)]
+    return [branch, *(
+        twig for fork in forks
+        for twig in _grow(rng, end, fork, length * rng.uniform(0.62, 0.82), thick * 0.62, depth - 1)
+    )]  # fmt: skip
+
+
+def _render_sky(df: pd.DataFrame, window: Window, view: Panorama) -> tuple[np.ndarray, np.ndarray]:
+    """Render a window, float32 (3, height, width), and its mask, from polygons that touch it."""
+    shape_hw, names = (window.height, window.width), list(SURFACES)
+    kind, own = np.zeros(shape_hw, dtype=np.uint8), np.zeros(shape_hw, dtype=np.int32)
+    if len(df):
+        moved = shapely.transform(df["geometry"].to_numpy(), lambda xy: xy - (window.x, window.y))
+        kinds = df["surface"].map({name: i for i, name in enumerate([*names, SKY])})
+        for values, into in ((kinds, kind), (df.index + 1, own)):
+            rasterio.features.rasterize(zip(moved, values, strict=True), out=into)
+    is_sky = kind == len(names)
+    rows = np.arange(window.y, window.y + window.height)
+    cols = np.arange(window.x, window.x + window.width)
+    altitude = ((0.5 - (rows + 0.5) / view.height) * np.pi).astype(np.float32)[:, None]
+    azimuth = ((cols + 0.5) / view.width * 2 * np.pi).astype(np.float32)
+    cosine = (np.sin(altitude) * np.sin(np.float32(view.sun_altitude))
+              + np.cos(altitude) * np.cos(np.float32(view.sun_altitude))
+              * np.cos(azimuth - np.float32(view.sun_azimuth)))  # fmt: skip
+    away = np.arccos(cosine.clip(-1, 1))  # from the sun
+    glow = np.exp(-away / np.float32(0.35)) * 2 + 60 * np.exp(-np.square(away / HALO))
+    clouds = _cloud_cover(view, rows, cols)
+    haze = np.exp(-altitude.clip(0) / np.float32(0.22))
+    lit = np.float32(0.25) + np.float32(0.75) * np.exp(-away / np.float32(0.9))
+    detail = _smooth_noise(view.seed + 7, 5, rows, cols)
+    rough = _smooth_noise(view.seed + 8, 40, rows, cols)
+    sun = np.where(away < SUN_RADIUS, SUN_RADIANCE, 0) * (1 - np.float32(0.97) * clouds)
+    image = np.empty((3, *shape_hw), dtype=np.float32)
+    for band in range(3):
+        blue = np.float32((0.10, 0.22, 0.55)[band]) * (1 - haze) + np.float32(
+            (0.85, 0.9, 0.95)[band]) * haze  # fmt: skip
+        cloud = np.float32((1.0, 0.98, 0.95)[band]) * (
+            np.float32(0.35) + np.float32(1.6) * lit + np.float32(0.3) * rough
+        )
+        heaven = blue * (1 + glow) * (1 - clouds) + cloud * (1 + glow * np.float32(0.4)) * clouds
+        color = np.array([SURFACES[name][band] for name in names] + [0], dtype=np.float32)[kind]
+        shade = 1 + np.float32(0.35) * detail + np.float32(0.25) * rough
+        shade *= np.float32(0.35) + np.float32(0.09) * (own * 7 % 13).astype(np.float32)
+        shade *= _facades(kind == names.index("building"), own, rows, cols)
+        earth = color * shade * (np.float32(0.8) + lit) + np.float32(0.004) * glow
+        value = np.where(is_sky, heaven + sun, earth) * np.float32(view.exposure)
+        grain = 1 + np.float32(0.02) * _gaussian(view.seed, 31 + band, rows, cols)
+        image[band] = (value * grain).clip(1e-4, SUN_RADIANCE)
+    return image, is_sky.astype(np.uint8)
+
+
+def _cloud_cover(view: Panorama, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+    """Return how much of each pixel is cloud, 0-1: wide and flat, the flatter the lower."""
+    unit = max(view.height // 64, 1)  # px
+    noise = np.zeros((rows.size, cols.size), dtype=np.float32)
+    for i, (period, share) in enumerate([(160, 1.0), (80, 0.6), (40, 0.35), (16, 0.2), (6, 0.1)]):
+        own = max(period * unit // 16, 1)
+        noise += np.float32(share) * _smooth_noise(view.seed + 20 + i, own, rows * 2, cols)
+    return ((noise + np.float32(view.cover) - np.float32(0.5)) * np.float32(2.2)).clip(0, 1)
+
+
+def _facades(where: np.ndarray, own: np.ndarray, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+    """Return the brightness of houses, whose windows are darker, or mirror the sky; else 1."""
+    pane = (rows[:, None] % 13 < 6) & ((cols + own) % 11 < 5)
+    bright = np.where(own % 3 == 0, np.float32(2.6), np.float32(0.45))
+    return np.where(where & pane, bright, np.float32(1))
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Write the samples from the command line."""
     parser = argparse.ArgumentParser(description="Write the synthetic sample rasters.")
@@ -562,12 +838,17 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="at least 0")
     parser.add_argument("--force", action="store_true", help="overwrite existing samples")
-    parser.add_argument(
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument(
         "--land-cover", action="store_true", help="write those of params/landcover.yaml instead"
+    )
+    other.add_argument(
+        "--sky", action="store_true", help="write those of params/hdr_sky.yaml instead"
     )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     write = generate_land_cover if options.land_cover else generate
+    write = generate_sky if options.sky else write
     write(
         options.output / "images", options.output / "datasets",
         seed=options.seed, force=options.force,

@@ -138,3 +138,20 @@ def test_sums_are_read_with_their_weights():
             parse_loss(text)
     with pytest.raises(InputError, match="no part in lovasz"):
         loss_of("lovasz", class_weights=(1.0, 1.0, 1.0))
+
+
+def test_of_two_classes_cross_entropy_and_jaccard_are_those_of_one_probability():
+    torch.manual_seed(1)
+    logits, mask = torch.randn(2, 2, 9, 7), torch.randint(2, (2, 9, 7))
+    mask[0, :2] = IGNORE
+    known, one = mask != IGNORE, (logits[:, 1] - logits[:, 0])
+    truth, score = mask[known].float(), one[known].sigmoid()
+    binary = torch.nn.functional.binary_cross_entropy(score, truth)
+
+    def jaccard(p, t):
+        return 1 - (p * t).sum() / (p + t - p * t).sum()
+
+    both = (jaccard(score, truth) + jaccard(1 - score, 1 - truth)) / 2
+    torch.testing.assert_close(loss_of("cross_entropy", 2)(logits, mask), binary)
+    torch.testing.assert_close(loss_of("jaccard", 2)(logits, mask), both)
+    torch.testing.assert_close(loss_of("cross_entropy+jaccard", 2)(logits, mask), binary + both)

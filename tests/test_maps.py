@@ -12,6 +12,7 @@ from dataclasses import replace
 import geopandas as gpd
 import numpy as np
 import pandas as pd
+import PIL.Image
 import pytest
 import rasterio
 import shapely
@@ -31,6 +32,7 @@ import regions
 import strips
 import tiling
 from ImageData import InputError, Window
+from imutils import Radiometry
 from regions import RegionFront
 
 OPTIONS = {"device": "cpu", "precision": "32-true", "override": ("radiometry",)}
@@ -344,6 +346,101 @@ def test_polygons_across_tiles_and_strips_are_one(tmp_path):
     assert (expected["ymax"] - expected["ymin"]).max() > 300  # one spans several strips
 
 
+# -- pictures ---------------------------------------------------------------------------------
+
+
+def overlays(path, folder, shares, **options):
+    """Return the overlays of these opacities, (4, H, W) each, and the map."""
+    found = []
+    for share in shares:
+        predict_map(path, folder, overlay=share, overwrite=True, **options)
+        found.append(read(folder / "map_overlay.tif").astype(int))
+    return *found, read(folder / "map.tif")[0]
+
+
+@pytest.mark.parametrize("shape", [(300, 260), (2300, 90)])
+def test_an_overlay_is_the_picture_and_the_colours_in_their_shares(tmp_path, shape):
+    path = paint(tmp_path / "a.tif", *shape, hole=(30, 20, 90, 60), nodata=0, **UTM)
+    aoi = shapely.box(404000, 3285000 - 100, 404000 + 125, 3285000)  # 250 x 200 px
+    gpd.GeoSeries([aoi], crs=UTM["crs"]).to_file(tmp_path / "aoi.gpkg")
+    options = {"tile_size": 64, "overlap": 16, "aoi": tmp_path / "aoi.gpkg"}
+    picture, half, most, full, classes = overlays(path, tmp_path, (0, 0.5, 0.7, 1), **options)
+    raw = read(path)[0]
+    assert 30 < len(np.unique(raw)) < 256
+    for value in np.unique(raw[raw > 0]):  # the same stretch in all strips
+        assert len(np.unique(picture[:3, raw == value])) == 1
+    shown = picture[0, raw > 0]
+    low, high = np.percentile(raw[raw > 0], (1, 99))
+    expected = ((raw[raw > 0] - low) / (high - low) * 255).clip(0, 255)
+    assert np.abs(shown - expected).max() < 8
+    for layer in (picture, half, most, full):
+        np.testing.assert_array_equal(layer[3], 255 * (raw > 0))
+        assert not layer[:3, raw == 0].any()
+    with rasterio.open(tmp_path / "map.tif") as dst:
+        table = np.array([dst.colormap(1)[i][:3] for i in range(256)])
+    paint_ = table[classes].transpose(2, 0, 1)
+    known, unknown = classes < 255, (classes == 255) & (raw > 0)
+    assert known.any()
+    assert unknown.any()
+    for layer, share in ((half, 0.5), (most, 0.7), (full, 1)):
+        blend = (1 - share) * picture[:3] + share * paint_
+        assert np.abs(layer[:3] - blend)[:, known].max() <= 0.5 + 1e-4
+        np.testing.assert_array_equal(layer[:3, unknown], picture[:3, unknown])
+    np.testing.assert_array_equal(full[:3, known], paint_[:, known])
+
+
+def test_an_overlay_lies_on_the_raster_and_shows_its_first_three_bands(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = (10 ** rng.uniform(-3, 4, (5, 90, 120))).astype("float32")
+    path = tmp_path / "a.tif"
+    profile = {"width": 120, "height": 90, "count": 5, "dtype": "float32"}
+    with fileio.create_raster(path, **profile, **UTM) as dst:
+        dst.write(pixels)
+    model = Painter()
+    model.forward = lambda images: Painter.forward(model, images[:, :1])
+    radiometry = Radiometry("log", *((v,) * 5 for v in (0.0, 1e4, 0.0, 1.0)))
+    model.contract = replace(
+        model.contract, bands=(1, 2, 3, 4, 5), band_count=5, dtype="float32", radiometry=radiometry
+    )
+    predict_map(path, tmp_path, model=model, overlay=0)
+    with rasterio.open(tmp_path / "map_overlay.tif") as dst, rasterio.open(path) as src:
+        assert (dst.crs, dst.transform, dst.shape) == (src.crs, src.transform, src.shape)
+        assert [c.name for c in dst.colorinterp] == ["red", "green", "blue", "alpha"]
+        shown = dst.read(out_dtype=int)
+    logs = radiometry.stretch(pixels)[:3]
+    for band, values in zip(shown[:3], logs, strict=True):
+        order = np.argsort(values.ravel())
+        assert (np.diff(band.ravel()[order]) >= 0).all()
+        low, high = np.percentile(values, (1, 99))  # of the logarithms, as the model sees them
+        assert np.abs(band - ((values - low) / (high - low) * 255).clip(0, 255)).max() < 8
+    assert (shown[3] == 255).all()
+
+
+@pytest.mark.parametrize("size", [(300, 260), (2600, 70)])
+def test_a_png_holds_the_class_ids_of_the_map(tmp_path, size):
+    path = paint(tmp_path / "a.tif", *size, hole=(30, 20, 90, 60), nodata=0, **UTM)
+    for name in ("map.tif", "mask.png"):
+        result = predict_map(path, tmp_path, names=(name,), tile_size=64, overlap=16)
+        assert result.outputs == (tmp_path / name,)
+    with PIL.Image.open(tmp_path / "mask.png") as picture:
+        assert picture.mode == "L"
+        found = np.asarray(picture)
+    expected = read(tmp_path / "map.tif")[0]
+    np.testing.assert_array_equal(found, expected)
+    assert set(np.unique(found)) == {0, 1, 2, 255}
+    names = {"a.tif", "map.tif", "map.tif.provenance.json", "mask.png", "mask.png.provenance.json"}
+    assert {p.name for p in tmp_path.iterdir()} == names  # no draft, no metadata
+    figure = implot.plot_class_map(fileio.read_raster(path), tmp_path / "mask.png", labels=CLASSES)
+    assert figure.legends[0].get_texts()[1].get_text().startswith("land (")
+
+
+def test_a_png_that_no_reader_takes_is_refused(tmp_path, scenes, monkeypatch):
+    monkeypatch.setattr(fileio, "PNG_SIDE", 100)
+    with pytest.raises(InputError, match=r"a PNG is at most 100 px .* name a \.tif"):
+        predict_map(scenes[1], tmp_path, names=("mask.png",))
+    assert not list(tmp_path.iterdir())
+
+
 # -- misfits ----------------------------------------------------------------------------------
 
 
@@ -495,7 +592,7 @@ def names(folder):
 
 def test_what_is_killed_goes_on_and_ends_the_same(tmp_path):
     raster = paint(tmp_path / "a.tif", 500, 900, **UTM)
-    options = {"tile_size": 64, "overlap": 12, "probabilities": True}
+    options = {"tile_size": 64, "overlap": 12, "probabilities": True, "overlay": 0.5}
     for folder in ("once", "killed"):
         (tmp_path / folder).mkdir()
     predict.predict_raster(Painter(), raster, names(tmp_path / "once"), **OPTIONS, **options)
@@ -514,7 +611,7 @@ def test_what_is_killed_goes_on_and_ends_the_same(tmp_path):
     model = Painter()
     result = predict.predict_raster(model, raster, names(killed), **OPTIONS, **options)
     assert model.tiles < result.predicted
-    for name in ("map.tif", "map_probabilities.tif"):
+    for name in ("map.tif", "map_probabilities.tif", "map_overlay.tif"):
         assert (killed / name).read_bytes() == (tmp_path / "once" / name).read_bytes(), name
     kept = sorted(p.name for p in killed.iterdir())
     assert kept == sorted(p.name for p in (tmp_path / "once").iterdir())
@@ -524,11 +621,11 @@ def test_what_is_killed_goes_on_and_ends_the_same(tmp_path):
 
 def test_several_processes_make_the_same_map(tmp_path):
     raster = paint(tmp_path / "a.tif", 500, 600)
-    options = {"tile_size": 64, "overlap": 20, "probabilities": True}
+    options = {"tile_size": 64, "overlap": 20, "probabilities": True, "overlay": 0.5}
     for folder, workers in (("one", 1), ("two", 2)):
         (tmp_path / folder).mkdir()
         predict_map(raster, tmp_path / folder, workers=workers, **options)
-    for name in ("map.tif", "map_probabilities.tif"):
+    for name in ("map.tif", "map_probabilities.tif", "map_overlay.tif"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 

@@ -348,6 +348,39 @@ def test_vector_files_are_read_at_their_addresses(ground, tmp_path, as_path):
         masks.read_labels(f"/vsizip/{tmp_path}/l.zip/l.csv", raster)
 
 
+@pytest.mark.parametrize("last", [0, 1], ids=["object first", "object last"])
+@pytest.mark.parametrize(
+    ("attribute", "classes"),
+    [("label", {"sky": "sky", "bird": "background"}), ("category_id", {1: 1, 2: 0})],
+)
+def test_a_coco_object_in_the_sky_is_cut_out_of_it_in_any_order(
+    ground, tmp_path, last, attribute, classes
+):
+    raster, _ = ground
+    outlines = [(1, [0, 0, 90, 0, 90, 40, 0, 40]), (2, [20, 10, 30, 10, 30, 15, 20, 15])]
+    entries = [
+        {"id": i, "image_id": 7, "category_id": category, "bbox": [], "segmentation": [outline]}
+        for i, (category, outline) in enumerate(outlines if last else outlines[::-1])
+    ]
+    elsewhere = {"id": 9, "image_id": 8, "category_id": 1, "bbox": [],
+                 "segmentation": [[0, 40, 90, 40, 90, 70, 0, 70]]}  # fmt: skip
+    names = [(8, "other.tif"), (7, "r.jpg")]  # the annotator was shown a picture of the raster
+    coco = {
+        "images": [{"id": i, "file_name": f"upload/{name}"} for i, name in names],
+        "categories": [{"id": 1, "name": "sky"}, {"id": 2, "name": "bird"}],
+        "annotations": [elsewhere, *entries],
+    }
+    path = tmp_path / "labels.json"
+    path.write_text(json.dumps(coco))
+    labels = masks.read_labels(path, raster, attribute=attribute, classes=classes)
+    assert labels.classes.background == 0
+    assert len(labels.classes.names) == 2
+    assert len(labels.df) == 2
+    expected = np.zeros((HEIGHT, WIDTH), np.uint8)
+    expected[:40], expected[10:15, 20:30] = 1, 0
+    np.testing.assert_array_equal(labels.read(Window(0, 0, WIDTH, HEIGHT)), expected)
+
+
 # -- classes ----------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import resource
 from types import SimpleNamespace
 
 import nbformat
+import numpy as np
 import pandas as pd
 import papermill
 import pytest
@@ -16,7 +17,8 @@ from conftest import PROJECT, make_samples
 
 import atlas
 import fileio
-from ImageData import BOX_COLUMNS
+import sampledata
+from ImageData import BOX_COLUMNS, Window
 
 
 @pytest.fixture(scope="module")
@@ -225,3 +227,25 @@ def test_bad_input_stops_the_run_at_once_with_a_message(tiny_run, changes, messa
         execute(folder, changed)
     assert message in caught.value.evalue
     assert not list((folder / "runs" / "bad").glob("trials/*/checkpoints"))
+
+
+def test_skies_are_learnt_from_coco_mapped_and_overlaid(tmp_path, monkeypatch):
+    sizes = {f"sky_{i}": (384, 128) for i in (1, 2, 3, 4)}
+    monkeypatch.setattr(sampledata, "SKY_SAMPLES", sizes)
+    sampledata.generate_sky(tmp_path, tmp_path)
+    parameters = yaml.safe_load((PROJECT / "params" / "hdr_sky.yaml").read_text()) | {
+        "IMG_DIR": str(tmp_path), "DF_DIR": str(tmp_path), "RUNS_DIR": str(tmp_path / "runs"),
+        "PATCH_SIZES": [64], "TILE_OVERLAP": 16, "N_EPOCHS": [1], "WORKERS": 1,
+    }  # fmt: skip
+    execute(tmp_path, parameters)
+    run = tmp_path / "runs" / "hdr_sky"
+    board = pd.read_csv(run / "leaderboard.csv")
+    assert board["state"].tolist() == ["complete"]
+    assert board["mean_IoU"].between(0.1, 1).all()
+    classes = pd.read_csv(run / "classes.csv")
+    assert classes.groupby("class_id")["name"].first().tolist() == ["background", "sky"]
+    found = fileio.read_raster(run / "catalogues" / "sky_4.tif").read(Window(0, 0, 384, 128))[0]
+    assert set(np.unique(found)) <= {0, 1}
+    overlay = fileio.read_raster(run / "catalogues" / "sky_4_overlay.tif")
+    assert (overlay.width, overlay.height, overlay.dtype) == (384, 128, "uint8")
+    assert (overlay.read(Window(0, 0, 384, 128))[3] == 255).all()

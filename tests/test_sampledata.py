@@ -14,6 +14,7 @@ from rasterio.windows import Window as RasterioWindow
 
 import annotations
 import fileio
+import masks
 import sampledata
 from ImageData import InputError, Window
 from sampledata import DIAMETER_SCALE, Scene
@@ -294,3 +295,71 @@ def test_land_cover_is_the_same_in_every_window_and_again(land_cover, tmp_path):
         sampledata.make_land_cover(again, tmp_path / "b.gpkg", width=900, height=700, seed=3)
         with rasterio.open(again) as other:
             assert (src.read() == other.read()).all()
+
+
+@pytest.fixture(scope="module")
+def skies(tmp_path_factory):
+    """Two small skies, their masks and polygons."""
+    folder = tmp_path_factory.mktemp("sky")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampledata, "SKY_SAMPLES", {"sky_1": (700, 560), "sky_2": (600, 512)})
+        sampledata.generate_sky(folder, folder)
+        before = (folder / "sky.json").stat().st_mtime_ns
+        sampledata.generate_sky(folder, folder)
+        assert (folder / "sky.json").stat().st_mtime_ns == before
+    return folder
+
+
+@pytest.mark.parametrize("name", ["sky_1", "sky_2"])
+@pytest.mark.parametrize(
+    ("attribute", "classes"),
+    [("label", {"sky": "sky", "object": "background"}), ("label", {"sky": 1, "object": 0}),
+     ("category_id", {1: 1, 2: 0})],
+)  # fmt: skip
+def test_polygons_of_a_sky_are_its_mask_in_every_window(skies, name, attribute, classes):
+    raster = fileio.read_raster(skies / f"{name}.tif")
+    labels = masks.read_labels(skies / "sky.json", raster, attribute=attribute, classes=classes)
+    assert labels.classes.names[0] == "background"
+    assert len(labels.classes.names) == 2
+    truth = fileio.read_raster(skies / f"{name}_mask.tif")
+    for window in (Window(0, 0, raster.width, raster.height), Window(131, 77, 257, 301)):
+        np.testing.assert_array_equal(labels.read(window), truth.read(window)[0])
+
+
+def test_a_sky_is_float_radiance_with_a_sun_and_dark_shapes_before_it(skies):
+    with rasterio.open(skies / "sky_1.tif") as src, rasterio.open(skies / "sky_1_mask.tif") as mask:
+        assert src.block_shapes == [(256, 256)] * 3
+        assert set(src.dtypes) == {"float32"}
+        image, is_sky = src.read(), mask.read(1).astype(bool)
+    assert np.isfinite(image).all()
+    assert image.min() > 0
+    assert 5_000 < image.max() <= sampledata.SUN_RADIANCE
+    assert 0.25 < is_sky.mean() < 0.5
+    assert is_sky[:100].all()
+    assert not is_sky[-150:].any()
+    thin = is_sky[1:-1, :-2] & ~is_sky[1:-1, 1:-1] & is_sky[1:-1, 2:]  # poles and twigs of 1 px
+    assert thin.sum() > 20
+    assert image[2][~is_sky].max() < 0.01 * image.max()
+    assert np.median(image[2][is_sky]) > 2 * np.median(image[2][~is_sky])
+
+
+def test_a_sky_is_the_same_again_and_another_with_another_seed(tmp_path):
+    files = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        paths = tmp_path / f"{name}.tif", tmp_path / f"{name}_mask.tif"
+        sampledata.make_sky(*paths, width=300, height=256, seed=seed)
+        files.append([path.read_bytes() for path in paths])
+    assert files[0] == files[1]
+    assert files[0][0] != files[2][0]
+    assert files[0][1] != files[2][1]
+
+
+def test_a_sky_takes_the_memory_of_a_block(tmp_path):
+    def peak(**size):
+        tracemalloc.start()
+        sampledata.make_sky(tmp_path / "a.tif", tmp_path / "m.tif", seed=0, **size)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    assert peak(width=512, height=2048) < 1.3 * peak(width=512, height=512)
