@@ -725,6 +725,7 @@ def save_labels(folder: Path, labels: Mapping[str, PolygonLabels | MaskLabels]) 
         entry = {
             "raster": name, "path": str(Path(source.path).absolute()),
             "mask_reference": source.mask_reference, "counts": dict(source.counts),
+            "values": dict(source.classes.values),
         }  # fmt: skip
         if isinstance(source, PolygonLabels):
             entry |= {"attribute": source.attribute, "polygons": f"polygons_{number}.parquet"}
@@ -743,9 +744,10 @@ def load_labels(
 ) -> dict[str, PolygonLabels | MaskLabels]:
     """Read the labels that `save_labels` wrote, for the same rasters."""
     known = json.loads((Path(folder) / "labels.json").read_text(encoding="utf-8"))
-    table = ClassTable(tuple(known["classes"]["names"]), known["classes"]["values"])
+    names, common = tuple(known["classes"]["names"]), known["classes"]["values"]
     labels = {}
     for entry in known["labels"]:
+        table = ClassTable(names, entry.get("values", common))  # rasters may name them otherwise
         path, raster = Path(entry["path"]), rasters[entry["raster"]]
         common = (path, raster, table, entry["mask_reference"], entry["counts"])
         if "polygons" in entry:

@@ -33,6 +33,7 @@ LAYERS = [
     ["masks"],
     ["balance", "tilecache"],
     ["splits"],
+    ["composite"],
     ["explore", "ranks"],
     ["review", "mapview"],
     ["datasets", "metrics", "logger", "implot"],
@@ -45,7 +46,7 @@ LAYERS = [
     ["gridsearch"],
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-WITHOUT_TORCH = LEVEL["splits"]  # the highest layer that worker processes import
+WITHOUT_TORCH = LEVEL["composite"]  # the highest layer that worker processes import
 DISK = {"artefacts", "rasters", "formats", "layout"}
 TORCH = {"torch", "torchvision", "torchmetrics", "pytorch_lightning", "lightning"}
 MODULES = sorted(path.stem for path in PROJECT.glob("*.py"))
