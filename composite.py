@@ -51,6 +51,8 @@ class TrainingDataset:
             the same name are one.
         mask_reference: Whether ground without a label is unknown, instead of background.
         coordinates: See `annotations.ReadingOptions`.
+        resolution: Side of the pixels in which it is read, on the ground in m, see
+            `fileio.resampled`; None: as they are.
         tags: Words that describe it.
         weight: How often its training patches come, relative to those of other pairs, > 0.
     """
@@ -62,6 +64,7 @@ class TrainingDataset:
     classes: Mapping[str, str] | tuple[str, ...] | None = None
     mask_reference: bool = False
     coordinates: str = "auto"
+    resolution: float | None = None
     tags: tuple[str, ...] = ()
     weight: float = 1.0
 
@@ -78,7 +81,7 @@ class TrainingDataset:
     @cached_property
     def raster(self) -> fileio.Raster:
         """Handle of the image."""
-        return fileio.read_raster(self.image, self.bands)
+        return fileio.resampled(fileio.read_raster(self.image, self.bands), self.resolution)
 
     @property
     def made_from(self) -> dict[str, object]:
@@ -192,7 +195,7 @@ class CompositeTrainingDataset:
         pairs = [
             TrainingDataset(
                 image, mask, bands=named.bands, attribute=named.attribute, classes=named.classes,
-                tags=(named.name, *named.tags), weight=named.weight,
+                resolution=named.resolution, tags=(named.name, *named.tags), weight=named.weight,
             )
             for named in select_datasets(registry, names)
             for image, mask in zip(named.images, named.masks, strict=True)

@@ -1019,6 +1019,8 @@ class TileDataModule(pl.LightningDataModule):
         sample_size: Share of the training and validation windows to use.
         labels: Of a segmentation, identifier -> the classes of its raster's pixels.
         cache: Folder of a cache of all tiles, see `tilecache`; None: there is none.
+        patches: Folder of the tiles one by one, see `tilecache.cache_patches`, for tiles with masks
+            that are taken as they are; None, or not there on this machine: there are none.
 
     Attributes:
         sampler: Draws the training tiles; a training loop tells it how difficult they were.
@@ -1037,6 +1039,7 @@ class TileDataModule(pl.LightningDataModule):
         sample_size: float = 1.0,
         labels: Mapping[str, LabelSource] | None = None,
         cache: Path | None = None,
+        patches: Path | None = None,
     ) -> None:
         """Select the tiles; nothing is read yet."""
         super().__init__()
@@ -1054,7 +1057,14 @@ class TileDataModule(pl.LightningDataModule):
         if masks:
             boxes = boxes.iloc[:0]  # of the objects that masks were made of, if any
 
+        stored = patches is not None and tilecache.is_complete(patches)
+
         def dataset(split: str, part: pd.DataFrame, **options: object) -> TileDataset:
+            if stored and options.get("views") is None:
+                store = tilecache.open_patches(patches, split)
+                places = pd.Series(np.arange(len(store)), index=store.rows["window"])
+                part = part.assign(patch=part["window"].map(places))
+                return PatchDataset(store, radiometry, tiles=part, **options)
             handles, classes = tilecache.open_cache(cache, split, rasters, labels)
             if masks:
                 return MaskDataset(part, handles, classes, radiometry, **options)
@@ -1072,11 +1082,16 @@ class TileDataModule(pl.LightningDataModule):
         splits.audit_splits(pd.concat([seen, full_validation, test]), rasters)
         transform = training_transform(augment, radiometry, masks=masks, target_size=target_size)
         self.train = dataset("train", train, transform=transform, views=views)
-        self.sampler = TileSampler(
-            self.train.repeat_factors(conf.train.repeat_threshold),
-            seed=conf.seed, hard_negatives=conf.train.hard_negatives,
-        )  # fmt: skip
-        self.batches = TileBatches(self.sampler, conf.batch_size)
+        weight_of = dict(conf.train.raster_weights or ())
+        weights = train["raster"].map(weight_of).fillna(1.0).to_numpy()
+        weights = weights * self.train.repeat_factors(conf.train.repeat_threshold)
+        draws = {"seed": conf.seed, "hard_negatives": conf.train.hard_negatives}
+        in_blocks = isinstance(self.train, PatchDataset)
+        if in_blocks:
+            self.sampler = BlockSampler(self.train.blocks_of_tiles, weights, **draws)
+        else:
+            self.sampler = TileSampler(weights, **draws)
+        self.batches = TileBatches(self.sampler, conf.batch_size, conf.workers if in_blocks else 0)
         self.validation = dataset("validation", validation, evaluation=True)
         self.full_validation = dataset("validation", full_validation, evaluation=True)
         self.test = dataset("test", test, evaluation=True)

@@ -45,16 +45,25 @@ from formats import (
 )
 from ImageData import InputError
 from layout import check_layout, content_fingerprint, diagnose, raster_fingerprint, rewrite
-from rasters import Raster, Regions, create_raster, read_raster, read_rasters
+from rasters import (
+    Raster,
+    Regions,
+    create_raster,
+    on_grid,
+    read_raster,
+    read_rasters,
+    resampled,
+)
 
 __all__ = [
     "ANNOTATION_SUFFIXES", "PIXEL_COLUMNS", "AnnotationFile", "FullDiskError", "Journal", "Raster",
     "Regions", "annotation_writer", "append_line", "atomic_path", "check_layout",
     "content_fingerprint", "create_raster", "diagnose", "exclusive", "files_of", "fingerprint",
     "hash_rows", "identifier_from_tilename", "is_finished", "main", "mark_finished",
-    "raster_fingerprint", "read_annotation_file", "read_colormap", "read_raster", "read_rasters",
-    "read_table", "recreate_directory", "remove_strays", "rewrite", "terminable", "this_machine",
-    "write_annotations", "write_json", "write_table", "write_text", "writing",
+    "on_grid", "raster_fingerprint", "read_annotation_file", "read_colormap", "read_raster",
+    "read_rasters", "read_table", "recreate_directory", "remove_strays", "resampled", "rewrite",
+    "terminable", "this_machine", "write_annotations", "write_json", "write_table", "write_text",
+    "writing",
 ]  # fmt: skip
 
 DOCTOR_EXIT = 3  # a raster reads slowly and was not rewritten

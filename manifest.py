@@ -195,7 +195,7 @@ def read_registry(path: Path | str) -> dict[str, NamedDataset]:
 
     Args:
         path: The YAML. A path in it that is relative is looked for beside the file, then in the
-            working directory; whether files are there is seen when a dataset is chosen.
+            working directory; whether files are there is seen when they are opened.
 
     Raises:
         InputError: The file cannot be read, or a dataset is not described as it should be.
@@ -252,8 +252,7 @@ def select_datasets(
     """Choose datasets by name, or by tag as `tag:urban`; each comes once.
 
     Raises:
-        InputError: A name or tag is unknown, the nearest ones are told; or a file of a dataset that
-            is chosen does not exist.
+        InputError: A name or tag is unknown; the nearest ones are told.
     """
     chosen: dict[str, NamedDataset] = {}
     for name in names:
@@ -266,10 +265,4 @@ def select_datasets(
             meant = f"; did you mean {' or '.join(close)}?" if close else f", only {sorted(known)}"
             raise InputError(f"the registry has no {kind} {tag or name!r}{meant}")
         chosen |= {d.name: d for d in found}
-    missing = [
-        file for d in chosen.values() for file in (*d.images, *d.masks)
-        if _find(file, Path(), None)[1] is None
-    ]  # fmt: skip
-    if missing:
-        raise InputError(f"the registry names files that do not exist: {', '.join(missing[:5])}")
     return list(chosen.values())

@@ -579,7 +579,7 @@ def _open_mask(
     zero_is_class: bool,
     workers: int | None,
 ) -> MaskLabels:
-    mask = fileio.read_raster(path)
+    mask = _on_grid(path, raster)
     if len(mask.bands) > 1 or np.dtype(mask.dtype).kind not in "ui":
         raise InputError(
             f"a mask has one band of whole numbers, {path} has {len(mask.bands)} of {mask.dtype}; "
@@ -595,6 +595,12 @@ def _open_mask(
         )
     nothing = ClassTable(tuple(counts)[:MAX_CLASSES], {})
     return MaskLabels(path, raster, nothing, mask_reference, counts, mask, offset, zeros)
+
+
+def _on_grid(path: Path, raster: fileio.Raster) -> fileio.Raster:
+    """Open a mask; that of a raster that is resampled is resampled with it."""
+    mask = fileio.read_raster(path)
+    return fileio.on_grid(mask, raster) if raster.own.original is not None else mask
 
 
 def _offset(mask: fileio.Raster, raster: fileio.Raster) -> tuple[int, int]:
@@ -756,7 +762,7 @@ def load_labels(
             source = PolygonLabels(*common, df, entry["attribute"], df.iloc[:0])
         else:
             offset = tuple(entry["offset_xy"])
-            source = MaskLabels(*common, fileio.read_raster(path), offset, entry["zeros"])
+            source = MaskLabels(*common, _on_grid(path, raster), offset, entry["zeros"])
         labels[entry["raster"]] = source
     return labels
 

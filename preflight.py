@@ -432,7 +432,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _open_rasters(params: RunParameters, folder: Path) -> list[fileio.Raster]:
     paths = [*params.image_paths, *params.predict_paths]
-    rasters = fileio.read_rasters(paths, params.BANDS, params.RESOLUTION_TOLERANCE)
+    rasters = fileio.read_rasters(
+        paths, params.BANDS, params.RESOLUTION_TOLERANCE, params.TARGET_RESOLUTION
+    )
     rasters = rasters[: len(params.image_paths)]
     rasters = fileio.check_layout(rasters, repair=False, cache_dir=folder)
     return [masks.with_auxiliary_bands(raster, params.auxiliary) for raster in rasters]

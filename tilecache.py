@@ -226,7 +226,7 @@ def open_cache(
         rasters: Identifier -> raster.
         labels: Identifier -> the classes of its pixels.
     """
-    if folder is None or not (Path(folder) / MANIFEST).exists():
+    if folder is None or not is_complete(folder):
         return dict(rasters), None if labels is None else dict(labels)
     store = Path(folder) / f"{split}.zarr"
     plain = [field.name for field in fields(fileio.Raster)]
@@ -440,6 +440,11 @@ def cache_patches(
     return _complete(folder, key, plan, fill, [ROWS, *(f"{s}.zarr" for s in SPLITS)], work)
 
 
+def is_complete(folder: Path) -> bool:
+    """Tell whether all of a cache is there."""
+    return (Path(folder) / MANIFEST).exists()
+
+
 def open_patches(folder: Path, split: str) -> Patches:
     """Return the patches of a split.
 
@@ -451,7 +456,7 @@ def open_patches(folder: Path, split: str) -> Patches:
         InputError: There are none, or they are not complete.
     """
     folder = Path(folder)
-    if not (folder / MANIFEST).exists():
+    if not is_complete(folder):
         raise InputError(f"{folder} holds no complete patches; make them, or go on with it")
     rows = pd.read_parquet(folder / ROWS)
     return Patches(folder / f"{split}.zarr", rows[rows["split"] == split].reset_index(drop=True))

@@ -22,6 +22,7 @@ import datasets
 import fileio
 import imutils
 import masks
+import sampledata
 import tilecache
 from composite import CompositeTrainingDataset, PatchOptions, TrainingDataset
 from datasets import BlockSampler, PatchDataset, TileBatches
@@ -249,6 +250,40 @@ def test_processes_write_what_one_does(made, tmp_path):
         np.testing.assert_array_equal(patches.masks[:], mine.masks[:])
 
 
+def test_images_of_two_resolutions_are_read_in_one(tmp_path):
+    pairs = []
+    for seed, coarser in enumerate((1, 2)):
+        paths = tmp_path / f"c{coarser}.tif", tmp_path / f"c{coarser}.gpkg"
+        sampledata.make_land_cover(
+            *paths, width=640 // coarser, height=640 // coarser, seed=seed, bands=3, coarser=coarser
+        )
+        pairs.append(TrainingDataset(*paths, attribute="label", resolution=0.8))
+    both = CompositeTrainingDataset(tuple(pairs), OPTIONS, tmp_path / "cache").prepare(workers=1)
+    for image, pair in zip(both.images, both.constituents, strict=True):
+        raster = image.raster
+        assert raster.resolution == pytest.approx(0.8, rel=1e-6)
+        assert abs(raster.width - 400) <= 1
+        plain = fileio.read_raster(pair.image)
+        truth = masks.read_labels(pair.mask, plain, attribute="label")
+        truth = truth.with_classes(both.classes).read(Window(0, 0, plain.width, plain.height))
+        x, y = np.meshgrid(*(np.arange(n) + 0.5 for n in (raster.width, raster.height)))
+        there = plain.to_pixel(raster.to_map(np.stack([x, y], axis=-1).reshape(-1, 2)))
+        col, row = np.floor(there).astype(int).T
+        found = image.labels.read(Window(0, 0, raster.width, raster.height))
+        assert (found.ravel() == truth[row, col]).mean() > 0.97
+    patches = both.save_prepared_arrays(workers=1)["test"]
+    tile = patches.rows.iloc[0]
+    image = next(i for i in both.images if i.image_identifier == tile["raster"])
+    window = Window(*map(int, tile[["x", "y", "width", "height"]]))
+    np.testing.assert_array_equal(patches.read(0).image, image.raster.read(window))
+    other = dataclasses.replace(both.constituents[0], resolution=0.9)
+    assert other.made_from != both.constituents[0].made_from
+    with pytest.raises(InputError, match=r"holds pixels of .*c1\.tif, which is read in pixels of 0"):
+        masks.read_labels(
+            pairs[0].mask, both.images[0].raster, attribute="label", coordinates="pixel"
+        )
+
+
 # ---------------------------------------------------------------------------------------------
 # Epochs
 # ---------------------------------------------------------------------------------------------
@@ -379,9 +414,10 @@ def test_a_registry_that_is_wrong_is_refused(tmp_path, text, message):
         composite.read_registry(path)
 
 
-def test_files_that_are_not_there_are_told_when_they_are_chosen(tmp_path):
+def test_files_that_are_not_there_are_told_when_they_are_opened(tmp_path):
     path = tmp_path / "registry.yaml"
     path.write_text("a: {images: [x.tif], masks: [x.gpkg]}")
     named = composite.read_registry(path)
-    with pytest.raises(InputError, match=r"do not exist: x\.tif, x\.gpkg"):
-        composite.get_dataset(named, "a")
+    both = CompositeTrainingDataset.of_registry(named, ["a"])
+    with pytest.raises(InputError, match=r"raster x\.tif does not exist"):
+        both.prepare()
