@@ -193,7 +193,7 @@ def test_a_search_learns_from_patches_and_its_workers_find_them(patches, tmp_pat
              "batch_size": [8]}  # fmt: skip
     conf = seg_conf(**{"train.random_windows": False})
     board = gridsearch.run_search(patches, space, conf, tmp_path)
-    assert board["state"].tolist() == ["done"]
+    assert board["state"].tolist() == ["complete"]
     _, data, _ = gridsearch._read_search(tmp_path)
     assert data.patches == patches.patches
 
