@@ -24,7 +24,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 from ImageData import InputError
-from manifest import read_manifest
+from manifest import NamedDataset, read_manifest, read_registry, select_datasets
 from oldconfig import OldConfig, merge, read_config
 
 Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large"]
@@ -79,6 +79,7 @@ MAY_CHANGE = {
     "RUN_NAME", "PR_COMPUTE_INTERVAL", "PATCH_SIZES", "BATCH_SIZES", "N_EPOCHS", "SAMPLE_SIZES",
     "LEARNING_RATES", "SEARCH", "N_TRIALS", "PRUNING", "STORAGE", "RETRY_FAILED",
     "REPAIR_LAYOUT", "CACHE_DIR", "CACHE_TILES", "RESOLUTION_TOLERANCE",
+    "DATASET_REGISTRY",
     "FORCE_CREATION", "ACCELERATOR", "DEVICES", "NUM_NODES", "WORKERS", "RUNS_DIR", "DF_DIR",
     "IMG_DIR", "TILING_DIRECTORY", "IMAGE_OUTPUT_DIRECTORY", "MATERIALIZE_TILES", "WANDB_ACTIVE",
     "WANDB_PROJECT", "PLOT_IMAGE", "INTERACTIVE", "PREDICT_FILENAMES", "CATALOGUE_FORMATS",
@@ -170,6 +171,8 @@ class TrainConfig:
     averaging: Literal["none", "ema", "swa"] = "ema"  # of the weights that are measured and kept
     averaging_share: Proportion = 0.03  # of all steps, over which ema reaches
     max_tiles: Positive | None = None  # at most so many, beside their turned twins; None: all
+    # how often tiles of a raster, by its stem, come relative to those of others; None: all 1
+    raster_weights: tuple[tuple[str, PositiveFloat], ...] | None = None
     random_windows: bool = True  # each visit of a tile moves and zooms it within its block
     min_visible: SampleShare = 0.25  # of an object's area, for a random window to show it
     repeat_threshold: Share = 0.1  # labels in a smaller share of the tiles come more often; 0: none
@@ -469,6 +472,57 @@ def _listed(manifest: object, bucket: str | None) -> dict[str, Any]:
     }
 
 
+def _named(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters that named datasets stand for."""
+    chosen = select_datasets(read_registry(given["DATASET_REGISTRY"]), given["DATASETS"])
+    weights = {Path(i).stem: d.weight for d in chosen for i in d.images if d.weight != 1}
+    options = {"train.raster_weights": [*map(list, weights.items())]} if weights else {}
+    return {
+        "IMAGE_FILENAMES": [_absolute_name(i) for d in chosen for i in d.images],
+        "DF_FILENAMES": [_absolute_name(m) for d in chosen for m in d.masks],
+        "LABEL_COLUMN_NAME": [
+            d.attribute or given["LABEL_COLUMN_NAME"] for d in chosen for _ in d.images
+        ],
+        "BANDS": _common(chosen, "bands", given["BANDS"]),
+        "TARGET_RESOLUTION": _common(chosen, "resolution", given["TARGET_RESOLUTION"]),
+        "CLASSES": _merged_classes(chosen) or given["CLASSES"],
+        "MODEL_OPTIONS": options | given["MODEL_OPTIONS"],
+    }
+
+
+def _common(chosen: Sequence[NamedDataset], name: str, wanted: object) -> object:
+    """Return what all datasets have as a field, unless a parameter says what is wanted."""
+    values = {d.name: getattr(d, name) for d in chosen}
+    if wanted is not None or not any(values.values()):
+        return wanted
+    if len(set(values.values())) > 1:
+        parameter = {"bands": "BANDS", "resolution": "TARGET_RESOLUTION"}[name]
+        raise InputError(
+            f"the datasets of a run need the same {name}, got {values}; set {parameter} for all of "
+            "them, or put them together with composite.CompositeTrainingDataset"
+        )
+    value = next(iter(values.values()))
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _merged_classes(chosen: Sequence[NamedDataset]) -> dict[str | int, str]:
+    """Put the classes of datasets together; a value must mean the same in all."""
+    merged: dict[str | int, str] = {}
+    for named in chosen:
+        for value, name in (named.classes or {}).items():
+            if merged.setdefault(value, name) != name:
+                raise InputError(
+                    f"value {value!r} means {merged[value]!r} in one dataset and {name!r} in "
+                    f"{named.name}; put them together with composite.CompositeTrainingDataset, "
+                    "where each has its own"
+                )
+    return merged
+
+
+def _absolute_name(name: str) -> str:
+    return name if "://" in name or name.startswith("/vsi") else str(Path(name).absolute())
+
+
 def _absolute(place: str | Path) -> str:
     return str(place.absolute()) if isinstance(place, Path) else place
 
@@ -511,6 +565,8 @@ class RunParameters:
     TASK: Task
     CONFIG_YAML: FileName | None
     MANIFEST: FileName | None
+    DATASETS: list[FileName]
+    DATASET_REGISTRY: Path
     BUCKET: FileName | None
     DF_FILENAMES: list[FileName]
     IMAGE_FILENAMES: list[FileName]
@@ -521,6 +577,7 @@ class RunParameters:
     BANDS: Annotated[list[Positive], Field(min_length=1)] | None
     AUXILIARY: AuxiliaryOptions | None
     RESOLUTION_TOLERANCE: Annotated[float, Field(ge=0)] | None
+    TARGET_RESOLUTION: PositiveFloat | None
     REPAIR_LAYOUT: bool
     CACHE_DIR: Path
     CACHE_TILES: bool
@@ -754,6 +811,8 @@ class RunParameters:
             given = merge(given, read_config(given["CONFIG_YAML"]))
         if given.get("MANIFEST"):
             given |= _listed(given["MANIFEST"], given.get("BUCKET"))
+        if given.get("DATASETS") and not problems:
+            given |= _named(given)
         problems += [
             f"{name} holds the text 'None'; in YAML, nothing is written null"
             for name, value in given.items()
@@ -936,6 +995,15 @@ class RunParameters:
         """Number of trainings of the search."""
         return count_trials(self.search_space, self.SEARCH, self.N_TRIALS)
 
+    def raster_options(self) -> dict[str, Any]:
+        """Return the arguments of `fileio.read_rasters` that are parameters."""
+        return {
+            "bands": self.BANDS,
+            "resolution_tolerance": self.RESOLUTION_TOLERANCE,
+            "target_resolution": self.TARGET_RESOLUTION,
+            "cache_dir": self.CACHE_DIR,
+        }
+
     def search_options(self) -> dict[str, Any]:
         """Return the arguments of `gridsearch.run_search` that are parameters of the search."""
         return {
@@ -1051,6 +1119,7 @@ class RunParameters:
             "scheduler": self.SCHEDULER,
             "precision": self.PRECISION,
             "resolution_tolerance": self.RESOLUTION_TOLERANCE,
+            "resample": self.TARGET_RESOLUTION is not None,
         }
         return (shapes if self.TASK == "detection" else {}) | options | self.PREDICT_OPTIONS
 

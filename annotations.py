@@ -691,12 +691,22 @@ def _check_columns(
         raise InputError(f"{path} lacks the columns {missing}; it has {columns}{meant} {remedy}")
 
 
+def _refuse_resampled(path: Path, raster: fileio.Raster) -> None:
+    if raster.own.original is not None:
+        raise InputError(
+            f"{path} holds pixels of {raster.path}, which is read in pixels of "
+            f"{raster.own.target_resolution:g} m; give map coordinates, or set TARGET_RESOLUTION "
+            "(and predict.py's --resample) off"
+        )
+
+
 def _find_crs(
     path: Path, file: fileio.AnnotationFile, raster: fileio.Raster, coordinates: str
 ) -> pyproj.CRS | None:
     """Return the CRS of a file's coordinates, None for px."""
     declared = file.crs if coordinates == "auto" else None
     if coordinates == "pixel" or (coordinates == "auto" and file.kind != "vector"):
+        _refuse_resampled(path, raster)
         return None
     if file.kind == "boxes":
         raise InputError(
@@ -704,7 +714,7 @@ def _find_crs(
         )
     if coordinates == "auto" and declared is None:
         if raster.crs is None:
-            return None
+            return None  # and is not resampled
         raise InputError(
             f"{path} declares no coordinate reference system; set COORDINATES to 'pixel', 'map' "
             "(the raster's), 'lonlat' or a code such as 'EPSG:4326'"

@@ -556,6 +556,47 @@ class MaskDataset(TileDataset):
         return image.as_subclass(Tensor).contiguous(), {"mask": mask}
 
 
+class PatchDataset(MaskDataset):
+    """The patches of a split, see `tilecache.Patches`: items as `MaskDataset` gives them.
+
+    Nothing but the store is read. It is fast where one block is read after the other, as
+    `BlockSampler` draws them.
+
+    Args:
+        patches: The patches, or some of them: `tiles` has the column `patch`.
+        tiles: Which of the patches, with turned twins if any; `patch` is the row of the store.
+        radiometry: How raw values become model input.
+        options: See `TileDataset`; there are no `views`, for a store has no ground beside a tile.
+    """
+
+    def __init__(
+        self,
+        patches: tilecache.Patches,
+        radiometry: imutils.Radiometry,
+        *,
+        tiles: pd.DataFrame | None = None,
+        **options: object,
+    ) -> None:
+        """Keep the store; take all patches if no tiles are named."""
+        if tiles is None:
+            tiles = patches.rows.assign(patch=np.arange(len(patches)))
+        super().__init__(tiles, {}, {}, radiometry, **options)
+        self.patches, self.places = patches, self.tiles["patch"].to_numpy(dtype=np.int64)
+
+    @property
+    def blocks_of_tiles(self) -> np.ndarray:
+        """Which block of the store each tile is in, int64 (N,)."""
+        return self.places // self.patches.block
+
+    @override
+    def _parts(self, index: int, window: Window, size: int) -> MaskParts:
+        patch, turns = self.patches.read(int(self.places[index])), self.angles[index] // 90
+        pixels, mask = np.rot90(patch.image, turns, axes=(1, 2)), np.rot90(patch.mask, turns)
+        valid = None if patch.valid is None else np.rot90(patch.valid, turns)
+        image = np.ascontiguousarray(self.radiometry.stretch(pixels, valid))
+        return MaskParts(torch.from_numpy(image), np.ascontiguousarray(mask))
+
+
 class TileSampler(Sampler[tuple[int, int]]):
     """Draws the tiles of an epoch, by weight and by difficulty, as many as there are.
 
@@ -637,6 +678,31 @@ class TileSampler(Sampler[tuple[int, int]]):
         return len(self.weights)
 
 
+class BlockSampler(TileSampler):
+    """Draws what `TileSampler` does, but block by block, so that each block is read once an epoch.
+
+    Blocks come in a random order, and so do the tiles of a block, whatever the order in the store.
+
+    Args:
+        blocks: Which block each tile is in (N,).
+        weights: See `TileSampler`.
+        options: Likewise.
+    """
+
+    def __init__(self, blocks: np.ndarray, weights: np.ndarray, **options: object) -> None:
+        """Keep the blocks, numbered from 0."""
+        super().__init__(weights, **options)
+        _, self.blocks = np.unique(blocks, return_inverse=True)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Draw the epoch."""
+        visits = list(super().__iter__())
+        rng = np.random.default_rng([self.seed, self.epoch, 1])
+        turn = rng.permutation(self.blocks.max(initial=-1) + 1)
+        rows = np.array([row for row, _ in visits], dtype=np.int64)
+        yield from (visits[i] for i in np.argsort(turn[self.blocks[rows]], kind="stable"))
+
+
 class TileBatches(Sampler[list[tuple[int, int]]]):
     """Deals the items of an epoch out to steps and ranks, in chunks of nearly equal size.
 
@@ -647,11 +713,13 @@ class TileBatches(Sampler[list[tuple[int, int]]]):
     Args:
         sampler: Draws the epochs.
         batch_size: Most items of a chunk (where it is hardly more than 1, one more may come).
+        workers: Processes that read in turn, each chunks that follow one another in the epoch; 0:
+            they are dealt out as they come.
     """
 
-    def __init__(self, sampler: TileSampler, batch_size: int) -> None:
+    def __init__(self, sampler: TileSampler, batch_size: int, workers: int = 0) -> None:
         """Start at the beginning of an epoch."""
-        self.sampler, self.batch_size = sampler, batch_size
+        self.sampler, self.batch_size, self.workers = sampler, batch_size, workers
         self.epoch: int | None = None  # that was drawn last, by the difficulties known then
         self.first = 0  # step from which on it is dealt
         self.drawn_by, self.visits = sampler.difficulty, []
@@ -678,6 +746,8 @@ class TileBatches(Sampler[list[tuple[int, int]]]):
         chunks = len(self) * ranks.count()
         for step in range(self.first, len(self)):
             chunk = step * ranks.count() + ranks.rank()
+            if self.workers:
+                chunk = _in_streams(chunk, chunks, ranks.count() * self.workers)
             low, high = (len(self.visits) * i // chunks for i in (chunk, chunk + 1))
             yield self.visits[low:high]
 
@@ -699,6 +769,16 @@ class TileBatches(Sampler[list[tuple[int, int]]]):
             self._draw()
             self.first = step
         self.sampler.difficulty = state["difficulty"].numpy().copy()
+
+
+def _in_streams(number: int, count: int, streams: int) -> int:
+    """Return where the number-th of so many items lies, if streams take turns to give their next.
+
+    A stream is a run of items; they are of nearly equal length.
+    """
+    stream = number % streams
+    before = sum(len(range(i, count, streams)) for i in range(stream))
+    return before + number // streams
 
 
 class HardTiles(pl.Callback):
@@ -762,6 +842,8 @@ class TileDataModule(pl.LightningDataModule):
         sample_size: Share of the training and validation windows to use.
         labels: Of a segmentation, identifier -> the classes of its raster's pixels.
         cache: Folder of a cache of all tiles, see `tilecache`; None: there is none.
+        patches: Folder of the tiles one by one, see `tilecache.cache_patches`, for tiles with masks
+            that are taken as they are; None, or not there on this machine: there are none.
 
     Attributes:
         sampler: Draws the training tiles; a training loop tells it how difficult they were.
@@ -780,6 +862,7 @@ class TileDataModule(pl.LightningDataModule):
         sample_size: float = 1.0,
         labels: Mapping[str, LabelSource] | None = None,
         cache: Path | None = None,
+        patches: Path | None = None,
     ) -> None:
         """Select the tiles; nothing is read yet."""
         super().__init__()
@@ -797,7 +880,14 @@ class TileDataModule(pl.LightningDataModule):
         if masks:
             boxes = boxes.iloc[:0]  # of the objects that masks were made of, if any
 
+        stored = patches is not None and tilecache.is_complete(patches)
+
         def dataset(split: str, part: pd.DataFrame, **options: object) -> TileDataset:
+            if stored and options.get("views") is None:
+                store = tilecache.open_patches(patches, split)
+                places = pd.Series(np.arange(len(store)), index=store.rows["window"])
+                part = part.assign(patch=part["window"].map(places))
+                return PatchDataset(store, radiometry, tiles=part, **options)
             handles, classes = tilecache.open_cache(cache, split, rasters, labels)
             if masks:
                 return MaskDataset(part, handles, classes, radiometry, **options)
@@ -818,11 +908,16 @@ class TileDataModule(pl.LightningDataModule):
         splits.audit_splits(pd.concat([seen, full_validation, test]), rasters)
         transform = training_transform(augment, radiometry, target_size=target_size)
         self.train = dataset("train", train, transform=transform, views=views)
-        self.sampler = TileSampler(
-            self.train.repeat_factors(conf.train.repeat_threshold),
-            seed=conf.seed, hard_negatives=conf.train.hard_negatives,
-        )  # fmt: skip
-        self.batches = TileBatches(self.sampler, conf.batch_size)
+        weight_of = dict(conf.train.raster_weights or ())
+        weights = train["raster"].map(weight_of).fillna(1.0).to_numpy()
+        weights = weights * self.train.repeat_factors(conf.train.repeat_threshold)
+        draws = {"seed": conf.seed, "hard_negatives": conf.train.hard_negatives}
+        in_blocks = isinstance(self.train, PatchDataset)
+        if in_blocks:
+            self.sampler = BlockSampler(self.train.blocks_of_tiles, weights, **draws)
+        else:
+            self.sampler = TileSampler(weights, **draws)
+        self.batches = TileBatches(self.sampler, conf.batch_size, conf.workers if in_blocks else 0)
         self.validation = dataset("validation", validation, evaluation=True)
         self.full_validation = dataset("validation", full_validation, evaluation=True)
         self.test = dataset("test", test, evaluation=True)

@@ -779,13 +779,14 @@ def _write_search(run_dir: Path, plan: Plan, data: SearchData, conf: ModelConfig
         masks.save_labels(run_dir / "search", data.labels)
     rasters = {}
     for name, raster in data.rasters.items():
-        local = raster.path.is_file()
+        local, original = raster.path.is_file(), raster.own.original or raster
         regions = raster.regions and {
             "aoi": raster.regions.aoi and [g.wkb_hex for g in raster.regions.aoi],
             "ignored": [g.wkb_hex for g in raster.regions.ignored],
         }
         rasters[name] = {
-            "path": str(raster.path.absolute()) if local else raster.source,
+            "path": str(raster.path.absolute()) if local else original.source,
+            "resolution": raster.own.target_resolution,
             "bands": raster.own.bands, "regions": regions,
             "auxiliary": _auxiliary_record(raster),
             "content": fileio.raster_fingerprint(raster),
@@ -799,6 +800,7 @@ def _write_search(run_dir: Path, plan: Plan, data: SearchData, conf: ModelConfig
         "evaluation_overlap": data.evaluation_overlap,
         "labels": data.labels and fileio.fingerprint(data.label_marks),
         "cache": data.cache and str(data.cache),
+        "patches": {size: str(folder) for size, folder in (data.patches or {}).items()},
     }
     fileio.write_table(run_dir / "search" / "blocks.parquet", data.blocks)
     fileio.write_json(
@@ -843,6 +845,7 @@ def _read_search(run_dir: Path) -> tuple[Plan, SearchData, ModelConfig]:
     shared, rasters = known["data"], {}
     for name, place in known["data"]["rasters"].items():
         raster = fileio.read_raster(place["path"], place["bands"])
+        raster = fileio.resampled(raster, place.get("resolution"))
         content = fileio.raster_fingerprint(raster)
         if content != place["content"]:
             raise InputError(
@@ -871,6 +874,7 @@ def _read_search(run_dir: Path) -> tuple[Plan, SearchData, ModelConfig]:
         tile_marks={int(size): mark for size, mark in shared["tile_marks"].items()},
         labels=labels,
         cache=Path(shared["cache"]) if shared.get("cache") else None,
+        patches={int(size): Path(folder) for size, folder in shared.get("patches", {}).items()},
     )
     if labels and fileio.fingerprint(data.label_marks) != shared["labels"]:
         raise InputError(

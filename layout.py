@@ -40,6 +40,7 @@ from rasters import (
     check_whole,
     create_raster,
     read_bands,
+    resampled,
 )
 
 log = logging.getLogger(__name__)
@@ -399,8 +400,9 @@ def _cached_copy(raster: Raster, cache_dir: Path) -> Raster | InputError:
         if not copy.exists() or copy.stat().st_mtime_ns < changed:
             log.info("%s is being rewritten to %s", raster.path, copy)
             remove_strays(copy.parent)
-            rewrite(raster, copy)
-        return Raster.open(copy, raster.bands).with_regions(raster.regions)
+            rewrite(raster.original or raster, copy)
+        found = Raster.open(copy, raster.bands).with_regions(raster.regions)
+        return resampled(found, raster.target_resolution)
     except FullDiskError:
         raise
     except InputError as error:
@@ -409,6 +411,7 @@ def _cached_copy(raster: Raster, cache_dir: Path) -> Raster | InputError:
 
 def _known_diagnosis(raster: Raster, cache_dir: Path, **measuring: float) -> Diagnosis | None:
     """Return a raster's diagnosis, measured once; None if its header is fine."""
+    raster = raster.original or raster
     with raster.anew() as src:
         slow, _ = _problems(src, measuring.get("window_size", 256))
     if not slow:

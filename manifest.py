@@ -5,15 +5,31 @@ r"""Data as a manifest lists it: a CSV without a header, one raster with its ref
 
 The fields are the raster, its metadata or nothing, the vector file, the attribute of it that holds
 the classes, and what the raster is for: `trn`, `val` or `tst`.
+
+A registry is a YAML file of datasets that have names, to be used together in any choice:
+
+    manila:
+      images: [manila_1.tif, manila_2.tif]
+      masks: [manila_1.gpkg, manila_2.gpkg]  # polygons or mask rasters, one per image
+      attribute: kind                        # of the polygons, which tells the class
+      bands: [3, 2, 1]
+      classes: {1: house, 2: road}           # value: name
+      tags: [urban, tropical]
+      resolution: 0.5                        # m per px, to which images are resampled
+      weight: 2                              # how often its training patches come
 """
 
 from __future__ import annotations
 
 import csv
 import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 
 import pandas as pd
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from ImageData import InputError
 
@@ -138,3 +154,115 @@ def _find(name: str, folder: Path, bucket: str | None) -> tuple[str, str | Path 
         if place.exists():
             return name, place
     return name, None
+
+
+# ---------------------------------------------------------------------------------------------
+# Registry of named datasets
+# ---------------------------------------------------------------------------------------------
+
+TAG = "tag:"  # before a tag, where names of datasets are chosen
+
+
+@dataclass(config=ConfigDict(extra="forbid", frozen=True))
+class NamedDataset:
+    """A dataset of a registry; see the module for the fields.
+
+    Attributes:
+        name: Its name.
+        images: Paths or addresses.
+        masks: Of each image.
+        bands: None: all but alpha.
+        attribute: None: "label".
+        classes: Value -> name; None: all values are classes.
+        tags: Words to choose it by.
+        resolution: m per px to which images are resampled; None: as they are.
+        weight: How often its training patches come, relative to those of others.
+    """
+
+    name: str
+    images: tuple[str, ...] = Field(min_length=1)
+    masks: tuple[str, ...] = Field(min_length=1)
+    bands: tuple[int, ...] | None = None
+    attribute: str | None = None
+    classes: dict[str | int, str] | None = None
+    tags: tuple[str, ...] = ()
+    resolution: float | None = Field(default=None, gt=0)
+    weight: float = Field(default=1.0, gt=0)
+
+
+def read_registry(path: Path | str) -> dict[str, NamedDataset]:
+    """Read a registry.
+
+    Args:
+        path: The YAML. A path in it that is relative is looked for beside the file, then in the
+            working directory; whether files are there is seen when they are opened.
+
+    Raises:
+        InputError: The file cannot be read, or a dataset is not described as it should be.
+    """
+    path = Path(path)
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"registry {path}: {error.strerror}") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(f"registry {path} cannot be read as YAML: {error}") from None
+    if not isinstance(given, dict) or not given:
+        raise InputError(f"registry {path} must hold `name: {{images: [...], masks: [...]}}`")
+    return {str(name): _named_dataset(path, str(name), value) for name, value in given.items()}
+
+
+def _named_dataset(path: Path, name: str, value: object) -> NamedDataset:
+    if not isinstance(value, dict):
+        raise InputError(f"registry {path}: {name} must hold images and masks, got {value!r}")
+    listed = {
+        key: [item] if key in ("images", "masks", "tags") and isinstance(item, str) else item
+        for key, item in value.items()
+    }
+    try:
+        named = TypeAdapter(NamedDataset).validate_python({"name": name} | listed)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise InputError(f"registry {path}: {name}: {wrong}") from None
+    if len(named.images) != len(named.masks):
+        raise InputError(
+            f"registry {path}: {name} has {len(named.images)} images and {len(named.masks)} masks; "
+            "give each image its mask"
+        )
+    places = {
+        key: tuple(str(_find(item, path.parent, None)[1] or item) for item in getattr(named, key))
+        for key in ("images", "masks")
+    }
+    return TypeAdapter(NamedDataset).validate_python({"name": name} | listed | places)
+
+
+def get_dataset(registry: Mapping[str, NamedDataset], name: str) -> NamedDataset:
+    """Return a dataset by its name.
+
+    Raises:
+        InputError: There is none; the nearest names are told.
+    """
+    (named,) = select_datasets(registry, [name.removeprefix(TAG)])
+    return named
+
+
+def select_datasets(
+    registry: Mapping[str, NamedDataset], names: Sequence[str]
+) -> list[NamedDataset]:
+    """Choose datasets by name, or by tag as `tag:urban`; each comes once.
+
+    Raises:
+        InputError: A name or tag is unknown; the nearest ones are told.
+    """
+    chosen: dict[str, NamedDataset] = {}
+    for name in names:
+        tag = name.removeprefix(TAG) if name.startswith(TAG) else None
+        found = [d for d in registry.values() if (tag in d.tags if tag else d.name == name)]
+        if not found:
+            known = {tag for d in registry.values() for tag in d.tags} if tag else set(registry)
+            kind = "tag" if tag else "dataset"
+            close = difflib.get_close_matches(tag or name, sorted(known), n=3)
+            meant = f"; did you mean {' or '.join(close)}?" if close else f", only {sorted(known)}"
+            raise InputError(f"the registry has no {kind} {tag or name!r}{meant}")
+        chosen |= {d.name: d for d in found}
+    return list(chosen.values())

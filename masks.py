@@ -650,7 +650,7 @@ def _open_mask(
     zero_is_class: bool,
     workers: int | None,
 ) -> MaskLabels:
-    mask = fileio.read_raster(path)
+    mask = _on_grid(path, raster)
     if len(mask.bands) > 1 or np.dtype(mask.dtype).kind not in "ui":
         raise InputError(
             f"a mask has one band of whole numbers, {path} has {len(mask.bands)} of {mask.dtype}; "
@@ -666,6 +666,12 @@ def _open_mask(
         )
     nothing = ClassTable(tuple(counts)[:MAX_CLASSES], {})
     return MaskLabels(path, raster, nothing, mask_reference, counts, mask, offset, zeros)
+
+
+def _on_grid(path: Path, raster: fileio.Raster) -> fileio.Raster:
+    """Open a mask; that of a raster that is resampled is resampled with it."""
+    mask = fileio.read_raster(path)
+    return fileio.on_grid(mask, raster) if raster.own.original is not None else mask
 
 
 def _offset(mask: fileio.Raster, raster: fileio.Raster) -> tuple[int, int]:
@@ -799,6 +805,7 @@ def save_labels(folder: Path, labels: Mapping[str, PolygonLabels | MaskLabels]) 
         entry = {
             "raster": name, "path": address or str(Path(source.path).absolute()),
             "mask_reference": source.mask_reference, "counts": dict(source.counts),
+            "values": dict(source.classes.values),
         }  # fmt: skip
         if isinstance(source, PolygonLabels):
             entry |= {"attribute": source.attribute, "polygons": f"polygons_{number}.parquet"}
@@ -820,9 +827,10 @@ def load_labels(
     """Read the labels that `save_labels` wrote, for the same rasters."""
     known = json.loads((Path(folder) / "labels.json").read_text(encoding="utf-8"))
     classes = known["classes"]
-    table = ClassTable(tuple(classes["names"]), classes["values"], classes["ignored"])
     labels = {}
     for entry in known["labels"]:
+        values = entry.get("values", classes["values"])  # rasters may name them otherwise
+        table = ClassTable(tuple(classes["names"]), values, classes["ignored"])
         path, raster = Path(entry["path"]), rasters[entry["raster"]]
         common = (path, raster, table, entry["mask_reference"], entry["counts"])
         if "polygons" in entry:
@@ -831,7 +839,7 @@ def load_labels(
             source = PolygonLabels(*common, df, entry["attribute"], df.iloc[:0])
         else:
             offset = tuple(entry["offset_xy"])
-            source = MaskLabels(*common, fileio.read_raster(path), offset, entry["zeros"])
+            source = MaskLabels(*common, _on_grid(path, raster), offset, entry["zeros"])
         labels[entry["raster"]] = source
     return labels
 

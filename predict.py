@@ -82,6 +82,7 @@ def open_raster(
     contract: DataContract,
     *,
     resolution_tolerance: float | None = 0.2,
+    resample: bool = False,
     override: Collection[str] = (),
     region_paths: tuple[Path | None, Path | None] = (None, None),
     aux_vector_file: Path | str | None = None,
@@ -94,6 +95,7 @@ def open_raster(
         contract: Of the model, see `LargeRasterORModel.contract`.
         resolution_tolerance: Largest relative difference of the ground resolutions; None allows
             any. It cannot be checked where the raster or the training data have no CRS.
+        resample: Read the raster in pixels of the training's size.
         override: Checks to leave out, of `CHECKS`.
         region_paths: Files of the area of interest and of ignored regions; pixels outside them are
             not compared.
@@ -114,6 +116,8 @@ def open_raster(
         if "BANDS" not in str(error):
             raise
         raise InputError(f"{path} cannot give the bands that the model reads: {error}") from error
+    if resample:
+        raster = fileio.resampled(raster, contract.resolution)
     raster = raster.with_regions(annotations.read_regions(*region_paths, raster, "auto"))
     broken = {}
     if raster.band_count != contract.band_count:
@@ -247,6 +251,7 @@ class PredictionOptions:
         overwrite: Replace outputs that exist, and drop what a differing call left unfinished.
         override: Checks of `open_raster` to leave out.
         resolution_tolerance: See `open_raster`.
+        resample: Likewise.
     """
 
     tile_size: Annotated[int, Field(ge=32)] | None = None
@@ -275,6 +280,7 @@ class PredictionOptions:
     overwrite: bool = False
     override: tuple[str, ...] = ()
     resolution_tolerance: Annotated[float, Field(ge=0)] | None = 0.2
+    resample: bool = False
 
 
 def options_of(
@@ -615,6 +621,7 @@ def prepare(
         raster = Path(raster).absolute()  # other processes may work elsewhere
     opened = open_raster(
         raster, contract, resolution_tolerance=wanted.resolution_tolerance,
+        resample=wanted.resample,
         override=wanted.override, region_paths=(wanted.aoi, wanted.ignore),
         aux_vector_file=wanted.aux_vector_file,
     )  # fmt: skip
@@ -1079,6 +1086,8 @@ def _parser() -> argparse.ArgumentParser:
         help="what of the raster may differ from the training's")
     add("--resolution-tolerance", type=float, default=0.2, metavar="SHARE",
         help="largest relative difference of the pixels' sides (default: %(default)s)")
+    add("--resample", action="store_true",
+        help="read the raster in pixels of the training's size, whatever its own are")
     add("--resume", action="store_true", help="keep outputs that are complete")
     add("--overwrite", action="store_true",
         help="replace outputs that exist, and drop what a differing command left unfinished")

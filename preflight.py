@@ -433,9 +433,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _open_rasters(params: RunParameters, folder: Path) -> list[fileio.Raster]:
     paths = [*params.image_paths, *params.predict_paths]
-    rasters = fileio.read_rasters(
-        paths, params.BANDS, params.RESOLUTION_TOLERANCE, params.CACHE_DIR
-    )
+    rasters = fileio.read_rasters(paths, **params.raster_options())
     rasters = rasters[: len(params.image_paths)]
     rasters = fileio.check_layout(rasters, repair=False, cache_dir=folder)
     return [masks.with_auxiliary_bands(raster, params.auxiliary) for raster in rasters]

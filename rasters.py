@@ -11,6 +11,7 @@ import errno
 import hashlib
 import logging
 import os
+import secrets
 import threading
 import warnings
 from collections import OrderedDict
@@ -31,6 +32,7 @@ from pyproj.exceptions import ProjError
 from rasterio._err import CPLE_BaseError  # some calls let GDAL's own errors through
 from rasterio.enums import ColorInterp, Interleaving, MaskFlags, Resampling
 from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
+from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window as RasterioWindow
 
 from artefacts import address_of, atomic_path, content_fingerprint, exclusive, find_full
@@ -162,6 +164,8 @@ class Raster:
         files: All files on this machine that hold it: masks beside it, the sources of a VRT.
         alpha: One-based index of the alpha band, if there is one and it is not read as data.
         regions: Which ground counts; None: all of it.
+        original: The raster in its own pixels, if it is read in larger or smaller ones.
+        target_resolution: Side of those on the ground in m; see `resampled`.
     """
 
     path: Path
@@ -179,9 +183,13 @@ class Raster:
     files: tuple[str, ...] = ()
     alpha: int | None = None
     regions: Regions | None = None
+    original: Raster | None = None
+    target_resolution: float | None = None
 
     @classmethod
-    def open(cls, path: Path | str, bands: Sequence[int] | None = None) -> Raster:
+    def open(
+        cls, path: Path | str, bands: Sequence[int] | None = None, source: str | None = None
+    ) -> Raster:
         """Read a raster's header.
 
         Args:
@@ -189,11 +197,13 @@ class Raster:
                 `/vsi`.
             bands: One-based indexes of the bands to read, in the order wanted; None takes all but
                 an alpha band. An alpha band that is named holds data, and masks nothing.
+            source: A VRT of the file that is to be read in its place.
 
         Raises:
             InputError: The file is missing, or not a raster, or has no such band.
         """
-        source, local = _source(path)
+        plain, local = _source(path)
+        source = source or plain
         with _opening(path, source, local=local) as src:
             if not src.count:
                 raise InputError(f"{path} holds no band of its own, only {src.subdatasets}")
@@ -261,7 +271,10 @@ class Raster:
         files = [Path(file) for file in self.files]
         shape = [self.width, self.height, self.bands, self.nodata, self.masked]
         regions = self.regions.digest() if self.regions else None
-        return {"source": self.path.name, "files": files, "shape": shape, "regions": regions}
+        made_from = {"source": self.path.name, "files": files, "shape": shape, "regions": regions}
+        if self.original is not None:
+            made_from["resolution"] = self.target_resolution
+        return made_from
 
     def with_regions(self, regions: Regions | None) -> Raster:
         """Return a handle to the same file whose ground counts in these regions only."""
@@ -633,6 +646,7 @@ def read_rasters(
     paths: Sequence[Path | str],
     bands: Sequence[int] | None = None,
     resolution_tolerance: float | None = None,
+    target_resolution: float | None = None,
     cache_dir: Path | None = None,
 ) -> list[Raster]:
     """Open rasters that one model is to be trained on.
@@ -642,6 +656,7 @@ def read_rasters(
         bands: See `Raster.open`.
         resolution_tolerance: Largest relative difference of their ground resolutions; None allows
             any.
+        target_resolution: To which all are resampled, see `resampled`; None: they are not.
         cache_dir: Where copies of HDR images are kept from now on, by this process and those that
             it starts; None: see `cache_folder`.
 
@@ -651,7 +666,7 @@ def read_rasters(
     """
     if cache_dir is not None:
         os.environ[CACHE_VARIABLE] = str(Path(cache_dir).absolute())
-    rasters = [read_raster(path, bands) for path in paths]
+    rasters = [resampled(read_raster(path, bands), target_resolution) for path in paths]
     for raster in rasters:
         _warn_of_palette(raster)
         _warn_of_false_alpha(raster)
@@ -672,6 +687,94 @@ def read_rasters(
                 "RESOLUTION_TOLERANCE = None if objects look alike at all of them"
             )
     return rasters
+
+
+def resampled(raster: Raster, resolution: float | None) -> Raster:
+    """Return a handle that reads a raster in square pixels of another size, as it is asked for.
+
+    Nothing is written. Values are interpolated linearly, over as many pixels as fall into a new
+    one; where nodata or a mask excludes some of them, the others tell.
+
+    Args:
+        raster: The raster.
+        resolution: Side of the pixels on the ground, at the raster's middle, in m; None: as it is.
+
+    Raises:
+        InputError: The raster has no map reference, or is too small for one such pixel.
+    """
+    if resolution is None:
+        return raster
+    raster = raster.original or raster
+    if raster.resolution is None:
+        raise InputError(
+            f"{raster.path} cannot be resampled to {resolution:g} m: it has no coordinate "
+            "reference system with a place on a globe, so that nothing tells how large its pixels "
+            "are; georeference it, or set TARGET_RESOLUTION = None"
+        )
+    (steps,) = raster.metres_per_pixel(np.array([[raster.width / 2, raster.height / 2]]))
+    factors = resolution / np.hypot(*steps)  # old pixels per new one, in x and in y
+    width, height = np.floor([raster.width, raster.height] / factors + 1e-6).astype(int).tolist()
+    if not (width and height):
+        raise InputError(
+            f"{raster.path} is smaller than one pixel of {resolution:g} m; lower TARGET_RESOLUTION"
+        )
+    transform = rasterio.Affine(*raster.transform) * rasterio.Affine.scale(*factors)
+    masked = raster.masked and raster.alpha is None
+    view = _warped(
+        raster, raster.crs, transform, (width, height), Resampling.bilinear, add_alpha=masked,
+        # else it is measured in each window anew, and a pixel depends on the window
+        XSCALE=1 / factors[0], YSCALE=1 / factors[1],
+    )  # fmt: skip
+    return replace(
+        view, regions=raster.regions, original=raster, target_resolution=float(resolution)
+    )
+
+
+def on_grid(mask: Raster, raster: Raster) -> Raster:
+    """Return a handle that reads a mask on the grid of a raster; a pixel has the nearest value.
+
+    A mask without map reference that has the size of the raster's original lies where that does.
+
+    Raises:
+        InputError: The mask has no map reference, and not that size.
+    """
+    original = raster.original or raster
+    same_size = (mask.width, mask.height) == (original.width, original.height)
+    place = {}
+    if mask.crs is None:
+        if not same_size:
+            raise InputError(
+                f"{mask.path} has no map reference, so that nothing tells where it lies on "
+                f"{raster.path}; georeference it, or give one of {original.width} x "
+                f"{original.height} px"
+            )
+        place = {"src_crs": original.crs, "src_transform": rasterio.Affine(*original.transform)}
+    grid = raster.crs, rasterio.Affine(*raster.transform), (raster.width, raster.height)
+    # what lies off the mask is not to be taken for its value 0
+    place["add_alpha"] = mask.alpha is None and mask.nodata[0] is None
+    return replace(_warped(mask, *grid, Resampling.nearest, **place), original=mask)
+
+
+def _warped(
+    raster: Raster,
+    crs: str,
+    transform: rasterio.Affine,
+    size_xy: tuple[int, int],
+    resampling: Resampling,
+    **place: object,
+) -> Raster:
+    """Return a handle to a raster on another grid, read through a VRT."""
+    name = f"/vsimem/{secrets.token_hex(8)}.vrt"
+    grid = {"crs": crs, "transform": transform, "width": size_xy[0], "height": size_xy[1]}
+    with raster.anew() as src, WarpedVRT(src, **grid, resampling=resampling, **place) as vrt:
+        rasterio.shutil.copy(vrt, name, driver="VRT")
+    try:
+        with rasterio.open(name) as described:
+            source = described.tags(ns="xml:VRT")["xml:VRT"]
+    finally:
+        rasterio.shutil.delete(name)
+    view = Raster.open(raster.path, raster.bands, source)
+    return replace(view, files=raster.files)
 
 
 def _files_of(src: rasterio.DatasetReader, path: Path) -> tuple[str, ...]:
@@ -721,7 +824,7 @@ def _warn_of_false_alpha(raster: Raster) -> None:
 
 
 def _is_remote(source: str) -> bool:
-    return source.startswith("/vsi")
+    return source.startswith("/vsi") or '<SourceDataset relativeToVRT="0">/vsi' in source
 
 
 def _source(path: Path | str) -> tuple[str, bool]:

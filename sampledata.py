@@ -36,10 +36,12 @@ log = logging.getLogger(__name__)
 LAND_COVER_SAMPLES = {  # px, width and height; the second is for prediction
     "land_cover_1": (2560, 2048),
     "land_cover_2": (1536, 1024),
+    "land_cover_coarse": (1024, 1024),
 }
 SKY_SAMPLES = {  # px, width and height; the last is for prediction
     "sky_1": (2048, 1024), "sky_2": (2048, 1024), "sky_3": (2048, 1024), "sky_4": (2048, 1024),
 }  # fmt: skip
+LAND_COVER_COARSER = {"land_cover_coarse": 2}  # times the side of a pixel
 SAMPLES = {  # px, width and height; the third is for prediction, its catalogue to compare with
     "sample_1": (2048, 1536),
     "sample_2": (1536, 1536),
@@ -423,7 +425,14 @@ HOUSES = 26.0  # per megapixel
 
 
 def make_land_cover(
-    image_path: Path, vector_path: Path, *, width: int, height: int, seed: int, bands: int = 4
+    image_path: Path,
+    vector_path: Path,
+    *,
+    width: int,
+    height: int,
+    seed: int,
+    bands: int = 4,
+    coarser: int = 1,
 ) -> pd.DataFrame:
     """Write a raster of fields, woods, lakes, roads and houses, and the polygons of all of them.
 
@@ -437,14 +446,17 @@ def make_land_cover(
         height: Rows in px.
         seed: At least 0; the same seed gives the same ground.
         bands: The first of blue, green, red, near infrared, 1 to 4.
+        coarser: How many times the pixels are as wide as otherwise, with the mean of what they
+            cover; columns, rows and px are those of the raster.
 
     Returns:
         The polygons: `label`, `geometry` (px), and their boxes.
     """
     rng = np.random.default_rng(seed)
-    extent = shapely.box(0, 0, width, height)
-    parts = {"crop": [], "forest": [], **_lay_cover(rng, width, height)}
-    for field in _lay_fields(rng, width, height):
+    fine_width, fine_height = width * coarser, height * coarser
+    extent = shapely.box(0, 0, fine_width, fine_height)
+    parts = {"crop": [], "forest": [], **_lay_cover(rng, fine_width, fine_height)}
+    for field in _lay_fields(rng, fine_width, fine_height):
         if (kind := rng.choice(["crop", "forest", "grass"], p=[0.42, 0.3, 0.28])) != "grass":
             parts[kind].append(field)
     df = pd.DataFrame([(kind, shape) for kind, shapes in parts.items() for shape in shapes],
@@ -457,15 +469,21 @@ def make_land_cover(
         "width": width, "height": height, "count": bands, "dtype": "uint8",
         "crs": CRS.from_epsg(CRS_CODE), "photometric": "MINISBLACK",
         "transform": Affine(PIXEL_SIZE, 0, ORIGIN[0] + SCENE_STEP * (seed % 10), 0, -PIXEL_SIZE,
-                            ORIGIN[1]),
+                            ORIGIN[1]) * Affine.scale(coarser),
     }  # fmt: skip
     Path(vector_path).unlink(missing_ok=True)
     tree = shapely.STRtree(df["geometry"].to_numpy())
     with fileio.create_raster(Path(image_path), **profile) as dst:
         for window in _blocks(Scene(width, height, seed)):
-            found = np.sort(tree.query(shapely.box(*_bounds(window))))
-            pixels = _render_cover(df.iloc[found], window, seed, bands)
+            fine = Window(*(coarser * number for number in window))
+            found = np.sort(tree.query(shapely.box(*_bounds(fine))))
+            pixels = _render_cover(df.iloc[found], fine, seed, bands)
+            if coarser > 1:
+                cells = pixels.reshape(bands, window.height, coarser, window.width, coarser)
+                pixels = np.rint(cells.mean(axis=(2, 4))).astype(np.uint8)
             dst.write(pixels, window=RasterioWindow(*window))
+    df["geometry"] = shapely.transform(df["geometry"].to_numpy(), lambda xy: xy / coarser)
+    df[BOX_COLUMNS] /= coarser
     fileio.write_annotations(Path(vector_path), df, fileio.read_raster(image_path))
     log.info("wrote %s (%d x %d px) and %s (%d polygons)", image_path, width, height, vector_path,
              len(df))  # fmt: skip
@@ -480,7 +498,10 @@ def generate_land_cover(
         image = Path(directory_images) / f"{name}.tif"
         vector = Path(directory_datasets) / f"{name}.gpkg"
         if force or not (image.exists() and vector.exists()):
-            make_land_cover(image, vector, width=width, height=height, seed=seed + shift)
+            coarser = LAND_COVER_COARSER.get(name, 1)
+            make_land_cover(
+                image, vector, width=width, height=height, seed=seed + shift, coarser=coarser
+            )
 
 
 def _bounds(window: Window) -> tuple[int, int, int, int]:

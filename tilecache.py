@@ -6,23 +6,29 @@ the content of the rasters and labels and of the ground, so that what changed is
 store has, of each raster, `image` (bands, H, W), `known` (H, W; bits: valid, counts) and `mask`
 (H, W). Only chunks that hold ground of the split are written, in shards that come whole or not at
 all, so that what is killed goes on. Handles read from it the very values of the rasters.
+
+Where training takes tiles as they are, `<cache_dir>/patches-<key>/<split>.zarr` has them one by
+one: `image` (N, bands, H, W), `mask` (N, H, W) and, where pixels may be invalid, `valid` (N, H, W),
+shuffled once and for all. A chunk is a block of tiles, read at once: an epoch that goes from block
+to block reads each file once, from its beginning to its end, and decodes little or nothing.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 import fileio
 import parallel
-from ImageData import IGNORE, SPLITS, ClassNames, LabelSource, Window
+import tiling
+from ImageData import IGNORE, SPLITS, ClassNames, InputError, LabelSource, Window
 
 if TYPE_CHECKING:
     import zarr
@@ -32,7 +38,10 @@ log = logging.getLogger(__name__)
 CHUNK = 256  # px, side of what is read at once
 SHARD = 2048  # px, side of what is written at once, a file
 VALID, COUNTED = 1, 2  # bits of `known`
-MANIFEST, DONE = "manifest.json", "done.jsonl"
+MANIFEST, DONE, ROWS = "manifest.json", "done.jsonl", "rows.parquet"
+BLOCK, BLOCK_BYTES = 64, 2**24  # patches, and bytes of pixels, that are read at once, a file
+JOB_BLOCKS = 4  # that a worker fills at a call: it is sent the handles and labels of all rasters
+KEPT_BLOCKS = 2  # in memory, per process; a batch may lie across an edge
 Handles = tuple[dict[str, fileio.Raster], dict[str, LabelSource] | None]
 
 
@@ -152,36 +161,53 @@ def cache_tiles(
     }
     key = fileio.fingerprint(made_from)
     folder = Path(cache_dir).absolute() / f"tiles-{key}"
+
+    def plan() -> dict[str, tuple]:
+        jobs = {}
+        for split in SPLITS:
+            store = folder / f"{split}.zarr"
+            for name, raster in rasters.items():
+                _create(store, raster, masks=labels is not None)
+                source = labels and labels[name]
+                for shard in _shards(raster, blocks[blocks["split"] == split]):
+                    jobs[_key(store, raster, shard[0])] = (store, raster, source, *shard)
+        return jobs
+
+    work = {"workers": workers, "scheduler": scheduler, "progress": progress}
+    return _complete(folder, key, plan, _fill, [f"{s}.zarr" for s in SPLITS], work)
+
+
+def _complete(
+    folder: Path,
+    key: str,
+    plan: Callable[[], Mapping[str, object]],
+    fill: Callable[[object], None],
+    outputs: Sequence[str],
+    work: Mapping[str, object],
+) -> Path:
+    """Do what is left to do of a cache, one process at a time; return its folder.
+
+    Args:
+        folder: Of the cache.
+        key: Of what it is made from.
+        plan: Makes the arrays that are not there, and returns the jobs by name.
+        fill: Does a job.
+        outputs: What is there in the end.
+        work: `workers, scheduler, progress` of `parallel.imap_ordered`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with fileio.exclusive(folder, wait=True):
         if fileio.is_finished(folder / MANIFEST, {"key": key}):
             log.info("tiles are read from the cache %s", folder)
             return folder
         done = fileio.Journal(folder / DONE)
-        jobs = []
-        for split in SPLITS:
-            store = folder / f"{split}.zarr"
-            for name, raster in rasters.items():
-                _create(store, raster, masks=labels is not None)
-                source = labels and labels[name]
-                jobs += [
-                    (store, raster, source, *shard)
-                    for shard in _shards(raster, blocks[blocks["split"] == split])
-                    if _key(store, raster, shard[0]) not in done.known
-                ]
-        for job, _ in zip(
-            jobs,
-            parallel.imap_ordered(
-                _fill, jobs, workers=workers, scheduler=scheduler, progress=progress,
-                description="caching tiles",
-            ),
-            strict=True,
-        ):  # fmt: skip
-            store, raster, _, window, _ = job
-            done.add(_key(store, raster, window), None)
+        jobs = {name: job for name, job in plan().items() if name not in done.known}
+        filled = parallel.imap_ordered(fill, jobs.values(), description="caching tiles", **work)
+        for name, _ in zip(jobs, filled, strict=True):
+            done.add(name, None)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         log.info("%.1f MB of tiles in the cache %s", size / 1e6, folder)
-        fileio.mark_finished(folder / MANIFEST, {"key": key}, [f"{s}.zarr" for s in SPLITS])
+        fileio.mark_finished(folder / MANIFEST, {"key": key}, outputs)
     return folder
 
 
@@ -200,7 +226,7 @@ def open_cache(
         rasters: Identifier -> raster.
         labels: Identifier -> the classes of its pixels.
     """
-    if folder is None or not (Path(folder) / MANIFEST).exists():
+    if folder is None or not is_complete(folder):
         return dict(rasters), None if labels is None else dict(labels)
     store = Path(folder) / f"{split}.zarr"
     plain = [field.name for field in fields(fileio.Raster)]
@@ -281,3 +307,205 @@ def _fill(job: tuple[Path, fileio.Raster, LabelSource | None, Window, list[Windo
     if source is not None:
         group[f"{raster.identifier}/mask"][place] = mask
     group[f"{raster.identifier}/known"][place] = known  # last: without it nothing is valid
+
+
+# ---------------------------------------------------------------------------------------------
+# Patches: tiles one by one, in blocks
+# ---------------------------------------------------------------------------------------------
+
+
+class Patch(NamedTuple):
+    """A tile as it lies in its raster.
+
+    Attributes:
+        image: (bands, H, W), in the raster's own type.
+        valid: bool (H, W); None: all pixels are.
+        mask: uint8 (H, W), class ids, `IGNORE` where nothing is known or counts.
+    """
+
+    image: np.ndarray
+    valid: np.ndarray | None
+    mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class Patches:
+    """The patches of one split, in a store that `cache_patches` made; small and picklable.
+
+    Attributes:
+        store: The Zarr store.
+        rows: A row per patch, in the order of the store: those of the tile index.
+    """
+
+    store: Path
+    rows: pd.DataFrame
+
+    def __len__(self) -> int:
+        """Return the number of patches."""
+        return len(self.rows)
+
+    @property
+    def images(self) -> zarr.Array:
+        """All images (N, bands, H, W), on disk."""
+        return _array(self.store, "image")
+
+    @property
+    def masks(self) -> zarr.Array:
+        """All masks, uint8 (N, H, W), on disk."""
+        return _array(self.store, "mask")
+
+    @property
+    def block(self) -> int:
+        """Number of patches that are read at once."""
+        return self.images.chunks[0]
+
+    def read(self, row: int) -> Patch:
+        """Return a patch; the block that it is in is read, unless it was among the last."""
+        number, place = divmod(row, self.block)
+        images, valid, masks = _block(self.store, number)
+        return Patch(images[place], None if valid is None else valid[place], masks[place])
+
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield the images and masks of block after block."""
+        for first in range(0, len(self), self.block):
+            rows = slice(first, first + self.block)
+            yield self.images[rows], self.masks[rows]
+
+
+@lru_cache(maxsize=KEPT_BLOCKS)
+def _block(store: Path, number: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+    images = _array(store, "image")
+    rows = slice(number * images.chunks[0], (number + 1) * images.chunks[0])
+    valid = _array(store, "valid")[rows] if (store / "valid").exists() else None
+    return images[rows], valid, _array(store, "mask")[rows]
+
+
+def cache_patches(
+    tiles: pd.DataFrame,
+    rasters: Mapping[str, fileio.Raster],
+    labels: Mapping[str, LabelSource],
+    cache_dir: Path,
+    *,
+    key: str | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    progress: bool = False,
+) -> Path:
+    """Write the tiles of an index that are kept, as they lie, in an order drawn once.
+
+    Args:
+        tiles: Tile index of one size; turned twins are left out.
+        rasters: Identifier -> raster; all have the same bands and type.
+        labels: Identifier -> the classes of its pixels.
+        cache_dir: Folder of all caches.
+        key: Names what the patches are made from; None: the content of rasters, labels and index.
+        seed: Of the order.
+        workers: Processes that read; None: all cores.
+        scheduler: Of a Dask cluster that is to read.
+        progress: Show a bar.
+
+    Returns:
+        The folder of the cache, for `open_patches`.
+
+    Raises:
+        InputError: A raster or label cannot be read.
+    """
+    kept = tiles[tiles["kept"] & (tiles["angle"] == 0)]
+    if key is None:
+        key = fileio.fingerprint({
+            "rasters": {n: [r.made_from, fileio.raster_fingerprint(r)] for n, r in rasters.items()},
+            "labels": {name: source.made_from for name, source in labels.items()},
+            "tiles": kept[["raster", *tiling.WINDOW_COLUMNS, "split"]], "seed": seed,
+            "layout": [BLOCK, BLOCK_BYTES],
+        })  # fmt: skip
+    folder = Path(cache_dir).absolute() / f"patches-{key}"
+
+    def plan() -> dict[str, tuple]:
+        jobs, parts = {}, []
+        for split in SPLITS:
+            part = kept[kept["split"] == split]
+            part = part.iloc[np.argsort(fileio.hash_rows(part[["raster", "x", "y"]], seed))]
+            block = _create_patches(folder / f"{split}.zarr", part, rasters)
+            step = block * JOB_BLOCKS
+            for first in range(0, len(part), step):
+                some = part.iloc[first : first + step]
+                jobs[f"{split} {first}"] = (folder / f"{split}.zarr", first, block, some)
+            parts.append(part)
+        fileio.write_table(folder / ROWS, pd.concat(parts, ignore_index=True))
+        return jobs
+
+    fill = partial(_fill_patches, rasters=dict(rasters), labels=dict(labels))
+    work = {"workers": workers, "scheduler": scheduler, "progress": progress}
+    return _complete(folder, key, plan, fill, [ROWS, *(f"{s}.zarr" for s in SPLITS)], work)
+
+
+def is_complete(folder: Path) -> bool:
+    """Tell whether all of a cache is there."""
+    return (Path(folder) / MANIFEST).exists()
+
+
+def open_patches(folder: Path, split: str) -> Patches:
+    """Return the patches of a split.
+
+    Args:
+        folder: What `cache_patches` returned.
+        split: "train", "validation" or "test".
+
+    Raises:
+        InputError: There are none, or they are not complete.
+    """
+    folder = Path(folder)
+    if not is_complete(folder):
+        raise InputError(f"{folder} holds no complete patches; make them, or go on with it")
+    rows = pd.read_parquet(folder / ROWS)
+    return Patches(folder / f"{split}.zarr", rows[rows["split"] == split].reset_index(drop=True))
+
+
+def _create_patches(store: Path, part: pd.DataFrame, rasters: Mapping[str, fileio.Raster]) -> int:
+    """Make the arrays of a split, if they are not there; return how many patches a block has."""
+    import zarr
+
+    group, raster = zarr.open_group(store=str(store), mode="a"), next(iter(rasters.values()))
+    height, width = part[["height", "width"]].max() if len(part) else (1, 1)
+    size, count = (int(height), int(width)), len(raster.bands)
+    patch_bytes = count * size[0] * size[1] * np.dtype(raster.dtype).itemsize
+    block = int(np.clip(BLOCK_BYTES // patch_bytes, 1, BLOCK))
+    kinds = {"image": ((count,), raster.dtype, None), "mask": ((), "uint8", "auto")}
+    if not all(r.all_counted for r in rasters.values()):
+        kinds["valid"] = ((), "bool", "auto")
+    for name, (lead, dtype, compressors) in kinds.items():
+        if name not in group:
+            group.create_array(
+                name, shape=(len(part), *lead, *size), chunks=(block, *lead, *size), dtype=dtype,
+                compressors=compressors,
+            )  # fmt: skip
+    return block
+
+
+def _fill_patches(
+    job: tuple[Path, int, int, pd.DataFrame],
+    rasters: Mapping[str, fileio.Raster],
+    labels: Mapping[str, LabelSource],
+) -> None:
+    """Write some blocks of patches, read in the order of the ground."""
+    import zarr
+
+    store, start, block, tiles = job
+    group = zarr.open_group(store=str(store), mode="r+")
+    for first in range(0, len(tiles), block):
+        some = tiles.iloc[first : first + block]
+        arrays = {
+            name: np.empty((len(some), *array.shape[1:]), array.dtype)
+            for name, array in group.arrays()
+        }
+        ground = some.assign(place=np.arange(len(some))).sort_values(["raster", "y", "x"])
+        for tile in ground.itertuples():
+            window = Window(*(int(getattr(tile, name)) for name in tiling.WINDOW_COLUMNS))
+            image, valid, counted = tiling.read_tile(rasters[tile.raster], window, 0)
+            arrays["image"][tile.place] = image
+            arrays["mask"][tile.place] = labels[tile.raster].read(window, counted)
+            if "valid" in arrays:
+                arrays["valid"][tile.place] = valid
+        for name, values in arrays.items():
+            group[name][start + first : start + first + len(some)] = values

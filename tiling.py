@@ -192,6 +192,11 @@ def black_pixel_filter(image_array: np.ndarray, pixel_limit: int) -> bool:
     return np.count_nonzero((image_array == 0).all(axis=-1)) <= pixel_limit
 
 
+def constant_filter(image_array: np.ndarray, pixel_limit: int) -> bool:
+    """Keep tiles (H, W, bands) of which more than `pixel_limit` pixels differ from the first."""
+    return np.count_nonzero((image_array != image_array[0, 0]).any(axis=-1)) > pixel_limit
+
+
 def filter_tiles(
     raster: fileio.Raster,
     windows: Sequence[Window],
@@ -510,9 +515,9 @@ def _classes_of(images: Sequence[ImageData], options: TilingOptions) -> tuple[st
         missing = [i.image_identifier for i in images if i.labels is None]
         raise InputError(f"all rasters of a run need labels, {missing} have none")
     tables = [image.labels.classes for image in images]
-    if any(table != tables[0] for table in tables):
+    if any(table.names != tables[0].names for table in tables):
         raise InputError(
-            "the rasters of a run need one table of classes, got "
+            "the rasters of a run need the same classes, got "
             f"{[list(table.names) for table in tables[:3]]}; see masks.resolve_classes"
         )
     check_thresholds(len(tables[0].names), options.min_annotated, options.class_proportion)

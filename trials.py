@@ -82,6 +82,8 @@ class SearchData:
         tile_marks: Tile size -> fingerprint of its index.
         labels: Of a segmentation, identifier -> the classes of its raster's pixels.
         cache: Folder of a cache of the tiles, see `tilecache`; it changes nothing but the speed.
+        patches: Tile size -> folder of its patches, in place of the cache: tiles are the same, and
+            an epoch goes from block to block of them.
     """
 
     tilings: Mapping[int, Path]
@@ -93,6 +95,7 @@ class SearchData:
     tile_marks: Mapping[int, str]
     labels: Mapping[str, LabelSource] | None = None
     cache: Path | None = None
+    patches: Mapping[int, Path] | None = None
 
     @property
     def label_marks(self) -> dict[str, Any]:
@@ -125,7 +128,8 @@ def prepare_search(
         percentiles: See there.
         stretch_options: See there.
         scheduler: Of a Dask cluster that is to read the pixels for it.
-        cache_dir: Where all tiles are to be cached, see `tilecache`; None: they are not.
+        cache_dir: Where all tiles are to be cached, see `tilecache`; None: they are not. Those
+            with masks are, one by one, if training takes them as they are (`random_windows`).
 
     Returns:
         The shared data, and the number of objects, or pixels, per label and split (of the last tile
@@ -173,7 +177,15 @@ def prepare_search(
     model.load_pretrained()
     model.create_trainer()
     ranks.processes(conf.accelerator, conf.devices)
-    if cache_dir is not None:
+    if cache_dir is not None and labels is not None and not conf.train.random_windows:
+        folders = {
+            size: tilecache.cache_patches(
+                tiles, rasters, labels, cache_dir, seed=conf.seed, scheduler=scheduler
+            )
+            for size, (tiles, _) in indexes.items()
+        }
+        data = replace(data, patches=folders)
+    elif cache_dir is not None:
         folder = tilecache.cache_tiles(rasters, labels, blocks, cache_dir, scheduler=scheduler)
         data = replace(data, cache=folder)
     return data, counts
@@ -187,9 +199,10 @@ def training_tiles(data: SearchData, conf: ModelConfig, tile_size: int) -> TileD
 def _module(
     data: SearchData, tiles: pd.DataFrame, boxes: pd.DataFrame, conf: ModelConfig, sample: float
 ) -> TileDataModule:
+    patches = (data.patches or {}).get(int(tiles["width"].iloc[0]))
     return TileDataModule(
         tiles, boxes, data.rasters, data.ids, data.radiometry, conf, sample_size=sample,
-        labels=data.labels, cache=data.cache,
+        labels=data.labels, cache=data.cache, patches=patches,
     )  # fmt: skip
 
 

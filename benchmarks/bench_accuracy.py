@@ -61,7 +61,7 @@ MANY = 10_000  # epochs, which the clock cuts short
 
 def prepare(params: RunParameters) -> tuple[trials.SearchData, TileDataModule]:
     """Clean, split and tile as the notebook does."""
-    rasters = fileio.read_rasters(params.image_paths, params.BANDS, params.RESOLUTION_TOLERANCE)
+    rasters = fileio.read_rasters(params.image_paths, **params.raster_options())
     classes = ()
     if params.TASK == "segmentation":
         images, table = masks.label_images(rasters, params.df_paths, **params.labelling_options())

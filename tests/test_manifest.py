@@ -102,3 +102,52 @@ def test_a_list_without_a_raster_is_refused(folder):
         manifest.list_rasters(marked)
     with pytest.raises(InputError, match=r"names rasters that are nowhere: in/z.tif"):
         manifest.list_rasters(write(folder, "in/z.tif"))
+
+
+REGISTRY = """
+north: {images: in/a.tif, masks: in/ref.gpkg, attribute: kind, tags: [cold], bands: [2, 1],
+        classes: {1: house}, weight: 3}
+south: {images: [in/b.tif, in/c.tif], masks: [in/ref.gpkg, in/ref.gpkg], tags: [warm],
+        bands: [2, 1], classes: {2: road}, resolution: 0.5}
+"""
+
+
+def run_with(folder, names, registry=REGISTRY, more=""):
+    (folder / "registry.yaml").write_text(registry)
+    given = folder / "run.yaml"
+    given.write_text(
+        f"DATASETS: {names}\nDATASET_REGISTRY: {folder}/registry.yaml\nTASK: segmentation\n{more}"
+    )
+    return RunParameters.from_files(PROJECT / "main.ipynb", given)
+
+
+def test_a_run_takes_named_datasets(folder):
+    params = run_with(folder, '["tag:warm", north, south]', more="TARGET_RESOLUTION: 0.7")
+    assert params.image_paths == [folder / "in" / f"{name}.tif" for name in "bca"]
+    assert params.df_paths == [folder / "in" / "ref.gpkg"] * 3
+    assert params.label_columns == ["label", "label", "kind"]
+    assert params.BANDS == [2, 1]
+    assert params.CLASSES == {2: "road", 1: "house"}
+    assert params.TARGET_RESOLUTION == 0.7
+    assert params.model_config().train.raster_weights == (("a", 3.0),)
+    assert params.prediction_options()["resample"]
+    alone = run_with(folder, "[south]")
+    assert (alone.TARGET_RESOLUTION, alone.MODEL_OPTIONS) == (0.5, {})
+
+
+@pytest.mark.parametrize(
+    ("names", "registry", "message"),
+    [
+        ("[nort]", REGISTRY, "no dataset 'nort'; did you mean north"),
+        ("[north, south]", REGISTRY, "need the same resolution.*set TARGET_RESOLUTION"),
+        ("[north, south]", REGISTRY.replace("[2, 1]", "[1]", 1), "need the same bands"),
+        (
+            "[north, south]",
+            REGISTRY.replace("2: road", "1: road").replace(", resolution: 0.5", ""),
+            "value 1 means 'house' in one dataset and 'road' in south",
+        ),
+    ],
+)
+def test_datasets_that_are_unknown_or_differ_are_refused(folder, names, registry, message):
+    with pytest.raises(InputError, match=message):
+        run_with(folder, names, registry)

@@ -96,6 +96,14 @@ def test_the_resolution_tolerance_is_a_setting(tmp_path, contract):
         assert predict.open_raster(path, contract, resolution_tolerance=tolerance)
 
 
+def test_a_raster_of_another_resolution_is_resampled_on_request(tmp_path, contract):
+    path = write(tmp_path / "a.tif", scale=0.5)
+    raster = predict.open_raster(path, contract, resample=True, override=["radiometry"])
+    assert raster.resolution == pytest.approx(contract.resolution, rel=1e-6)
+    assert raster.original.path == path
+    assert predict.options_of({"resample": True}).resample
+
+
 def test_bands_that_are_not_there_cannot_be_overridden(tmp_path, contract):
     path = write(tmp_path / "a.tif", count=2)
     with pytest.raises(InputError, match=r"cannot give the bands .*bands 1 to 2, got \[3\]"):

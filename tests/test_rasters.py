@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.server
 import pickle
 import tempfile
@@ -20,6 +21,8 @@ import shapely
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from loky import get_reusable_executor
+from rasterio import Affine
+from rasterio.vrt import WarpedVRT
 
 import rasters
 from artefacts import fingerprint
@@ -867,3 +870,108 @@ def test_paletted_rasters_are_reported(tmp_path, caplog):
         dst.write_colormap(1, {0: (255, 0, 0, 255), 1: (0, 255, 0, 255)})
     rasters.read_rasters([path])
     assert "holds numbers of colours" in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------
+# Pixels of another size
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_map(tmp_path):
+    """A raster of two bands, 1 m a pixel, with a mask of blocks of 8 px."""
+    rng = np.random.default_rng(0)
+    place = {"crs": "EPSG:32633", "transform": Affine(1, 0, 4e5, 0, -1, 5e6)}
+    blocks = np.kron(rng.integers(1, 5, (32, 40)), np.ones((8, 8))).astype(np.uint8)
+    pixels = np.stack([40 * blocks, rng.integers(1, 255, blocks.shape, dtype=np.uint8)])
+    for name, values in (("r", pixels), ("mask", blocks[None])):
+        layout = {"count": len(values), "height": 256, "width": 320, "dtype": "uint8", **place}
+        with rasters.create_raster(tmp_path / f"{name}.tif", **layout) as dst:
+            dst.write(values)
+    return tmp_path
+
+
+@pytest.mark.parametrize("resolution", [2.5, 0.7])
+def test_a_resampled_view_is_what_rasterio_warps_in_any_window(on_map, resolution):
+    plain = rasters.read_raster(on_map / "r.tif", [2, 1])
+    view = pickle.loads(pickle.dumps(rasters.resampled(plain, resolution)))
+    assert view.resolution == pytest.approx(resolution, rel=1e-6)
+    assert (view.path, view.bands, view.identifier) == (plain.path, (2, 1), "r")
+    factor = resolution / plain.resolution
+    assert (view.width, view.height) == (int(320 / factor), int(256 / factor))
+    with (
+        rasterio.open(on_map / "r.tif") as src,
+        WarpedVRT(
+            src, crs=src.crs, transform=Affine(*view.transform), width=view.width,
+            height=view.height, resampling=rasterio.enums.Resampling.bilinear,
+        ) as vrt,
+    ):  # fmt: skip
+        expected = vrt.read([2, 1]).astype(int)
+    whole = view.read(Window(0, 0, view.width, view.height))
+    for window in (Window(0, 0, view.width, view.height), Window(17, 33, 40, 50)):
+        rows = slice(window.y, window.y + window.height)
+        cols = slice(window.x, window.x + window.width)
+        np.testing.assert_allclose(view.read(window), expected[:, rows, cols], atol=1)
+        np.testing.assert_array_equal(view.read(window), whole[:, rows, cols])
+    corner = view.to_map(np.array([[view.width, view.height]]))
+    np.testing.assert_allclose(corner, plain.to_map([[320, 256]]), atol=resolution)
+    assert rasters.resampled(view, resolution).original == plain
+    assert rasters.resampled(plain, None) is plain
+    assert view.made_from != plain.made_from != rasters.resampled(plain, 2).made_from
+
+
+def test_the_mask_of_a_resampled_view_stays_aligned(on_map):
+    view = rasters.resampled(rasters.read_raster(on_map / "r.tif"), 2.0)
+    mask = rasters.on_grid(rasters.read_raster(on_map / "mask.tif"), view)
+    assert (mask.width, mask.height, mask.transform) == (view.width, view.height, view.transform)
+    window = Window(20, 30, 100, 90)
+    values, image = mask.read(window)[0], view.read(window)[0]
+    assert set(np.unique(values)) <= {1, 2, 3, 4}
+    inner = np.zeros(values.shape, dtype=bool)  # away from edges of blocks, which are interpolated
+    y, x = (np.arange(n) + at for n, at in zip(values.shape, (30, 20), strict=True))
+    inner[np.ix_(np.isin(y % 4, [1, 2]), np.isin(x % 4, [1, 2]))] = True
+    np.testing.assert_array_equal(image[inner], 40 * values[inner])
+
+
+def test_a_mask_that_covers_a_part_is_unknown_beyond_it(on_map):
+    place = {"crs": "EPSG:32633", "transform": Affine(1, 0, 4e5 + 64, 0, -1, 5e6)}
+    layout = {"count": 1, "height": 256, "width": 128, "dtype": "uint8", **place}
+    with rasters.create_raster(on_map / "part.tif", **layout) as dst:
+        dst.write(np.full((1, 256, 128), 3, dtype=np.uint8))
+    view = rasters.resampled(rasters.read_raster(on_map / "r.tif"), 2.0)
+    part = rasters.on_grid(rasters.read_raster(on_map / "part.tif"), view)
+    window = Window(0, 0, view.width, view.height)
+    valid = part.read_valid(window, part.read(window))
+    assert valid[:, 32:95].all()
+    assert not valid[:, :31].any()
+    assert not valid[:, 97:].any()
+
+
+def test_what_cannot_be_resampled_is_refused(on_map):
+    with rasters.create_raster(
+        on_map / "bare.tif", count=1, height=256, width=320, dtype="uint8"
+    ) as dst:
+        dst.write(np.ones((1, 256, 320), dtype=np.uint8))
+    bare = rasters.read_raster(on_map / "bare.tif")
+    with pytest.raises(InputError, match=r"cannot be resampled to 2 m.*georeference it"):
+        rasters.resampled(bare, 2.0)
+    plain = rasters.read_raster(on_map / "r.tif")
+    with pytest.raises(InputError, match="smaller than one pixel of 1000 m"):
+        rasters.resampled(plain, 1000.0)
+    mask = rasters.on_grid(bare, rasters.resampled(plain, 2.0))  # of the size of the original
+    assert (mask.read(Window(5, 5, 20, 20)) == 1).all()
+    small = rasters.resampled(rasters.read_raster(on_map / "mask.tif"), 2.0)
+    with pytest.raises(InputError, match="nothing tells where it lies"):
+        rasters.on_grid(dataclasses.replace(small, crs=None, original=None), plain)
+
+
+def test_rasters_of_two_resolutions_are_read_in_one(on_map):
+    coarse = {"crs": "EPSG:32633", "transform": Affine(3, 0, 5e5, 0, -3, 5e6)}
+    layout = {"count": 2, "height": 90, "width": 90, "dtype": "uint8", **coarse}
+    with rasters.create_raster(on_map / "coarse.tif", **layout) as dst:
+        dst.write(np.ones((2, 90, 90), dtype=np.uint8))
+    paths = [on_map / "r.tif", on_map / "coarse.tif"]
+    with pytest.raises(InputError, match="RESOLUTION_TOLERANCE"):
+        rasters.read_rasters(paths, resolution_tolerance=0.2)
+    read = rasters.read_rasters(paths, resolution_tolerance=0.2, target_resolution=2.0)
+    assert [raster.width for raster in read] == [160, 135]

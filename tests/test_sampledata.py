@@ -363,3 +363,19 @@ def test_a_sky_takes_the_memory_of_a_block(tmp_path):
         return most
 
     assert peak(width=512, height=2048) < 1.3 * peak(width=512, height=512)
+
+
+def test_coarser_land_cover_is_the_mean_of_the_finer(tmp_path):
+    shapes = []
+    for coarser, side in ((1, 512), (2, 256)):
+        paths = tmp_path / f"{coarser}.tif", tmp_path / f"{coarser}.gpkg"
+        shapes.append(
+            sampledata.make_land_cover(*paths, width=side, height=side, seed=3, coarser=coarser)
+        )
+    with rasterio.open(tmp_path / "1.tif") as fine, rasterio.open(tmp_path / "2.tif") as coarse:
+        mean = fine.read().reshape(4, 256, 2, 256, 2).mean(axis=(2, 4))
+        assert (coarse.read() == np.rint(mean)).all()
+        assert coarse.bounds == fine.bounds
+        assert coarse.res == (2 * sampledata.PIXEL_SIZE,) * 2
+    for fine, coarse in zip(*(df["geometry"] for df in shapes), strict=True):
+        assert shapely.area(fine) == pytest.approx(4 * shapely.area(coarse))

@@ -147,3 +147,61 @@ def test_a_search_with_a_cache_ends_as_one_without(segments, tmp_path):
     assert data.cache == segments.data.cache
     record = json.loads((tmp_path / "with" / "trials" / "made_from.json").read_text())
     assert "cache" not in record  # trials with and without it can be ranked together
+
+
+@pytest.fixture(scope="module")
+def patches(segments, tmp_path_factory):
+    conf = seg_conf(**{"train.random_windows": False})
+    data, _ = trials.prepare_search(
+        segments.images, segments.blocks, segments.tilings, [1.0], conf,
+        cache_dir=tmp_path_factory.mktemp("patches"),
+    )  # fmt: skip
+    return data
+
+
+def test_tiles_taken_as_they_are_come_from_patches(segments, patches):
+    assert patches.cache is None
+    conf = seg_conf(**{"train.random_windows": False, "workers": 2})
+    tiles, boxes = datasets.tiling.read_tiles(segments.tilings[64])
+    plain, stored = (
+        TileDataModule(
+            tiles, boxes, patches.rasters, patches.ids, patches.radiometry, conf,
+            labels=patches.labels, patches=folder,
+        )
+        for folder in (None, patches.patches[64])
+    )  # fmt: skip
+    for name in ("train", "validation", "full_validation", "test"):
+        one, other = getattr(plain, name), getattr(stored, name)
+        assert isinstance(other, datasets.PatchDataset)
+        items = [(i, i) if name == "train" else i for i in range(len(one))]  # turned twins, too
+        same([one[i] for i in items], [other[i] for i in items])
+    assert isinstance(stored.sampler, datasets.BlockSampler)
+    assert not isinstance(plain.sampler, datasets.BlockSampler)
+    rows = [
+        sorted(row for batch in module.batches for row, _ in batch) for module in (plain, stored)
+    ]
+    assert rows[0] == rows[1]
+    gone = TileDataModule(
+        tiles, boxes, patches.rasters, patches.ids, patches.radiometry, conf,
+        labels=patches.labels, patches=patches.patches[64] / "nowhere",
+    )  # fmt: skip
+    assert isinstance(gone.train.rasters["ground0"], fileio.Raster)
+
+
+def test_a_search_learns_from_patches_and_its_workers_find_them(patches, tmp_path):
+    space = {"patch_size": [64], "n_epochs": [1], "sample_size": [0.3], "learning_rate": [3e-3],
+             "batch_size": [8]}  # fmt: skip
+    conf = seg_conf(**{"train.random_windows": False})
+    board = gridsearch.run_search(patches, space, conf, tmp_path)
+    assert board["state"].tolist() == ["complete"]
+    _, data, _ = gridsearch._read_search(tmp_path)
+    assert data.patches == patches.patches
+
+
+def test_rasters_are_drawn_by_their_weights(segments):
+    options = {"train.raster_weights": [["ground1", 3.0]], "train.repeat_threshold": 0.0}
+    plain, _ = modules(segments, **options)
+    names = plain.train.tiles["raster"].to_numpy()
+    weights = plain.sampler.weights
+    assert set(weights[names == "ground1"]) == {3.0}
+    assert set(weights[names == "ground0"]) == {1.0}

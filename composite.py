@@ -1,0 +1,396 @@
+"""Many pairs of image and mask as one training set, and its patches in a store that reads fast.
+
+    pair = TrainingDataset("a.tif", "a.gpkg", attribute="kind", classes={"1": "house"})
+    both = pair + TrainingDataset("b.tif", "b_mask.tif", bands=(3, 2, 1), weight=2)
+    both.options = PatchOptions(size=128)
+    try:
+        both.load_prepared_arrays()
+    except InputError:
+        both.prepare().save_prepared_arrays()
+
+Each pair has its own bands, names of classes, resolution and weight; together they have one table
+of classes. Ground is split before anything is cut, so that patches may overlap and yet no ground is
+on two sides. `datasets.PatchDataset` reads the patches, `datasets.BlockSampler` draws them.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import fileio
+import masks
+import splits
+import tilecache
+import tiling
+from ImageData import SPLITS, ImageData, InputError
+from manifest import NamedDataset, select_datasets
+from manifest import get_dataset as get_dataset  # here is where it is looked for
+from manifest import read_registry as read_registry
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingDataset:
+    """An image with the classes of its pixels; `+` makes a composite, `sum` one of any number.
+
+    Attributes:
+        image: A raster, see `fileio.Raster.open`.
+        mask: Polygons or a mask raster, see `masks.read_labels`.
+        bands: One-based indexes of the bands, in order; None: all but alpha.
+        attribute: Of the polygons, which tells their class.
+        classes: What the values mean, see `masks.make_table`; classes of different pairs that have
+            the same name are one.
+        mask_reference: Whether ground without a label is unknown, instead of background.
+        coordinates: See `annotations.ReadingOptions`.
+        resolution: Side of the pixels in which it is read, on the ground in m, see
+            `fileio.resampled`; None: as they are.
+        tags: Words that describe it.
+        weight: How often its training patches come, relative to those of other pairs, > 0.
+    """
+
+    image: Path | str
+    mask: Path | str
+    bands: tuple[int, ...] | None = None
+    attribute: str | None = None
+    classes: Mapping[str, str] | tuple[str, ...] | None = None
+    mask_reference: bool = False
+    coordinates: str = "auto"
+    resolution: float | None = None
+    tags: tuple[str, ...] = ()
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a weight that is none."""
+        if not (np.isfinite(self.weight) and self.weight > 0):
+            raise InputError(f"weight must be > 0, got {self.weight:g}; leave the pair out instead")
+
+    @property
+    def identifier(self) -> str:
+        """Name of the image in every table."""
+        return Path(self.image).stem
+
+    @cached_property
+    def raster(self) -> fileio.Raster:
+        """Handle of the image."""
+        return fileio.resampled(fileio.read_raster(self.image, self.bands), self.resolution)
+
+    @property
+    def made_from(self) -> dict[str, object]:
+        """What patches of the pair depend on: the content of its files, and how they are read."""
+        plain = {
+            f.name: getattr(self, f.name) for f in fields(self)
+            if f.name not in ("image", "mask", "tags", "weight")
+        }  # fmt: skip
+        files = [path for path in fileio.files_of(Path(self.mask)) if path.is_file()]
+        content = [[path.name, fileio.content_fingerprint(path)] for path in files]
+        image = fileio.raster_fingerprint(self.raster)
+        return plain | {"bands": self.raster.bands, "image": image, "mask": content}
+
+    def read_labels(self, workers: int | None = 1) -> masks.Labels:
+        """Read the labels, with classes of this pair only."""
+        return masks.read_labels(
+            self.mask, self.raster, attribute=self.attribute, classes=self.classes,
+            mask_reference=self.mask_reference, coordinates=self.coordinates, workers=workers,
+        )  # fmt: skip
+
+    def __add__(
+        self, other: TrainingDataset | CompositeTrainingDataset
+    ) -> CompositeTrainingDataset:
+        """Return both together."""
+        return CompositeTrainingDataset((self,)) + other
+
+    def __radd__(self, nothing: int) -> CompositeTrainingDataset:
+        """Let `sum` begin with nothing."""
+        return CompositeTrainingDataset((self,)) if nothing == 0 else NotImplemented
+
+
+@dataclass(frozen=True)
+class PatchOptions:
+    """How ground is split and cut into patches.
+
+    Attributes:
+        size: Side of the patches in px.
+        overlap: Least overlap of neighbouring training patches in px.
+        split_by: "block": blocks of every image; "raster": whole images.
+        block_size: Least side of a block in px; None: see `splits.ground_blocks`.
+        test_proportion: Of all blocks.
+        validation_proportion: Of the blocks that are not test.
+        filters: Training patches that one of them rejects are left out, with its name as reason.
+        pixel_limit: Handed to every filter.
+        min_valid: Least share of a training patch that is valid ground.
+        min_annotated: Least percentage of a training patch with a class other than background.
+        seed: Of the split and of the order of the patches.
+    """
+
+    size: int = 256
+    overlap: int = 0
+    split_by: str = "block"
+    block_size: int | None = None
+    test_proportion: float = 0.2
+    validation_proportion: float = 0.25
+    filters: tuple[tiling.TileFilter, ...] = (tiling.constant_filter,)
+    pixel_limit: int = 0
+    min_valid: float = 0.25
+    min_annotated: float = 0.0
+    seed: int = 0
+
+
+@dataclass
+class CompositeTrainingDataset:
+    """Pairs of image and mask that are trained on together.
+
+    Attributes:
+        constituents: The pairs, in the order of their names, whatever order they were added in.
+        options: See `PatchOptions`.
+        cache_directory: Folder of all prepared arrays and tile indexes.
+        images: The labelled rasters, once prepared.
+        blocks: Ground blocks, once prepared.
+        tilings: Size -> folder of the tile index, once prepared; `trials.prepare_search` takes the
+            three as it takes those of the notebook.
+    """
+
+    constituents: tuple[TrainingDataset, ...]
+    options: PatchOptions = PatchOptions()
+    cache_directory: Path = Path("data/cache")
+    images: list[ImageData] | None = field(default=None, repr=False)
+    blocks: pd.DataFrame | None = field(default=None, repr=False)
+    tilings: dict[int, Path] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        """Put the pairs in order; equal ones are one."""
+        distinct = {repr(pair): pair for pair in self.constituents}
+        self.constituents = tuple(
+            sorted(distinct.values(), key=lambda pair: (pair.identifier, repr(pair)))
+        )
+        names = [pair.identifier for pair in self.constituents]
+        if doubled := sorted({name for name in names if names.count(name) > 1}):
+            raise InputError(
+                f"images must differ in their stems, which name them; {doubled} occur more than "
+                "once. Rename them, or link to them"
+            )
+
+    @classmethod
+    def of_registry(
+        cls,
+        registry: Mapping[str, NamedDataset],
+        names: Sequence[str],
+        options: PatchOptions | None = None,
+    ) -> CompositeTrainingDataset:
+        """Make one of named datasets.
+
+        Args:
+            registry: See `read_registry`.
+            names: Of datasets, or `tag:` with a tag; see `manifest.select_datasets`.
+            options: See `PatchOptions`.
+        """
+        pairs = [
+            TrainingDataset(
+                image, mask, bands=named.bands, attribute=named.attribute, classes=named.classes,
+                resolution=named.resolution, tags=(named.name, *named.tags), weight=named.weight,
+            )
+            for named in select_datasets(registry, names)
+            for image, mask in zip(named.images, named.masks, strict=True)
+        ]  # fmt: skip
+        return cls(tuple(pairs), options or PatchOptions())
+
+    def __add__(
+        self, other: TrainingDataset | CompositeTrainingDataset
+    ) -> CompositeTrainingDataset:
+        """Return all pairs of both together, with nothing prepared.
+
+        Raises:
+            InputError: They have different options.
+        """
+        if isinstance(other, TrainingDataset):
+            other = CompositeTrainingDataset((other,), self.options, self.cache_directory)
+        if (self.options, self.cache_directory) != (other.options, other.cache_directory):
+            raise InputError(
+                f"datasets that are added need the same options, got {self.options} in "
+                f"{self.cache_directory} and {other.options} in {other.cache_directory}; set them "
+                "on the sum"
+            )
+        pairs = (*self.constituents, *other.constituents)
+        return CompositeTrainingDataset(pairs, self.options, self.cache_directory)
+
+    def __radd__(self, nothing: int) -> CompositeTrainingDataset:
+        """Let `sum` begin with nothing."""
+        return self if nothing == 0 else NotImplemented
+
+    @property
+    def key(self) -> str:
+        """Name of the prepared arrays: of the content of all files, and of all options."""
+        return fileio.fingerprint(
+            {
+                "pairs": [[pair.identifier, pair.made_from] for pair in self.constituents],
+                "options": vars(self.options),
+                "layout": [tilecache.BLOCK, tilecache.BLOCK_BYTES],
+            }
+        )
+
+    @property
+    def folder(self) -> Path:
+        """Where the prepared arrays are, or would be."""
+        return Path(self.cache_directory).absolute() / f"patches-{self.key}"
+
+    # -- preparing ------------------------------------------------------------------------------
+
+    def prepare(
+        self,
+        *,
+        workers: int | None = None,
+        scheduler: str | None = None,
+        progress: bool = False,
+    ) -> CompositeTrainingDataset:
+        """Open all files, split the ground, cut it into patches and prune them.
+
+        Args:
+            workers: Processes that look at pixels; None: all cores.
+            scheduler: Of a Dask cluster that is to do it.
+            progress: Show bars.
+
+        Returns:
+            Itself.
+
+        Raises:
+            InputError: A file cannot be used, the images do not fit together, or splits would share
+                ground.
+        """
+        rasters = [pair.raster for pair in self.constituents]
+        kinds = {r.path.name: f"{len(r.bands)} x {r.dtype}" for r in rasters}
+        if len(set(kinds.values())) > 1:
+            raise InputError(
+                f"the images of a composite need the same number of bands and the same type, got "
+                f"{kinds}; choose bands of each"
+            )
+        labels = [pair.read_labels(workers) for pair in self.constituents]
+        self.images = [
+            ImageData(raster, raster.identifier, masks.empty_table(), source)
+            for raster, source in zip(rasters, _with_common_classes(labels), strict=True)
+        ]
+        options = self.options
+        self.blocks = splits.ground_blocks(
+            rasters, split_by=options.split_by, max_tile_size=options.size,
+            block_size=options.block_size, test_proportion=options.test_proportion,
+            validation_proportion=options.validation_proportion, seed=options.seed,
+        )  # fmt: skip
+        tiled = tiling.TilingOptions(
+            overlap=options.overlap, filters=options.filters, pixel_limit=options.pixel_limit,
+            min_valid=options.min_valid, min_annotated=options.min_annotated, seed=options.seed,
+            evaluation_overlap=tiling.evaluation_overlap(self.images),
+        )  # fmt: skip
+        self.tilings = tiling.make_tiles(
+            self.images, self.blocks, [options.size],
+            Path(self.cache_directory) / f"index-{self.key}", tiled,
+            workers=workers, scheduler=scheduler, progress=progress,
+        )  # fmt: skip
+        kept = self.tiles[self.tiles["kept"]]
+        splits.audit_splits(kept, {raster.identifier: raster for raster in rasters})
+        return self
+
+    @property
+    def tiles(self) -> pd.DataFrame:
+        """The tile index, with `kept` and the `reason` why not; see `tiling.read_tiles`."""
+        self._need_prepared()
+        tiles, _ = tiling.read_tiles(self.tilings[self.options.size])
+        return tiles
+
+    @property
+    def classes(self) -> masks.ClassTable:
+        """The classes of all pairs."""
+        self._need_prepared()
+        return self.images[0].labels.classes
+
+    def describe(self) -> pd.DataFrame:
+        """Count patches per image and split, those kept and those left out, with their reasons.
+
+        Returns:
+            A row per image, split and reason ("" for those kept): `raster, split, reason, patches`,
+            and `share` of all patches of the image.
+        """
+        tiles = self.tiles
+        table = tiles.groupby(["raster", "split", "reason"]).size().rename("patches").reset_index()
+        total = table.groupby("raster")["patches"].transform("sum")
+        return table.assign(share=table["patches"] / total)
+
+    def weights(self, tiles: pd.DataFrame) -> np.ndarray:
+        """Return how often each of some tiles is due, by the weight of its pair, float64 (N,)."""
+        of = {pair.identifier: pair.weight for pair in self.constituents}
+        return tiles["raster"].map(of).to_numpy(dtype=np.float64)
+
+    def _need_prepared(self) -> None:
+        if self.tilings is None:
+            raise InputError("nothing is prepared yet; call prepare() first")
+
+    # -- prepared arrays ------------------------------------------------------------------------
+
+    def save_prepared_arrays(
+        self,
+        *,
+        workers: int | None = None,
+        scheduler: str | None = None,
+        progress: bool = False,
+    ) -> dict[str, tilecache.Patches]:
+        """Write the patches to disk, or what of them is not there yet.
+
+        Args:
+            workers: Processes that read; None: all cores.
+            scheduler: Of a Dask cluster that is to read.
+            progress: Show a bar.
+
+        Returns:
+            The patches of each split.
+        """
+        self._need_prepared()
+        tilecache.cache_patches(
+            self.tiles,
+            {image.image_identifier: image.raster for image in self.images},
+            {image.image_identifier: image.labels for image in self.images},
+            Path(self.cache_directory), key=self.key, seed=self.options.seed,
+            workers=workers, scheduler=scheduler, progress=progress,
+        )  # fmt: skip
+        return self.load_prepared_arrays()
+
+    def load_prepared_arrays(self) -> dict[str, tilecache.Patches]:
+        """Return the patches of each split that were saved for the same files and options.
+
+        Raises:
+            InputError: There are none.
+        """
+        return {split: tilecache.open_patches(self.folder, split) for split in SPLITS}
+
+    def delete_prepared_arrays(self) -> None:
+        """Delete the patches, and the index of their tiles; the files they come from stay."""
+        for folder in (self.folder, self.folder.with_name(f"index-{self.key}")):
+            if folder.is_dir():
+                with fileio.exclusive(folder):
+                    (folder / tilecache.MANIFEST).unlink(missing_ok=True)  # from now on incomplete
+                    shutil.rmtree(folder)
+        self.images = self.blocks = self.tilings = None
+
+
+def _with_common_classes(labels: Sequence[masks.Labels]) -> list[masks.Labels]:
+    """Give labels, each with classes of its own, one table; names say which classes are one."""
+    names = {name for source in labels for name in source.classes.names}
+    common = [masks.BACKGROUND] * (masks.BACKGROUND in names)
+    common = (*common, *sorted(names - {masks.BACKGROUND}))
+    return [
+        source.with_classes(
+            masks.ClassTable(
+                common,
+                {
+                    value: common.index(source.classes.names[i])
+                    for value, i in source.classes.values.items()  # noqa: PD011
+                },
+            )
+        )
+        for source in labels
+    ]
