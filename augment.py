@@ -35,6 +35,7 @@ HOLES, HOLE = 8, 0.2  # most holes of a tile, and the largest side of one, of th
 BANDS = 0.3  # of the bands, each on its own: relative change of contrast, and shift in std
 SHARE = 0.5  # of the tiles, that each part of the strong set changes
 OUTLINE = 32  # points of an object's outline, a multiple of 4: its extremes are among them
+LATTICE = 128  # spans along a side, of places whose elastic distortion is known
 STEPS = 8  # towards the place that an elastic distortion moves a point to
 
 
@@ -96,30 +97,46 @@ class Warp:
         x, y = np.arange(width) + 0.5, np.arange(height) + 0.5
         if self.edges:
             x, y = (self._regrid(v, axis, back=True) for axis, v in enumerate((x, y)))
-        places = np.stack(np.meshgrid(x, y), axis=-1)
+        moved = np.zeros((2, 1, 1), dtype=np.float32)
         if self.knots is not None:
-            weights_y, weights_x = self._weights(y, 1), self._weights(x, 0)
-            places = places + np.moveaxis(weights_y @ self.knots @ weights_x.T, 0, -1)
+            moved = self._elastic(x, y)
         center = np.array([width, height]) / 2
-        back = np.linalg.inv(self.matrix)
-        return ((places - center - self.shift) @ back.T + center).astype(np.float32)
+        from_x = x.astype(np.float32) + moved[0] - np.float32(center[0] + self.shift[0])
+        from_y = y.astype(np.float32)[:, None] + moved[1] - np.float32(center[1] + self.shift[1])
+        back = np.linalg.inv(self.matrix).astype(np.float32)
+        sources = np.empty((height, width, 2), dtype=np.float32)
+        for i in (0, 1):
+            sources[..., i] = back[i, 0] * from_x + back[i, 1] * from_y + np.float32(center[i])
+        return sources
 
     def move(self, points: np.ndarray) -> np.ndarray:
         """Return where points (..., 2) move to, float64."""
         center = np.array(self.size_hw[::-1]) / 2
-        moved = (points.astype(np.float64) - center) @ self.matrix.T + center + self.shift
+        moved = np.einsum("...j,ij->...i", points.astype(np.float64) - center, self.matrix)
+        moved = moved + (center + self.shift)
         if self.knots is not None:
             moved = self._undo_elastic(moved.reshape(-1, 2)).reshape(points.shape)
         if self.edges:
             moved = np.stack([self._regrid(moved[..., i], i) for i in (0, 1)], axis=-1)
         return moved
 
+    def _elastic(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Return how far the smooth distortion moves x and y on a grid, float32 (2, H, W)."""
+        # not by matrix products, which would start threads in every process that reads tiles
+        rows = np.einsum("hl,clm->chm", self._weights(y, 1), self.knots).astype(np.float32)
+        return np.einsum("chm,wm->chw", rows, self._weights(x, 0).astype(np.float32))
+
     def _undo_elastic(self, wanted: np.ndarray) -> np.ndarray:
-        places = wanted
+        """Approach the places (N, 2) that are moved to those wanted, by what lies between."""
+        size = np.array(self.size_hw[::-1])
+        x, y = (np.linspace(0, side, LATTICE + 1) for side in size)
+        lattice, places = torch.from_numpy(self._elastic(x, y))[None], wanted
         for _ in range(STEPS):
-            weights_x, weights_y = (self._weights(places[:, i], i) for i in (0, 1))
-            there = [((weights_y @ knots) * weights_x).sum(axis=1) for knots in self.knots]
-            places = wanted - np.stack(there, axis=1)
+            there = torch.from_numpy((places / size * 2 - 1).astype(np.float32))[None, None]
+            moved = functional.grid_sample(
+                lattice, there, mode="bilinear", padding_mode="border", align_corners=True
+            )
+            places = wanted - moved[0, :, 0].numpy().T
         return places
 
     def _weights(self, places: np.ndarray, axis: int) -> np.ndarray:

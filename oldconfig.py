@@ -52,7 +52,7 @@ WITH_DROPOUT = ("fpn", "pspnet", "deeplabv3", "deeplabv3plus")
 LOSSES = {  # names without case, signs and "loss" -> ours
     "crossentropy": "cross_entropy", "lovasz": "lovasz", "lovaszsoftmax": "lovasz",
     "focal": "focal", "dice": "dice", "jaccard": "jaccard", "iou": "jaccard", "tversky": "tversky",
-    "ohem": "ohem", "ohemcrossentropy": "ohem",
+    "ohem": "ohem", "ohemcrossentropy": "ohem", "wbceadaptive": "wbce_adaptive",
 }  # fmt: skip
 OPTIMIZERS = (
     "adabound", "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "asgd", "nadam",
