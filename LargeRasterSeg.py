@@ -203,7 +203,13 @@ def _read_encoder(conf: ModelConfig, bands: int) -> dict[str, Tensor]:
         state = torch.load(conf.weights, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(f"{conf.weights} is not a file of weights: {error}") from error
-    state = state.get("state_dict", state)
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise InputError(
+            f"{conf.weights} holds a {type(state).__name__}, expected a mapping from names to "
+            "tensors; save the state_dict() of an encoder"
+        )
+    state = {str(n): v for n, v in state.items() if isinstance(v, Tensor)}
     inner = [n for n in state if ".encoder." in f".{n}"]
     if inner:
         state = {n[n.index("encoder.") + len("encoder.") :]: state[n] for n in inner}
@@ -212,6 +218,8 @@ def _read_encoder(conf: ModelConfig, bands: int) -> dict[str, Tensor]:
     first = f"{_first_convolution(encoder, bands)}.weight"
     if first in state:
         state[first] = fit_bands(state[first], bands)
+    # older files leave out how many batches a normalisation has seen, which matters to none of ours
+    state = {n: v for n, v in own.items() if n.endswith(".num_batches_tracked")} | state
     wrong = [n for n, v in own.items() if n not in state or state[n].shape != v.shape]
     if wrong:
         raise InputError(

@@ -83,8 +83,9 @@ class Balance:
 def read_shares(directory: Path) -> tuple[pd.DataFrame, ClassTable]:
     """Read the tiles of an index whose classes are to be balanced, and the table of classes.
 
-    These are the training tiles, each once, with any label, which no filter has rejected;
-    thresholds that the index was made with are forgotten.
+    These are the training tiles, each once, with any label, which nothing but a threshold of the
+    index has left out. What a threshold left out no filter has looked at: it counts here, although
+    an index without that threshold may lose it to a filter.
 
     Args:
         directory: A folder `tiling_<size>`, or one that holds a single such folder.
@@ -173,12 +174,15 @@ def balance(
         finest: Percent between those that are tried around the best.
 
     Raises:
-        InputError: There are no tiles, or more combinations than memory should hold.
+        InputError: There are no tiles, a percentage is none, or there are more combinations than
+            memory should hold.
     """
     if strangers := set(methods) - set(METHODS):
         raise InputError(f"sampling_method is any of {list(METHODS)}, got {sorted(strangers)}")
     if tiles.empty or not methods:
         raise InputError("there is nothing to balance: no training tile has a label, or no method")
+    if not 0 <= min_kept <= 100:
+        raise InputError(f"min_kept must be a percentage of the tiles, 0 to 100, got {min_kept:g}")
     counts = tiling.counts_of(tiles)
     annotated, shares = tiling.shares_of(counts, _areas(tiles), classes.background)
     names, values = [], []

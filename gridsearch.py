@@ -583,9 +583,20 @@ def read_evaluation(run_dir: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def fullest_test_block(
-    images: Sequence[ImageData], blocks: pd.DataFrame
+    images: Sequence[ImageData], blocks: pd.DataFrame, run_dir: Path
 ) -> tuple[ImageData, pd.Series]:
-    """Find the block of test ground with most objects, and its raster."""
+    """Find the block of test ground with most objects, and its raster.
+
+    Of a segmentation, whose best model's `pixels.csv` is in `run_dir`, it is the block with most
+    pixels of classes other than the background.
+    """
+    pixels = Path(run_dir) / "pixels.csv"
+    if pixels.exists():
+        table = fileio.read_table(pixels, ["raster", "label"])
+        counts = table["truth"].where(table["label"] != masks.BACKGROUND, 0)
+        fullest = counts.groupby(table["block"]).sum().idxmax()
+        block = blocks[blocks["block"] == fullest].iloc[0]
+        return next(i for i in images if i.image_identifier == block["raster"]), block
     best = None
     for image in images:
         x, y = image.df["pixel_x"], image.df["pixel_y"]

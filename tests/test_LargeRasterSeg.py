@@ -244,6 +244,21 @@ def test_weights_of_an_encoder_come_from_a_file(tmp_path):
     other = model_of(weights=str(path), **{"segmentation.encoder": "resnet18"})
     with pytest.raises(InputError, match="do not fit resnet18"):
         other.load_pretrained()
+    state = known.network.body.encoder.state_dict()
+    old = {n: v for n, v in state.items() if not n.endswith("num_batches_tracked")}
+    assert len(old) < len(state)
+    torch.save({"state_dict": old, "epoch": 3}, path)
+    again = model_of(bands=3, weights=str(path))
+    again.load_pretrained()
+    torch.testing.assert_close(next(again.network.body.encoder.parameters()), theirs)
+
+
+@pytest.mark.parametrize("content", [[torch.ones(2)], torch.ones(2), {"state_dict": 3}])
+def test_a_file_of_other_things_is_no_file_of_weights(tmp_path, content):
+    path = tmp_path / "encoder.pth"
+    torch.save(content, path)
+    with pytest.raises(InputError, match=r"encoder.pth holds a \w+, expected a mapping from names"):
+        model_of(bands=3, weights=str(path)).load_pretrained()
 
 
 def test_dropout_is_set_where_the_architecture_has_it():

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
@@ -23,6 +24,7 @@ from conftest import PROJECT
 import fileio
 import gridsearch
 import ledger
+import masks
 import study
 import trials
 from ImageData import InputError
@@ -404,3 +406,18 @@ def test_of_equal_trials_the_same_is_selected_whatever_was_interrupted(
     assert boards[0]["trial"].tolist() != boards[1]["trial"].tolist()
     compared = [*SPACE, "selected"]
     assert boards[0][compared].equals(boards[1][compared])
+
+
+def test_the_fullest_block_of_a_map_is_that_with_most_pixels_of_classes(tmp_path):
+    images = [SimpleNamespace(image_identifier=name, df=masks.empty_table()) for name in "ab"]
+    blocks = pd.DataFrame(
+        {"block": [0, 1, 2], "raster": ["a", "b", "b"], "split": "test", "x": [0, 0, 9], "y": 0,
+         "width": 9, "height": 9},
+    )  # fmt: skip
+    pixels = pd.DataFrame(
+        {"raster": ["a", "a", "b", "b", "b"], "block": [0, 0, 1, 1, 2],
+         "label": ["background", "x", "x", "y", "background"], "truth": [80, 1, 20, 20, 81]},
+    )  # fmt: skip
+    pixels.to_csv(tmp_path / "pixels.csv", index=False)
+    image, block = gridsearch.fullest_test_block(images, blocks, tmp_path)
+    assert (image, block["block"]) == (images[1], 1)

@@ -282,6 +282,12 @@ def test_a_search_uses_the_methods_it_is_given(methods, columns):
         splits.balance(tiles, TABLE, methods=["greedy"])
 
 
+@pytest.mark.parametrize("percent", [101, -1, float("nan")])
+def test_a_percentage_of_tiles_to_keep_is_one(percent):
+    with pytest.raises(InputError, match="min_kept must be a percentage of the tiles, 0 to 100"):
+        splits.balance(tiles_of([[5, 5, 0], [5, 0, 5]]), TABLE, min_kept=percent)
+
+
 def test_a_hundred_thousand_tiles_are_balanced_in_seconds():
     names = ("background", "a", "b", "c", "d")
     tiles = tiles_of(random_counts(100_000, 5, 512), side=512)
