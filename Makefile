@@ -66,7 +66,7 @@ clean:
 
 # what is missing of the sample, unless data/ holds rasters or tables of your own
 sample: $(READY)
-	@ls data/images data/datasets 2>/dev/null | grep '\.' | grep -qv '^sample_[123]\.' || $(BIN)/python sampledata.py --output data
+	@ls data/images data/datasets 2>/dev/null | grep '\.' | grep -qv '^sample_[123]\.\|^land_cover_\|^sky' || $(BIN)/python sampledata.py --output data
 
 # pip is checked by the stamp, not by the folder: an interrupted set-up is repeated
 $(READY): requirements.txt constraints.txt
