@@ -375,8 +375,10 @@ class LargeRasterSegModel(TileModel):
     def describe(self) -> str:
         known = self.conf.segmentation
         count = sum(p.numel() for p in self.network.parameters())
+        start = self.conf.init_from or self.conf.weights
         return (
-            f"{known.architecture} on {known.encoder}, {count / 1e6:.1f} million weights; "
+            f"{known.architecture} on {known.encoder}, {count / 1e6:.1f} million weights, "
+            f"{f'begun with {start}' if start else 'from scratch (WEIGHTS, INIT_FROM)'}; "
             f"loss {known.loss}; classes {', '.join(self.labels)}"
         )
 

@@ -348,7 +348,7 @@ class ModelConfig:
                 hint = f"; did you mean {close[0]}?" if close and masks else ""
                 raise InputError(
                     f"MODEL_OPTIONS names {name!r}, which does nothing where TASK is "
-                    f"{'segmentation' if masks else 'detection'}; leave it out{hint}"
+                    f"{'segmentation' if masks else 'detection'}; leave it out, or set TASK{hint}"
                 )
             *groups, last = name.split(".")
             place = values

@@ -652,6 +652,7 @@ def annotation_writer(
     shape: str = "own",
     layer: str | None = None,
     layer_column: str | None = None,
+    colors: Mapping[str, str] | None = None,
 ) -> Iterator[Callable[[pd.DataFrame], None]]:
     """Open an annotation file that is written chunk by chunk, in memory for one chunk.
 
@@ -671,6 +672,7 @@ def annotation_writer(
         layer_column: Column of the chunks whose values name the layers of a GeoPackage, each drawn
             in a colour of its own; a categorical one makes a layer of every category. Other formats
             have one layer.
+        colors: Label -> colour (#RRGGBB) in QGIS, of a GeoPackage with one layer; None: by name.
 
     Yields:
         A function that writes a chunk: a frame like that of `write_annotations`.
@@ -691,7 +693,16 @@ def annotation_writer(
     with (
         atomic_path(path) as temporary,
         opened(
-            _Output(path, temporary, raster, labels, shape, layer or _layer_of(path), layer_column)
+            _Output(
+                path,
+                temporary,
+                raster,
+                labels,
+                shape,
+                layer or _layer_of(path),
+                layer_column,
+                colors,
+            )
         ) as write,
     ):
 
@@ -741,6 +752,7 @@ class _Output:
     shape: str
     layer: str
     layer_column: str | None
+    colors: Mapping[str, str] | None
 
 
 @contextmanager
@@ -786,7 +798,8 @@ def _gpkg_writer(out: _Output) -> Iterator[Callable[[pd.DataFrame], None]]:
     try:
         yield append
         if layers == {out.layer}:
-            colors = imutils.label_colors(out.labels) | ({"": REST} if unlabelled else {})
+            colors = dict(out.colors or imutils.label_colors(out.labels))
+            colors |= {"": REST} if unlabelled else {}
             styles = [_style(out, out.layer, "label", colors)] if colors else []
         else:
             colors = imutils.label_colors(layers)

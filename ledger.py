@@ -121,6 +121,8 @@ def rank_rows(table: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
     Raises:
         InputError: There is no such column, or no complete trial has a value of it.
     """
+    if table.empty:
+        raise InputError("no trial meets the condition; loosen it")
     numbers = table.select_dtypes("number").columns.tolist()
     by = by or next((name for name in KEPT_BY if name in numbers), KEPT_BY[0])
     if by not in numbers:
@@ -202,10 +204,12 @@ def filter_rows(table: pd.DataFrame, where: str) -> pd.DataFrame:
     ) as error:  # fmt: skip
         raise InputError(
             f"the condition {where!r} cannot be used ({error}); write comparisons of columns with "
-            "values, such as AP50 > 0.5 and state == 'complete'"
+            "values, such as seconds < 600 and state == 'complete'"
         ) from None
     if not isinstance(keep, pd.Series) or not pd.api.types.is_bool_dtype(keep):
-        raise InputError(f"the condition {where!r} is no comparison; write one, such as AP50 > 0.5")
+        raise InputError(
+            f"the condition {where!r} is no comparison; write one, such as seconds < 600"
+        )
     return table[keep.fillna(False).astype(bool)].reset_index(drop=True)
 
 
@@ -235,7 +239,9 @@ def _evaluate(node: ast.expr, table: pd.DataFrame) -> Any:  # noqa: ANN401 - a c
         case ast.Name() | ast.Attribute():
             name = ast.unparse(node)
             if not re.fullmatch(r"[\w.]+", name) or name not in table:
-                raise ValueError(f"there is no column {name!r}; there are {', '.join(table)}")
+                close = difflib.get_close_matches(name, table.columns, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(table)}"
+                raise ValueError(f"there is no column {name!r}; {hint}")
             return table[name]
         case ast.Constant() | ast.UnaryOp(op=ast.USub(), operand=ast.Constant()) | ast.List():
             return ast.literal_eval(node)
@@ -385,7 +391,12 @@ def main(argv: Sequence[str]) -> int:
         help="the folder of all runs, or one run's",
     )
     add("--where", metavar="CONDITION", help='rows to keep, such as "AP50 > 0.5"')
-    add("--best", metavar="COLUMN", help="complete trials only, the best first, such as val_AP50")
+    add(
+        "--best",
+        metavar="COLUMN",
+        help="complete trials only, the best first by a column such as "
+        "val_AP50 or val_mean_IoU (the least of a loss)",
+    )
     add("--out", type=Path, metavar="FILE", help="write all columns to a .parquet or .csv")
     args = parser.parse_args(argv)
     try:
@@ -397,8 +408,13 @@ def main(argv: Sequence[str]) -> int:
             fileio.write_table(args.out, table)
             sys.stdout.write(f"rows written to {args.out}: {len(table)}\n")
         else:
-            shown = table[[name for name in SHOWN if name in table]].dropna(axis=1, how="all")
-            sys.stdout.write(shown.to_string(index=False, na_rep="", float_format="%.4g") + "\n")
+            names = dict.fromkeys([*SHOWN[:-1], *filter(None, [args.best]), SHOWN[-1]])
+            shown = table[[name for name in names if name in table]].dropna(axis=1, how="all")
+            sys.stdout.write(
+                "no run here\n"
+                if table.empty
+                else shown.to_string(index=False, na_rep="", float_format="%.4g") + "\n"
+            )
     except (InputError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return FAILED

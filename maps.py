@@ -662,7 +662,13 @@ class _Sheets:
             self.overlay = _Overlay(predictor.raster, predictor.radiometry, files, dst)
         self.appends: list[Callable[[pd.DataFrame], None]] = [
             stack.enter_context(
-                fileio.annotation_writer(path, predictor.raster, files.names, shape="own")
+                fileio.annotation_writer(
+                    path,
+                    predictor.raster,
+                    files.names,
+                    shape="own",
+                    colors=dict(zip(files.names, files.colors, strict=True)),
+                )
             )
             for path in files.regions
         ]

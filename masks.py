@@ -146,6 +146,12 @@ def make_table(values: Iterable[object], classes: Classes, *, background: bool) 
         named = {value: value for value in sorted(found, key=int if whole else str)}
     elif isinstance(classes, Mapping):
         meanings = {text_of(value): meaning for value, meaning in classes.items()}
+        if not meanings.keys() & set(found) and set(found) <= set(map(text_of, meanings.values())):
+            turned = {text_of(meaning): value for value, meaning in meanings.items()}
+            raise InputError(
+                f"CLASSES says what values mean, {{value: name}}, and the values are "
+                f"{found[:SHOWN]}, got {meanings}; did you mean {turned}?"
+            )
         if all(isinstance(m, int) and not isinstance(m, bool) for m in meanings.values()):
             named = _named_by_number(meanings, background)
         else:
@@ -204,9 +210,11 @@ def text_of(value: object) -> str:
 
 def _check_values(found: Iterable[str], known: Mapping[str, object]) -> None:
     if strangers := [value for value in found if value not in known]:
+        unused = [value for value in known if value not in set(found)]
+        hint = f" ({unused[:SHOWN]} of CLASSES occur nowhere)" if unused else ""
         raise InputError(
-            f"the values {strangers[:SHOWN]} ({len(strangers)} in all) are not among CLASSES, "
-            f"{list(known)[: 2 * SHOWN]}; add them, or leave their polygons out with "
+            f"{len(strangers)} of the values, {strangers[:SHOWN]}, are not among CLASSES, "
+            f"{list(known)[: 2 * SHOWN]}{hint}; add them, or leave their polygons out with "
             "ATTRIBUTE_FILTER"
         )
 

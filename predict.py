@@ -769,7 +769,8 @@ def _check_names(
     for path in tables:
         suffixes = POLYGON_SUFFIXES if kind == SEGMENTATION else fileio.ANNOTATION_SUFFIXES
         if path.suffix.lower() not in suffixes:
-            raise InputError(f"{path} must end in one of {list(suffixes)}")
+            after = " after the class map, one .tif or .png" if kind == SEGMENTATION else ""
+            raise InputError(f"{path} must end in one of {list(suffixes)}{after}")
     beside = [_beside(path, what) for path in paths for what in BESIDE[kind]]
     if several := {path.resolve() for path in paths} & {path.resolve() for path in beside}:
         raise InputError(

@@ -250,7 +250,12 @@ def find_class_misfits(shares: pd.DataFrame) -> list[str]:
     found = []
     for name, row in shares.iterrows():
         nowhere = [split for split in splits.SPLITS if not row[split]]
-        if nowhere:
+        if len(nowhere) == len(splits.SPLITS):
+            found.append(
+                f"class {name} is not seen in the middle of any block; leave it out of CLASSES if "
+                "nothing has it, or label more of it"
+            )
+        elif nowhere:
             found.append(
                 f"class {name} is not seen in the middle of any {' and any '.join(nowhere)} block; "
                 "another SEED, a smaller BLOCK_SIZE or USE_STRATIFICATION may put it there"

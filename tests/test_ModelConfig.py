@@ -223,7 +223,7 @@ def test_options_of_the_other_task_are_refused():
         masks.with_options({"focal_gamma": 3.0})
     with pytest.raises(InputError, match=r"'freeze_stages', which does nothing"):
         masks.with_options({"freeze_stages": 1})
-    with pytest.raises(InputError, match="TASK is detection; leave it out"):
+    with pytest.raises(InputError, match="TASK is detection; leave it out, or set TASK"):
         ModelConfig().with_options({"segmentation.loss": "dice"})
     assert masks.with_options({"segmentation.loss": "dice"}).segmentation.loss == "dice"
     assert ModelConfig().with_options({"focal_gamma": 3.0}).focal_gamma == 3

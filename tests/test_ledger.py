@@ -204,6 +204,10 @@ def test_trials_are_ranked_by_any_number(runs):
     assert ledger.rank_rows(table, "seconds")["seconds"].is_monotonic_increasing
     with pytest.raises(InputError, match=r"'AP5', no column of numbers; did you mean AP50\?"):
         ledger.rank_rows(table, "AP5")
+    with pytest.raises(InputError, match="no trial meets the condition"):
+        ledger.rank_rows(table[:0], "AP50")
+    with pytest.raises(InputError, match=r"no column 'AP5'; did you mean AP50\?"):
+        ledger.filter_rows(table, "AP5 > 0.1")
     with pytest.raises(InputError, match="no trial is complete and has a value of 'AP50'"):
         ledger.rank_rows(table[table["state"] == "fail"], "AP50")
 

@@ -13,6 +13,7 @@ import geopandas as gpd
 import numpy as np
 import pandas as pd
 import PIL.Image
+import pyogrio
 import pytest
 import rasterio
 import shapely
@@ -26,6 +27,7 @@ from test_LargeRasterOR import contract_of
 import atlas
 import fileio
 import implot
+import imutils
 import maps
 import predict
 import regions
@@ -337,6 +339,10 @@ def test_polygons_across_tiles_and_strips_are_one(tmp_path):
     classes = truth.argmax(axis=0).astype(np.uint8)
     expected = RegionFront(CLASSES, range(3), 20).push(classes, truth.max(axis=0), last=True)
     found = gpd.read_file(tmp_path / "map.gpkg", layer="map")
+    styles = pyogrio.read_dataframe(tmp_path / "map.gpkg", layer="layer_styles")
+    for color in maps.name_colors(CLASSES, {}, imutils.class_colors(CLASSES))[1]:  # the map's
+        rgb = ",".join(map(str, bytes.fromhex(color[1:])))
+        assert rgb in styles["styleQML"].item()
     assert len(found) == len(expected) == result.count
     assert found["label"].value_counts().to_dict() == result.objects
     assert sorted(found["area_px"]) == sorted(expected["area_px"])

@@ -236,6 +236,13 @@ def test_polygons_without_a_value_are_unknown_ground(ground, caplog):
     assert "1 polygons have no kind" in caplog.text
 
 
+def test_classes_given_the_wrong_way_round_are_told():
+    with pytest.raises(InputError, match=r"did you mean \{'1': 'road', '2': 'house'\}\?"):
+        masks.make_table(["1", "2"], {"road": 1, "house": 2}, background=True)
+    with pytest.raises(InputError, match=r"1 of the values, \['3'\].* \(\['33'\] of CLASSES occur"):
+        masks.make_table(["1", "3"], {1: "a", 33: "b"}, background=True)
+
+
 def test_a_class_that_is_ignored_is_unknown_wherever_labels_are_read(tmp_path):
     raster = make_raster(tmp_path, crs=None)
     path = tmp_path / "m.tif"
@@ -409,7 +416,7 @@ def test_values_get_their_class_ids(classes, background, names, values):
 
 def test_values_that_no_class_has_are_refused(ground):
     _, label = ground
-    with pytest.raises(InputError, match=r"\['lake'\] .* not among CLASSES, \['forest'"):
+    with pytest.raises(InputError, match=r"\['lake'\], .*not among CLASSES, \['forest'"):
         label([shapely.box(0, 0, 9, 9)], ["lake"], classes=["forest", "water"])
     with pytest.raises(InputError, match="1 to 254 classes, got 300"):
         masks.make_table(range(300), None, background=False)
