@@ -73,7 +73,8 @@ def read_ledger(runs_dir: Path | Sequence[Path], where: str | None = None) -> pd
         if not place.is_dir():
             raise InputError(f"there is no folder of runs {place}; give RUNS_DIR of the notebook")
         runs = [place] if _is_run(place) else sorted(filter(_is_run, place.iterdir()))
-        folders |= {folder.resolve(): folder for folder in runs}  # each once
+        for folder in runs:  # each once, whatever links there are
+            folders.setdefault(folder.resolve(), folder)
     names = Counter(folder.name for folder in folders)
     rows, options = [], []
     for resolved, folder in folders.items():

@@ -217,6 +217,8 @@ def test_folders_of_several_machines_are_one_table(runs, tmp_path, capsys):
     table = ledger.read_ledger([runs, other, runs / "single"])
     names = {f"{runs.name}/deep": 4, "other/deep": 4, "flat": 4, "single": 1}
     assert table["run"].value_counts().to_dict() == names
+    (tmp_path / "other" / "latest").symlink_to(other)
+    assert set(ledger.read_ledger(tmp_path / "other")["run"]) == {"deep"}
     arguments = ["ledger", str(runs), str(other), "--best", "AP50", "--where", "AP50 > 0.1"]
     assert gridsearch.main(arguments) == 0
     first, second = capsys.readouterr().out.splitlines()[1:3]
