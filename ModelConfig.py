@@ -739,6 +739,11 @@ class RunParameters:
                 "it so, or leave them empty"
             )
         HdrLogOptions.of(self.STRETCH_OPTIONS)
+        if self.STRETCH == "hdr_log" and self.AUXILIARY is not None:
+            raise InputError(
+                "STRETCH 'hdr_log' is of light, which the bands of AUXILIARY are not; leave them "
+                "out, or take another STRETCH"
+            )
         if self.PREDICT_FROM and not Path(self.PREDICT_FROM).is_file():
             raise InputError(
                 f"PREDICT_FROM must name a checkpoint, there is no {self.PREDICT_FROM}; None takes "

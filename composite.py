@@ -91,7 +91,9 @@ class TrainingDataset:
             if f.name not in ("image", "mask", "tags", "weight")
         }  # fmt: skip
         files = [path for path in fileio.files_of(Path(self.mask)) if path.is_file()]
-        content = [[path.name, fileio.content_fingerprint(path)] for path in files]
+        content: object = [[path.name, fileio.content_fingerprint(path)] for path in files]
+        if not files or Path(self.mask).suffix.lower() == ".vrt":  # remote, or of other files
+            content = [content, str(self.mask)]
         image = fileio.raster_fingerprint(self.raster)
         return plain | {"bands": self.raster.bands, "image": image, "mask": content}
 
@@ -232,7 +234,11 @@ class CompositeTrainingDataset:
             {
                 "pairs": [[pair.identifier, pair.made_from] for pair in self.constituents],
                 "options": vars(self.options),
-                "layout": [tilecache.BLOCK, tilecache.BLOCK_BYTES],
+                "layout": [
+                    tilecache.BLOCK,
+                    tilecache.BLOCK_BYTES,
+                    "training in an order of its own",
+                ],
             }
         )
 

@@ -722,6 +722,7 @@ class TileBatches(Sampler[list[tuple[int, int]]]):
         self.sampler, self.batch_size, self.workers = sampler, batch_size, workers
         self.epoch: int | None = None  # that was drawn last, by the difficulties known then
         self.first = 0  # step from which on it is dealt
+        self.streams = workers  # of the epoch that is dealt
         self.drawn_by, self.visits = sampler.difficulty, []
 
     def __len__(self) -> int:
@@ -741,13 +742,13 @@ class TileBatches(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """Deal the epoch; once more, and it is the same."""
         if self.epoch != self.sampler.epoch:
-            self.first = 0
+            self.first, self.streams = 0, self.workers
             self._draw()
         chunks = len(self) * ranks.count()
         for step in range(self.first, len(self)):
             chunk = step * ranks.count() + ranks.rank()
-            if self.workers:
-                chunk = _in_streams(chunk, chunks, ranks.count() * self.workers)
+            if self.streams:
+                chunk = _in_streams(chunk, chunks, ranks.count() * self.streams)
             low, high = (len(self.visits) * i // chunks for i in (chunk, chunk + 1))
             yield self.visits[low:high]
 
@@ -757,7 +758,10 @@ class TileBatches(Sampler[list[tuple[int, int]]]):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what an epoch that was begun depends on, beside its number."""
-        known = {"difficulty": self.sampler.difficulty, "drawn_by": self.drawn_by}
+        known = {
+            "difficulty": self.sampler.difficulty, "drawn_by": self.drawn_by,
+            "streams": np.array(self.streams),
+        }  # fmt: skip
         return {name: torch.from_numpy(values.copy()) for name, values in known.items()}
 
     def resume(self, state: Mapping[str, Tensor], epoch: int, step: int) -> None:
@@ -767,7 +771,7 @@ class TileBatches(Sampler[list[tuple[int, int]]]):
         if step:
             self.sampler.difficulty = state["drawn_by"].numpy().copy()
             self._draw()
-            self.first = step
+            self.first, self.streams = step, int(state.get("streams", self.workers))
         self.sampler.difficulty = state["difficulty"].numpy().copy()
 
 

@@ -125,7 +125,8 @@ def rank_rows(table: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
     if table.empty:
         raise InputError("no trial meets the condition; loosen it")
     numbers = table.select_dtypes("number").columns.tolist()
-    by = by or next((name for name in KEPT_BY if name in numbers), KEPT_BY[0])
+    known = table[table["state"] == "complete"].notna().any()
+    by = by or next((name for name in KEPT_BY if name in numbers and known[name]), KEPT_BY[0])
     if by not in numbers:
         close = difflib.get_close_matches(by, numbers, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(numbers)}"
@@ -139,7 +140,7 @@ def rank_rows(table: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
 
 def compare(
     rows: pd.DataFrame,
-    raster: Path | str,
+    raster: fileio.Raster | Path | str,
     window: Window,
     truth: Mapping[str, pd.DataFrame | np.ndarray] | None = None,
     **opening: object,
@@ -149,7 +150,7 @@ def compare(
     Args:
         rows: Of the ledger; trials of the same task. They are named by their number and by the
             run and the hyperparameters in which they differ.
-        raster: File or address; it has to fit each model.
+        raster: One that the models were trained on; or a file or address, which has to fit each.
         window: The part, px, held whole.
         truth: Title -> what is known there, see `implot.plot_comparison`; class ids are those of
             the models, which then have the same classes.
@@ -175,7 +176,9 @@ def compare(
     tellers = ["run", *(name for name in HYPERPARAMETERS if name in rows)]
     tellers = [name for name in tellers if len(set(rows[name])) > 1]
     for number, ((_, row), model) in enumerate(zip(rows.iterrows(), models, strict=True), start=1):
-        opened = predict.open_raster(raster, model.contract, **opening)
+        opened = raster
+        if not isinstance(raster, fileio.Raster):
+            opened = predict.open_raster(raster, model.contract, **opening)
         seen = predict.predict_window(model, opened, window)
         if isinstance(seen, np.ndarray):
             ids = np.full(IGNORE + 1, IGNORE, np.uint8)

@@ -117,6 +117,11 @@ def open_raster(
             raise
         raise InputError(f"{path} cannot give the bands that the model reads: {error}") from error
     if resample:
+        if contract.resolution is None:
+            raise InputError(
+                "the model's training had no coordinate reference system, so that --resample has "
+                "no size of pixels to go to; leave it out"
+            )
         raster = fileio.resampled(raster, contract.resolution)
     raster = raster.with_regions(annotations.read_regions(*region_paths, raster, "auto"))
     broken = {}
@@ -309,7 +314,11 @@ def options_of(
         _check_options(wanted, task)
     if wanted.colormap:
         fileio.read_colormap(wanted.colormap)
-    if checkpoint is not None and (model := strips.load_model(checkpoint)).TASK != task:
+    if (
+        task is not None
+        and checkpoint is not None
+        and (model := strips.load_model(checkpoint)).TASK != task
+    ):
         raise InputError(
             f"{checkpoint} is a model of {model.TASK}, but TASK is {task!r}; PREDICT_FROM must "
             "name one of the same task"

@@ -750,8 +750,9 @@ def on_grid(mask: Raster, raster: Raster) -> Raster:
             )
         place = {"src_crs": original.crs, "src_transform": rasterio.Affine(*original.transform)}
     grid = raster.crs, rasterio.Affine(*raster.transform), (raster.width, raster.height)
-    # what lies off the mask is not to be taken for its value 0
-    place["add_alpha"] = mask.alpha is None and mask.nodata[0] is None
+    # what lies off the mask is not to be taken for its value 0, which may be ground
+    if mask.alpha is None and mask.nodata[0] in (None, 0):
+        place |= {"add_alpha": True, "src_nodata": None, "nodata": None}
     return replace(_warped(mask, *grid, Resampling.nearest, **place), original=mask)
 
 
@@ -962,6 +963,7 @@ def _hdr_as_geotiff(path: Path) -> Path:
 
 
 def _copy_hdr(path: Path, copy: Path) -> None:
+    changed = path.stat().st_mtime_ns  # of whatever clock; a change while it is copied is seen
     with open_hdr(path) as image:
         log.info("%s is copied to %s, to be read by windows", path, copy)
         count = len(image.channels)
@@ -973,6 +975,7 @@ def _copy_hdr(path: Path, copy: Path) -> None:
             dst.descriptions = image.channels
             for block in image.blocks():
                 dst.write(image.read(block), window=RasterioWindow(*block))
+    os.utime(copy, ns=(changed, changed))
 
 
 @contextmanager

@@ -417,7 +417,7 @@ def cache_patches(
             "rasters": {n: [r.made_from, fileio.raster_fingerprint(r)] for n, r in rasters.items()},
             "labels": {name: source.made_from for name, source in labels.items()},
             "tiles": kept[["raster", *tiling.WINDOW_COLUMNS, "split"]], "seed": seed,
-            "layout": [BLOCK, BLOCK_BYTES],
+            "layout": [BLOCK, BLOCK_BYTES, "training in an order of its own"],
         })  # fmt: skip
     folder = Path(cache_dir).absolute() / f"patches-{key}"
 
@@ -425,7 +425,8 @@ def cache_patches(
         jobs, parts = {}, []
         for split in SPLITS:
             part = kept[kept["split"] == split]
-            part = part.iloc[np.argsort(fileio.hash_rows(part[["raster", "x", "y"]], seed))]
+            if split == "train":  # the others are read in the order of the index
+                part = part.iloc[np.argsort(fileio.hash_rows(part[["raster", "x", "y"]], seed))]
             block = _create_patches(folder / f"{split}.zarr", part, rasters)
             step = block * JOB_BLOCKS
             for first in range(0, len(part), step):
