@@ -329,8 +329,12 @@ class CompositeTrainingDataset:
 
     def weights(self, tiles: pd.DataFrame) -> np.ndarray:
         """Return how often each of some tiles is due, by the weight of its pair, float64 (N,)."""
-        of = {pair.identifier: pair.weight for pair in self.constituents}
-        return tiles["raster"].map(of).to_numpy(dtype=np.float64)
+        return tiles["raster"].map(dict(self.raster_weights)).to_numpy(dtype=np.float64)
+
+    @property
+    def raster_weights(self) -> tuple[tuple[str, float], ...]:
+        """The weights of all pairs, as `train.raster_weights` of a configuration has them."""
+        return tuple((pair.identifier, pair.weight) for pair in self.constituents)
 
     def _need_prepared(self) -> None:
         if self.tilings is None:
