@@ -637,6 +637,11 @@ def prepare(
     with tempfile.TemporaryDirectory() as folder:  # warns of layouts that read slowly
         fileio.check_layout([opened], repair=False, cache_dir=folder)
     paths = _check_names(outputs, opened, model.labels, wanted, [checkpoint], kind)
+    if opened.own.original is not None and (px := {".csv", ".json", ".txt"} & _suffixes(paths)):
+        log.warning(
+            "%s is read in pixels of %.4g m: coordinates in px of %s are of these, not of those of "
+            "the file; take the map's", opened.path.name, opened.resolution, sorted(px),
+        )  # fmt: skip
     settings = _grid_settings(contract, wanted, kind)
     if wanted.scheduler is None:
         devices = strips.find_devices(wanted.device)
@@ -676,6 +681,10 @@ def prepare(
     if not _is_done(task):
         _check_outputs(task)
     return task
+
+
+def _suffixes(paths: Sequence[Path]) -> set[str]:
+    return {path.suffix.lower() for path in paths}
 
 
 def _grid_settings(

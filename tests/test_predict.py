@@ -439,6 +439,19 @@ def test_a_model_without_a_threshold_asks_for_one(tmp_path, scene):
         catalogue_of(model, scene[0], tmp_path)
 
 
+@pytest.mark.parametrize(("suffix", "told"), [("csv", True), ("gpkg", False)])
+def test_pixels_of_a_resampled_raster_are_told(tmp_path, caplog, suffix, told):
+    draw(tmp_path / "a.tif", 300, 200, **UTM)
+    oracle = Oracle()
+    oracle.contract = replace(oracle.contract, resolution=0.2)
+    options = {"device": "cpu", "precision": "32-true", "override": ("radiometry",)}
+    task = predict.prepare(
+        oracle, tmp_path / "a.tif", tmp_path / f"b.{suffix}", resample=True, **options
+    )
+    assert task.predictor.raster.width == 150
+    assert ("is read in pixels of 0.2 m" in caplog.text) == told
+
+
 def test_options_are_refused_before_there_is_a_model(tmp_path, checkpoint):
     assert predict.options_of({"score_threshold": 0.3}, "detection", checkpoint)
     with pytest.raises(InputError, match="score_threshold: the checkpoint is for segmentation"):
