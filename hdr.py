@@ -138,8 +138,8 @@ def open_hdr(path: Path) -> Iterator[HdrImage]:
 def _cannot_open(path: Path, error: str) -> str:
     if "ubsampled" in error:
         return (
-            f"{path} stores luminance and subsampled chroma, which are not read: "
-            f"{_reason(error)}; convert it to RGB, for example: magick {path.name} "
+            f"{path} stores luminance and subsampled chroma, which are not read; convert it to "
+            f"RGB, for example, with an ImageMagick that knows OpenEXR: magick {path} "
             f"{path.stem}_rgb.exr"
         )
     return (

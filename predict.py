@@ -149,7 +149,7 @@ def open_raster(
         raise InputError(
             f"{path} is not what the model was trained on: {'; '.join(broken.values())}. Convert "
             f"it, or override the check{'s' if len(broken) > 1 else ''} {sorted(broken)} if you "
-            "know better"
+            f"know better (--override {' '.join(sorted(broken))})"
         )
     return raster
 
