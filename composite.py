@@ -234,11 +234,7 @@ class CompositeTrainingDataset:
             {
                 "pairs": [[pair.identifier, pair.made_from] for pair in self.constituents],
                 "options": vars(self.options),
-                "layout": [
-                    tilecache.BLOCK,
-                    tilecache.BLOCK_BYTES,
-                    "training in an order of its own",
-                ],
+                "layout": tilecache.PATCH_LAYOUT,
             }
         )
 

@@ -1501,10 +1501,10 @@ def plot_comparison(
     )  # fmt: skip
     extent = (window.x, window.x + window.width, window.y + window.height, window.y)
     panels = {_cut(raster.path.name): None, **found, **boxes}
+    paint = _paint_table(dict(enumerate(colors.values())))
     for ax, (title, content) in zip(axes.flat, panels.items(), strict=False):
         show_window(ax, raster, window, gray=isinstance(content, np.ndarray))
         if isinstance(content, np.ndarray):
-            paint = _paint_table(dict(enumerate(colors.values())))
             ax.imshow(paint[content], extent=extent, interpolation="nearest")
         elif content is not None:
             _draw_labelled(ax, content, colors)

@@ -201,12 +201,16 @@ class Radiometry:
 
     def stretch(self, image: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
         """Stretch an image (bands, H, W) to float32; invalid pixels become the mean."""
+        stretched = self._stretch_all(image).astype(np.float32, copy=False)
+        if valid is not None and not valid.all():
+            mean = np.asarray(self.mean, dtype=np.float32)[:, None, None]
+            np.copyto(stretched, mean, where=~valid)
+        return stretched
+
+    def _stretch_all(self, image: np.ndarray) -> np.ndarray:
+        """Stretch all pixels, valid or not, into an array of their own."""
         if self.method == "hdr_log":
-            stretched = log_transform(image, self.options).astype(np.float32, copy=False)
-            if valid is not None and not valid.all():
-                mean = np.asarray(self.mean, dtype=np.float32)[:, None, None]
-                np.copyto(stretched, mean, where=~valid)
-            return stretched
+            return log_transform(image, self.options)
         # float32 holds 16-bit integers exactly, wider types need more until the offset is gone
         work = np.result_type(image.dtype, np.float32)
         low, high = (np.asarray(v, dtype=work)[:, None, None] for v in (self.low, self.high))
@@ -214,10 +218,7 @@ class Radiometry:
             stretched = ((image.astype(work) - low) / (high - low)).astype(np.float32, copy=False)
             if self.method == "log":
                 stretched = np.log1p(LOG_STEEPNESS * stretched.clip(0)) / np.log1p(LOG_STEEPNESS)
-        if valid is not None and not valid.all():
-            mean = np.asarray(self.mean, dtype=np.float32)[:, None, None]
-            stretched = np.where(valid, stretched, mean)
-        return stretched.astype(np.float32, copy=False)
+        return stretched
 
     def unstretch(self, stretched: np.ndarray) -> np.ndarray:
         """Return the raw values (bands, H, W), in float, that were stretched; cuts are lost."""

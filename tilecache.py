@@ -40,6 +40,7 @@ SHARD = 2048  # px, side of what is written at once, a file
 VALID, COUNTED = 1, 2  # bits of `known`
 MANIFEST, DONE, ROWS = "manifest.json", "done.jsonl", "rows.parquet"
 BLOCK, BLOCK_BYTES = 64, 2**24  # patches, and bytes of pixels, that are read at once, a file
+PATCH_LAYOUT = [BLOCK, BLOCK_BYTES, "training in an order of its own"]  # in keys of patches
 JOB_BLOCKS = 4  # that a worker fills at a call: it is sent the handles and labels of all rasters
 KEPT_BLOCKS = 2  # in memory, per process; a batch may lie across an edge
 Handles = tuple[dict[str, fileio.Raster], dict[str, LabelSource] | None]
@@ -417,7 +418,7 @@ def cache_patches(
             "rasters": {n: [r.made_from, fileio.raster_fingerprint(r)] for n, r in rasters.items()},
             "labels": {name: source.made_from for name, source in labels.items()},
             "tiles": kept[["raster", *tiling.WINDOW_COLUMNS, "split"]], "seed": seed,
-            "layout": [BLOCK, BLOCK_BYTES, "training in an order of its own"],
+            "layout": PATCH_LAYOUT,
         })  # fmt: skip
     folder = Path(cache_dir).absolute() / f"patches-{key}"
 
