@@ -45,6 +45,8 @@ class RasterHandle(Protocol):
     crs: str | None
     transform: tuple[float, ...]
     resolution: float | None
+    original: RasterHandle | None
+    pixel_size_xy: tuple[float, float]
     regions: Any
 
     def read(self, window: Window) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
+import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -492,9 +493,10 @@ class _Reading:
         steps: The steps that turn them into boxes (px).
         boxes_from: See `run_steps`.
         label_column: The column with the labels.
-        scale: Pixels per unit of the diameter; 1 where the file gives boxes or polygons.
+        scale: Pixels per unit of the diameter; where the file gives boxes or polygons, `resized`.
         unit: Where diameters belong to points of a map or a vector file, in the column
             `given_diameter`: what they are after scaling, "m" or "px".
+        resized: Pixels per pixel of the file, where it gives pixels; see `fileio.resampled`.
     """
 
     raw: pd.DataFrame
@@ -503,6 +505,7 @@ class _Reading:
     label_column: str
     scale: float = 1.0
     unit: str | None = None
+    resized: float = 1.0
 
 
 def read_annotations(path: Path, raster: fileio.Raster, **options: object) -> Cleaned:
@@ -574,8 +577,9 @@ def preprocess_df(
             _apply_filter, **size, box_filter=too_large
         )
     else:  # polygons of the same file have no diameter but that of their box
-        name = f"not under MAX_DIAMETER, {limit:g} {reading.unit} (polygons: {max_diameter:g} px)"
-        steps[name] = partial(limit_diameters, max_given=limit, max_px=max_diameter)
+        max_px = max_diameter * reading.resized
+        name = f"not under MAX_DIAMETER, {limit:g} {reading.unit} (polygons: {max_px:g} px)"
+        steps[name] = partial(limit_diameters, max_given=limit, max_px=max_px)
     steps[OFF_RASTER] = partial(_apply_filter, **size, box_filter=center_filter)
     if raster.regions is not None:
         inside = fileio.Regions(aoi=raster.regions.aoi)
@@ -606,7 +610,9 @@ def limit_diameters(df: pd.DataFrame, max_given: float, max_px: float) -> pd.Dat
 def _plan_reading(path: Path, raster: fileio.Raster, o: ReadingOptions) -> _Reading:
     """Read a file and choose the steps that turn its rows into boxes."""
     text_columns = [name for name in (o.label_column, o.image_column) if name]
-    file = fileio.read_annotation_file(path, raster, layer=o.layer, text_columns=text_columns)
+    file = fileio.read_annotation_file(
+        path, raster.original or raster, layer=o.layer, text_columns=text_columns
+    )
     raw, is_table = file.df, file.kind == "table"
     label = o.label_column if file.kind != "boxes" or o.label_column in raw.columns else "label"
     boxed = o.box_source == "auto" and set(BOX_COLUMNS) <= set(raw.columns)
@@ -622,6 +628,9 @@ def _plan_reading(path: Path, raster: fileio.Raster, o: ReadingOptions) -> _Read
     if label not in raw.columns:
         raw = raw.assign(**{label: pd.Series(None, index=raw.index, dtype=object)})
 
+    size_xy = raster.pixel_size_xy if crs is None else (1.0, 1.0)
+    resized = 1 / math.sqrt(math.prod(size_xy))
+    o = replace(o, diameter_scale=o.diameter_scale * resized)
     steps = _choosing_steps(path, file, raster, o)
     steps |= _label_steps(raw, label, o.default_label)
     for name in numeric if is_table else ():
@@ -629,8 +638,14 @@ def _plan_reading(path: Path, raster: fileio.Raster, o: ReadingOptions) -> _Read
         steps[f"{name} not numeric"] = partial(
             remove_non_numeric_rows, column_name=name, default_diameter=default
         )
+    if crs is None and raster.original is not None:
+        places = BOX_COLUMNS if from_columns or not is_table else numeric[:2]
+        steps["pixels as they are read"] = partial(
+            fileio.scale_pixels, scale_xy=1 / np.array(size_xy), x_names=places[::2],
+            y_names=places[1::2],
+        )  # fmt: skip
     own_steps = [(name_of(step), step) for step in o.extra_steps]
-    boxes_from, scale, unit = "boxes", 1.0, None
+    boxes_from, scale, unit = "boxes", resized, None
     if is_table and crs is None and not from_columns:
         scale = o.diameter_scale
         steps |= _center_steps(o)
@@ -669,7 +684,7 @@ def _plan_reading(path: Path, raster: fileio.Raster, o: ReadingOptions) -> _Read
         steps["measure boxes"] = measure_bboxes
     if o.drop_duplicates:
         steps[DUPLICATE] = lambda df: df[~find_duplicates(df, label)]
-    return _Reading(raw, steps, boxes_from, label, scale, unit)
+    return _Reading(raw, steps, boxes_from, label, scale, unit, resized)
 
 
 def _check_columns(
@@ -691,22 +706,12 @@ def _check_columns(
         raise InputError(f"{path} lacks the columns {missing}; it has {columns}{meant} {remedy}")
 
 
-def _refuse_resampled(path: Path, raster: fileio.Raster) -> None:
-    if raster.own.original is not None:
-        raise InputError(
-            f"{path} holds pixels of {raster.path}, which is read in pixels of "
-            f"{raster.own.target_resolution:g} m; give map coordinates, or set TARGET_RESOLUTION "
-            "(and predict.py's --resample) off"
-        )
-
-
 def _find_crs(
     path: Path, file: fileio.AnnotationFile, raster: fileio.Raster, coordinates: str
 ) -> pyproj.CRS | None:
     """Return the CRS of a file's coordinates, None for px."""
     declared = file.crs if coordinates == "auto" else None
     if coordinates == "pixel" or (coordinates == "auto" and file.kind != "vector"):
-        _refuse_resampled(path, raster)
         return None
     if file.kind == "boxes":
         raise InputError(
@@ -714,7 +719,7 @@ def _find_crs(
         )
     if coordinates == "auto" and declared is None:
         if raster.crs is None:
-            return None  # and is not resampled
+            return None
         raise InputError(
             f"{path} declares no coordinate reference system; set COORDINATES to 'pixel', 'map' "
             "(the raster's), 'lonlat' or a code such as 'EPSG:4326'"
@@ -1102,7 +1107,7 @@ def read_shapes(
     Raises:
         InputError: The file cannot be used.
     """
-    file = fileio.read_annotation_file(path, raster, layer=layer)
+    file = fileio.read_annotation_file(path, raster.original or raster, layer=layer)
     if "geometry" not in file.df.columns:
         raise InputError(f"{path} holds no polygons, only {list(file.df.columns)}")
     declared = file.crs is not None or file.kind == "boxes"
@@ -1111,6 +1116,8 @@ def read_shapes(
     df = geometries.drop_empty(file.df).pipe(geometries.drop_infinite).pipe(geometries.repair)
     if crs is not None:
         df = geometries.move_to_pixels(df, raster, crs).pipe(geometries.drop_empty)
+    elif raster.original is not None:
+        df = fileio.scale_pixels(df, 1 / np.array(raster.pixel_size_xy))
     return df, len(file.df)
 
 

@@ -43,6 +43,7 @@ from formats import (
     read_annotation_file,
     read_colormap,
     read_table,
+    scale_pixels,
     write_annotations,
 )
 from ImageData import InputError
@@ -66,8 +67,8 @@ __all__ = [
     "files_of", "fingerprint", "hash_rows", "identifier_from_tilename", "is_finished", "main",
     "mark_finished", "on_grid", "raster_fingerprint", "read_annotation_file", "read_colormap",
     "read_raster", "read_rasters", "read_table", "recreate_directory", "remove_strays", "resampled",
-    "rewrite", "terminable", "this_machine", "write_annotations", "write_json", "write_table",
-    "write_text", "writing",
+    "rewrite", "scale_pixels", "terminable", "this_machine", "write_annotations", "write_json",
+    "write_table", "write_text", "writing",
 ]  # fmt: skip
 
 DOCTOR_EXIT = 3  # a raster reads slowly and was not rewritten

@@ -22,6 +22,7 @@ import glob
 import itertools
 import json
 import logging
+import math
 import re
 import string
 import warnings
@@ -51,6 +52,7 @@ from ImageData import BOX_COLUMNS, CENTER_COLUMNS, InputError, RasterHandle
 
 log = logging.getLogger(__name__)
 
+X_COLUMNS, Y_COLUMNS = ["pixel_x", "xmin", "xmax"], ["pixel_y", "ymin", "ymax"]
 PIXEL_COLUMNS = [*CENTER_COLUMNS, "diameter", "label", *BOX_COLUMNS]
 YOLO_NAMES = ("classes.txt", "data.yaml", "dataset.yaml")
 TOLERANCE = 1e-6  # px; a polygon whose bounds differ by more from its box does not stand for it
@@ -95,8 +97,8 @@ def read_annotation_file(
 
     Args:
         path: The file, or the address of a vector file (`https://`, `s3://`, `/vsi...`).
-        raster: The raster it annotates; COCO files are searched for its name, YOLO files are
-            scaled by its size.
+        raster: The raster it annotates, in the pixels of its file; COCO files are searched for its
+            name, YOLO files are scaled by its size.
         layer: Layer of a vector file; None takes the only one that holds geometries.
         text_columns: See `read_table`.
 
@@ -616,7 +618,8 @@ def _yolo_names(folder: Path) -> dict[int, str]:
 def write_annotations(path: Path, df: pd.DataFrame, raster: RasterHandle) -> Path:
     """Write pixel boxes as an annotation file, whole or not at all, by the path's suffix.
 
-    What is written reads back as the same boxes and labels in the same order. Vector files
+    What is written reads back as the same boxes and labels in the same order. Pixels in files are
+    those of the raster's file, whatever pixels it is read in (`fileio.resampled`). Vector files
     (`.gpkg`, `.geojson`, `.parquet`) are in the raster's CRS, in px if it has none; a feature is
     the row's polygon if that has the box for its bounds, and the box otherwise, and its attribute
     `diameter` stays in px. COCO (`.json`) holds polygons without their holes; CSV (`.csv`; read it
@@ -690,13 +693,21 @@ def annotation_writer(
     labels = sorted(set(map(str, labels)))
     empty = pd.DataFrame({name: pd.Series(dtype=float) for name in BOX_COLUMNS} | {"label": []})
     columns: list[str] = []
+    size_xy = raster.pixel_size_xy
+
+    def in_file(df: pd.DataFrame) -> pd.DataFrame:
+        if size_xy == (1, 1):
+            return df
+        diameter = df["diameter"] * math.sqrt(math.prod(size_xy))
+        return scale_pixels(df, size_xy).assign(diameter=diameter)
+
     with (
         atomic_path(path) as temporary,
         opened(
             _Output(
                 path,
                 temporary,
-                raster,
+                raster.original or raster,
                 labels,
                 shape,
                 layer or _layer_of(path),
@@ -708,7 +719,7 @@ def annotation_writer(
 
         def append(df: pd.DataFrame) -> None:
             nonlocal empty, columns
-            df = _measured(df)
+            df = in_file(_measured(df))
             if df.empty:
                 empty = df
                 return
@@ -723,6 +734,29 @@ def annotation_writer(
         yield append
         if not columns:
             write(_measured(empty))
+
+
+def scale_pixels(
+    df: pd.DataFrame,
+    scale_xy: Sequence[float],
+    x_names: Sequence[str] = X_COLUMNS,
+    y_names: Sequence[str] = Y_COLUMNS,
+) -> pd.DataFrame:
+    """Return places in pixels of another size.
+
+    Args:
+        df: Frame with places in the columns named, of which it may lack some, and in `geometry`.
+        scale_xy: New pixels per old one, in x and in y.
+        x_names: Columns that count pixels to the right.
+        y_names: Columns that count pixels down.
+    """
+    names = {name: scale for names, scale in zip((x_names, y_names), scale_xy, strict=True)
+             for name in names if name in df.columns}  # fmt: skip
+    df = df.assign(**{name: df[name] * scale for name, scale in names.items()})
+    if "geometry" in df.columns:
+        shapes = shapely.transform(df["geometry"].to_numpy(object), lambda xy: xy * [*scale_xy])
+        df = df.assign(geometry=pd.Series(shapes, index=df.index, dtype=object))
+    return df
 
 
 def _layer_of(path: Path) -> str:

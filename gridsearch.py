@@ -790,14 +790,14 @@ def _write_search(run_dir: Path, plan: Plan, data: SearchData, conf: ModelConfig
         masks.save_labels(run_dir / "search", data.labels)
     rasters = {}
     for name, raster in data.rasters.items():
-        local, original = raster.path.is_file(), raster.own.original or raster
+        local, original = raster.path.is_file(), raster.original or raster
         regions = raster.regions and {
             "aoi": raster.regions.aoi and [g.wkb_hex for g in raster.regions.aoi],
             "ignored": [g.wkb_hex for g in raster.regions.ignored],
         }
         rasters[name] = {
             "path": str(raster.path.absolute()) if local else original.source,
-            "resolution": raster.own.target_resolution,
+            "resolution": raster.target_resolution,
             "bands": raster.own.bands, "regions": regions,
             "auxiliary": _auxiliary_record(raster),
             "content": fileio.raster_fingerprint(raster),

@@ -679,7 +679,7 @@ def _open_mask(
 def _on_grid(path: Path, raster: fileio.Raster) -> fileio.Raster:
     """Open a mask; that of a raster that is resampled is resampled with it."""
     mask = fileio.read_raster(path)
-    return fileio.on_grid(mask, raster) if raster.own.original is not None else mask
+    return fileio.on_grid(mask, raster) if raster.original is not None else mask
 
 
 def _offset(mask: fileio.Raster, raster: fileio.Raster) -> tuple[int, int]:

@@ -69,7 +69,6 @@ BESIDE = {  # further files, named after the first output
     DETECTION: ("density",), SEGMENTATION: ("probabilities", "uncertainty", "overlay"),
 }  # fmt: skip
 MAP_SUFFIXES, POLYGON_SUFFIXES = (".tif", ".tiff", maps.PNG), (".gpkg", ".geojson", ".parquet")
-PIXEL_SUFFIXES = {".csv", ".json", ".txt"}  # of files that hold places in px
 FAILED, INCOMPLETE, INTERRUPTED = 1, 3, 130  # exit codes; 0: complete, 2: not understood
 
 
@@ -638,13 +637,6 @@ def prepare(
     with tempfile.TemporaryDirectory() as folder:  # warns of layouts that read slowly
         fileio.check_layout([opened], repair=False, cache_dir=folder)
     paths = _check_names(outputs, opened, model.labels, wanted, [checkpoint], kind)
-    if opened.own.original is not None and (
-        px := PIXEL_SUFFIXES & {p.suffix.lower() for p in paths}
-    ):
-        log.warning(
-            "%s is read in pixels of %.4g m: coordinates in px of %s are of these, not of those of "
-            "the file; take the map's", opened.path.name, opened.resolution, sorted(px),
-        )  # fmt: skip
     settings = _grid_settings(contract, wanted, kind)
     if wanted.scheduler is None:
         devices = strips.find_devices(wanted.device)

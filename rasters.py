@@ -266,6 +266,14 @@ class Raster:
         return self
 
     @property
+    def pixel_size_xy(self) -> tuple[float, float]:
+        """Width and height of a pixel, as it is read, in pixels of the file; see `resampled`."""
+        if self.original is None:
+            return 1.0, 1.0
+        size = ~rasterio.Affine(*self.original.transform) @ rasterio.Affine(*self.transform)
+        return size.a, size.e
+
+    @property
     def made_from(self) -> dict[str, object]:
         """What a result that was made from this raster depends on, for manifests."""
         files = [Path(file) for file in self.files]
@@ -718,7 +726,7 @@ def resampled(raster: Raster, resolution: float | None) -> Raster:
         raise InputError(
             f"{raster.path} is smaller than one pixel of {resolution:g} m; lower TARGET_RESOLUTION"
         )
-    transform = rasterio.Affine(*raster.transform) * rasterio.Affine.scale(*factors)
+    transform = rasterio.Affine(*raster.transform) @ rasterio.Affine.scale(*factors)
     masked = raster.masked and raster.alpha is None
     view = _warped(
         raster, raster.crs, transform, (width, height), Resampling.bilinear, add_alpha=masked,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sqlite3
@@ -696,3 +697,49 @@ def test_cells_beyond_the_header_do_not_shift_the_columns(tmp_path):
     assert boxes_of(cleaned).tolist() == [[0, 1, 2, 3], [3, 4, 5, 6]]
     with pytest.raises(InputError, match="as many cells in each row"):
         an.read_annotations(write(tmp_path / "a.csv", text.replace("a,", "a,7")), canvas())
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("place", ["mercator", "utm, turned"])
+def test_pixels_in_files_are_those_of_the_raster_not_of_a_view(tmp_path, place, suffix):
+    plain = canvas(place)
+    scale = rasterio.Affine.scale(2.5, 1.25)
+    view = dataclasses.replace(
+        plain, width=256, height=384, original=plain, target_resolution=1.0,
+        transform=tuple(rasterio.Affine(*plain.transform) @ scale)[:6],
+    )  # fmt: skip
+    assert view.pixel_size_xy == pytest.approx((2.5, 1.25))
+    boxes = np.array([[10, 20, 30, 50], [0, 0, 256, 384.0]])
+    shape = shapely.Polygon([(10, 20), (30, 20), (20, 50)])
+    df = table_of(boxes, ["a", "b"], geometry=[shape, None])
+    path = fileio.write_annotations(tmp_path / f"x{suffix}", df, view)
+    of_file = an.read_annotations(path, plain, box_source="columns")
+    np.testing.assert_allclose(boxes_of(of_file), boxes * ([2.5, 1.25] * 2), atol=1e-6)
+    of_view = an.read_annotations(path, view, box_source="columns")
+    np.testing.assert_allclose(boxes_of(of_view), boxes, atol=1e-6)
+    if suffix in (".gpkg", ".json"):
+        (found, *_) = of_view.df["geometry"]
+        assert shapely.normalize(found).equals_exact(shapely.normalize(shape), 1e-6)
+
+
+def test_diameters_of_a_view_are_in_pixels_of_the_file(tmp_path):
+    plain = canvas("mercator")
+    view = dataclasses.replace(
+        plain, width=160, height=120, original=plain, target_resolution=1.0,
+        transform=tuple(rasterio.Affine(*plain.transform) @ rasterio.Affine.scale(4))[:6],
+    )  # fmt: skip
+    path = tmp_path / "x.csv"
+    path.write_text("pixel_x,pixel_y,diameter,label\n100,80,10,a\n200,80,20,a\n")
+    cleaned = an.preprocess_df(path, view, max_diameter=19, diameter_scale=2)
+    np.testing.assert_allclose(boxes_of(cleaned), [[22.5, 17.5, 27.5, 22.5]])
+    assert cleaned.quarantine["reason"].tolist() == ["not under MAX_DIAMETER, 9.5 px"]
+    path.write_text("xmin,ymin,xmax,ymax,label\n100,80,120,100,a\n100,80,140,100,a\n")
+    cleaned = an.preprocess_df(path, view, max_diameter=39, box_source="columns")
+    np.testing.assert_allclose(boxes_of(cleaned), [[25, 20, 30, 25]])
+    shapes = gpd.GeoDataFrame(
+        {"label": ["a"] * 3, "diameter": [8.0, np.nan, np.nan]},
+        geometry=[shapely.Point(40, 40), shapely.box(8, 8, 24, 24), shapely.box(8, 8, 48, 24)],
+    )
+    shapes.to_file(tmp_path / "x.gpkg")
+    cleaned = an.preprocess_df(tmp_path / "x.gpkg", view, max_diameter=39, coordinates="pixel")
+    np.testing.assert_allclose(boxes_of(cleaned), [[9, 9, 11, 11], [2, 2, 6, 6]])

@@ -439,17 +439,21 @@ def test_a_model_without_a_threshold_asks_for_one(tmp_path, scene):
         catalogue_of(model, scene[0], tmp_path)
 
 
-@pytest.mark.parametrize(("suffix", "told"), [("csv", True), ("gpkg", False)])
-def test_pixels_of_a_resampled_raster_are_told(tmp_path, caplog, suffix, told):
-    draw(tmp_path / "a.tif", 300, 200, **UTM)
+def test_pixels_in_a_catalogue_of_a_resampled_raster_are_the_files(tmp_path):
+    truth = draw(tmp_path / "a.tif", 600, 400, **UTM)
     oracle = Oracle()
     oracle.contract = replace(oracle.contract, resolution=0.2)
-    options = {"device": "cpu", "precision": "32-true", "override": ("radiometry",)}
     task = predict.prepare(
-        oracle, tmp_path / "a.tif", tmp_path / f"b.{suffix}", resample=True, **options
-    )
-    assert task.predictor.raster.width == 150
-    assert ("is read in pixels of 0.2 m" in caplog.text) == told
+        oracle, tmp_path / "a.tif", tmp_path / "b.csv", resample=True, device="cpu",
+        precision="32-true", override=("radiometry",),
+    )  # fmt: skip
+    assert task.predictor.raster.width == 300
+    predict.run(task)
+    found = pd.read_csv(tmp_path / "b.csv")[BOX_COLUMNS].to_numpy()
+    assert found.max() > 500
+    middle = (truth[BOX_COLUMNS[:2]].to_numpy() + truth[BOX_COLUMNS[2:]].to_numpy()) / 2
+    nearest = np.abs(middle[:, None] - (found[:, :2] + found[:, 2:]) / 2).max(axis=2).min(axis=0)
+    assert (nearest < 1.5).mean() > 0.7  # of the others the blur makes one
 
 
 def test_options_are_refused_before_there_is_a_model(tmp_path, checkpoint):
