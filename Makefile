@@ -14,7 +14,7 @@ READY := $(VENV)/.ready
 BENCH_VENV := .bench-venv
 BENCH_READY := $(BENCH_VENV)/.ready
 NOTEBOOK := $(if $(PARAMS),lab_$(subst /,_,$(basename $(PARAMS))),main).ipynb
-STAGES := clean tiling dask read train predict metrics memory
+STAGES := clean tiling dask read train predict metrics memory hdr composite
 # no password is asked for where nobody can type it
 SUDO := $(shell [ "$$(id -u)" = 0 ] || { [ -t 0 ] && echo sudo; } || echo sudo -n)
 PROBE := PYTHONPATH=. $(BIN)/python tests/browser.py

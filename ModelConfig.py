@@ -471,19 +471,30 @@ def _listed(manifest: object, bucket: str | None) -> dict[str, Any]:
     }
 
 
+_PARAMETER_OF = {
+    "bands": "BANDS", "resolution": "TARGET_RESOLUTION", "coordinates": "COORDINATES",
+    "mask_reference": "MASK_REFERENCE", "attribute_filter": "ATTRIBUTE_FILTER",
+    "default_label": "DEFAULT_LABEL",
+}  # fmt: skip
+
+
 def _named(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters that named datasets stand for."""
     chosen = select_datasets(read_registry(given["DATASET_REGISTRY"]), given["DATASETS"])
     weights = {Path(i).stem: d.weight for d in chosen for i in d.images if d.weight != 1}
     options = {"train.raster_weights": [*map(list, weights.items())]} if weights else {}
+    if not isinstance(given["LABEL_COLUMN_NAME"], str):
+        raise InputError(
+            "LABEL_COLUMN_NAME is one name for the DATASETS that have no attribute, got "
+            f"{given['LABEL_COLUMN_NAME']}; write their attributes to {given['DATASET_REGISTRY']}"
+        )
     return {
         "IMAGE_FILENAMES": [_absolute_name(i) for d in chosen for i in d.images],
         "DF_FILENAMES": [_absolute_name(m) for d in chosen for m in d.masks],
         "LABEL_COLUMN_NAME": [
             d.attribute or given["LABEL_COLUMN_NAME"] for d in chosen for _ in d.images
         ],
-        "BANDS": _common(chosen, "bands", given["BANDS"]),
-        "TARGET_RESOLUTION": _common(chosen, "resolution", given["TARGET_RESOLUTION"]),
+        **{p: _common(chosen, name, given[p]) for name, p in _PARAMETER_OF.items()},
         "CLASSES": _merged_classes(chosen) or given["CLASSES"],
         "MODEL_OPTIONS": options | given["MODEL_OPTIONS"],
     }
@@ -492,13 +503,13 @@ def _named(given: Mapping[str, Any]) -> dict[str, Any]:
 def _common(chosen: Sequence[NamedDataset], name: str, wanted: object) -> object:
     """Return what all datasets have as a field, unless a parameter says what is wanted."""
     values = {d.name: getattr(d, name) for d in chosen}
-    if wanted is not None or not any(values.values()):
+    default = getattr(NamedDataset, name, None)
+    if wanted != default or set(values.values()) == {default}:
         return wanted
     if len(set(values.values())) > 1:
-        parameter = {"bands": "BANDS", "resolution": "TARGET_RESOLUTION"}[name]
         raise InputError(
-            f"the datasets of a run need the same {name}, got {values}; set {parameter} for all of "
-            "them, or put them together with composite.CompositeTrainingDataset"
+            f"the datasets of a run need the same {name}, got {values}; set {_PARAMETER_OF[name]} "
+            "for all of them, or put them together with composite.CompositeTrainingDataset"
         )
     value = next(iter(values.values()))
     return list(value) if isinstance(value, tuple) else value

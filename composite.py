@@ -16,8 +16,10 @@ on two sides. `datasets.PatchDataset` reads the patches, `datasets.BlockSampler`
 from __future__ import annotations
 
 import logging
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +39,20 @@ from manifest import read_registry as read_registry
 
 log = logging.getLogger(__name__)
 
+RESOLUTION_TOLERANCE = 0.2  # relative difference of pixels' sides from which on a warning tells
+# What parameters of the notebook, of which messages speak, are called here
+OWN_WORDS = {
+    "LABEL_COLUMN_NAME": "attribute", "CLASSES": "classes", "BANDS": "bands",
+    "MASK_REFERENCE": "mask_reference", "COORDINATES": "coordinates",
+    "TARGET_RESOLUTION": "resolution", "PATCH_SIZES": "PatchOptions.size",
+    "BLOCK_SIZE": "PatchOptions.block_size", "SPLIT_BY": "PatchOptions.split_by",
+    "TEST_PROPORTION": "PatchOptions.test_proportion", "MIN_VALID": "PatchOptions.min_valid",
+    "VALIDATION_PROPORTION": "PatchOptions.validation_proportion",
+    "ATTRIBUTE_FILTER": "attribute_filter", "DEFAULT_LABEL": "default_label",
+    "TILE_OVERLAP": "PatchOptions.overlap", "MIN_ANNOTATED": "PatchOptions.min_annotated",
+    "CENSORED_PIXELS_LIMIT": "PatchOptions.pixel_limit", "SEED": "PatchOptions.seed",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class TrainingDataset:
@@ -51,6 +67,8 @@ class TrainingDataset:
             the same name are one.
         mask_reference: Whether ground without a label is unknown, instead of background.
         coordinates: See `annotations.ReadingOptions`.
+        attribute_filter: Likewise.
+        default_label: Likewise.
         resolution: Side of the pixels in which it is read, on the ground in m, see
             `fileio.resampled`; None: as they are.
         tags: Words that describe it.
@@ -64,6 +82,8 @@ class TrainingDataset:
     classes: Mapping[str, str] | tuple[str, ...] | None = None
     mask_reference: bool = False
     coordinates: str = "auto"
+    attribute_filter: str | None = None
+    default_label: str | None = None
     resolution: float | None = None
     tags: tuple[str, ...] = ()
     weight: float = 1.0
@@ -90,10 +110,13 @@ class TrainingDataset:
             f.name: getattr(self, f.name) for f in fields(self)
             if f.name not in ("image", "mask", "tags", "weight")
         }  # fmt: skip
-        files = [path for path in fileio.files_of(Path(self.mask)) if path.is_file()]
-        content: object = [[path.name, fileio.content_fingerprint(path)] for path in files]
-        if not files or Path(self.mask).suffix.lower() == ".vrt":  # remote, or of other files
-            content = [content, str(self.mask)]
+        mask = Path(self.mask)
+        if mask.suffix.lower() in masks.MASK_SUFFIXES:
+            content: object = fileio.raster_fingerprint(fileio.read_raster(self.mask))
+        else:
+            files = [path for path in fileio.files_of(mask) if path.is_file()]
+            content = [[path.name, fileio.content_fingerprint(path)] for path in files]
+            content = content or str(self.mask)  # remote
         image = fileio.raster_fingerprint(self.raster)
         return plain | {"bands": self.raster.bands, "image": image, "mask": content}
 
@@ -101,7 +124,9 @@ class TrainingDataset:
         """Read the labels, with classes of this pair only."""
         return masks.read_labels(
             self.mask, self.raster, attribute=self.attribute, classes=self.classes,
-            mask_reference=self.mask_reference, coordinates=self.coordinates, workers=workers,
+            mask_reference=self.mask_reference, coordinates=self.coordinates,
+            attribute_filter=self.attribute_filter, default_label=self.default_label,
+            workers=workers,
         )  # fmt: skip
 
     def __add__(
@@ -197,6 +222,8 @@ class CompositeTrainingDataset:
         pairs = [
             TrainingDataset(
                 image, mask, bands=named.bands, attribute=named.attribute, classes=named.classes,
+                mask_reference=named.mask_reference, coordinates=named.coordinates,
+                attribute_filter=named.attribute_filter, default_label=named.default_label,
                 resolution=named.resolution, tags=(named.name, *named.tags), weight=named.weight,
             )
             for named in select_datasets(registry, names)
@@ -240,7 +267,7 @@ class CompositeTrainingDataset:
 
     @property
     def folder(self) -> Path:
-        """Where the prepared arrays are, or would be."""
+        """Where the prepared arrays and the index of their tiles are, or would be."""
         return Path(self.cache_directory).absolute() / f"patches-{self.key}"
 
     # -- preparing ------------------------------------------------------------------------------
@@ -266,7 +293,18 @@ class CompositeTrainingDataset:
             InputError: A file cannot be used, the images do not fit together, or splits would share
                 ground.
         """
+        with _in_own_words():
+            self._prepare(workers=workers, scheduler=scheduler, progress=progress)
+        return self
+
+    def _prepare(self, *, workers: int | None, scheduler: str | None, progress: bool) -> None:
         rasters = [pair.raster for pair in self.constituents]
+        sizes = [raster.resolution for raster in rasters if raster.resolution]
+        if sizes and max(sizes) > (1 + RESOLUTION_TOLERANCE) * min(sizes):
+            log.warning(
+                "the images have pixels of %.3g to %.3g m; give every pair the same resolution to "
+                "read them in one", min(sizes), max(sizes),
+            )  # fmt: skip
         kinds = {r.path.name: f"{len(r.bands)} x {r.dtype}" for r in rasters}
         if len(set(kinds.values())) > 1:
             raise InputError(
@@ -291,12 +329,11 @@ class CompositeTrainingDataset:
         )  # fmt: skip
         self.tilings = tiling.make_tiles(
             self.images, self.blocks, [options.size],
-            Path(self.cache_directory) / f"index-{self.key}", tiled,
+            self.folder / "index", tiled,
             workers=workers, scheduler=scheduler, progress=progress,
         )  # fmt: skip
         kept = self.tiles[self.tiles["kept"]]
         splits.audit_splits(kept, {raster.identifier: raster for raster in rasters})
-        return self
 
     @property
     def tiles(self) -> pd.DataFrame:
@@ -375,12 +412,20 @@ class CompositeTrainingDataset:
 
     def delete_prepared_arrays(self) -> None:
         """Delete the patches, and the index of their tiles; the files they come from stay."""
-        for folder in (self.folder, self.folder.with_name(f"index-{self.key}")):
-            if folder.is_dir():
-                with fileio.exclusive(folder):
-                    (folder / tilecache.MANIFEST).unlink(missing_ok=True)  # from now on incomplete
-                    shutil.rmtree(folder)
+        if self.folder.is_dir():
+            with fileio.exclusive(self.folder):
+                (self.folder / tilecache.MANIFEST).unlink(missing_ok=True)  # incomplete from now on
+                shutil.rmtree(self.folder)
         self.images = self.blocks = self.tilings = None
+
+
+@contextmanager
+def _in_own_words() -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        told = re.sub(r"\b[A-Z_]{4,}\b", lambda m: OWN_WORDS.get(m[0], m[0]), str(error))
+        raise InputError(told) from error
 
 
 def _with_common_classes(labels: Sequence[masks.Labels]) -> list[masks.Labels]:

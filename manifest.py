@@ -16,6 +16,10 @@ A registry is a YAML file of datasets that have names, to be used together in an
       classes: {1: house, 2: road}           # value: name
       tags: [urban, tropical]
       resolution: 0.5                        # m per px, to which images are resampled
+      coordinates: auto                      # of the masks, as COORDINATES of a run
+      mask_reference: false                  # true: ground without a label is unknown
+      attribute_filter: area > 10            # which polygons to use
+      default_label: house                   # of polygons without one
       weight: 2                              # how often its training patches come
 """
 
@@ -176,6 +180,10 @@ class NamedDataset:
         classes: Value -> name; None: all values are classes.
         tags: Words to choose it by.
         resolution: m per px to which images are resampled; None: as they are.
+        coordinates: Of the masks, see `annotations.ReadingOptions`.
+        mask_reference: Whether ground without a label is unknown, instead of background.
+        attribute_filter: Which polygons to use; None: all.
+        default_label: Of polygons without one.
         weight: How often its training patches come, relative to those of others.
     """
 
@@ -187,6 +195,10 @@ class NamedDataset:
     classes: dict[str | int, str] | None = None
     tags: tuple[str, ...] = ()
     resolution: float | None = Field(default=None, gt=0)
+    coordinates: str = "auto"
+    mask_reference: bool = False
+    attribute_filter: str | None = None
+    default_label: str | None = None
     weight: float = Field(default=1.0, gt=0)
 
 

@@ -33,6 +33,7 @@ import tiling
 from ImageData import IGNORE, ImageData, InputError, Window
 from imutils import Radiometry
 from LargeRasterOR import VIEWS, autocast
+from masks import BACKGROUND
 from ModelConfig import Views
 from strips import Tile, TilePredictor, batch_of, find_devices, load_model
 
@@ -586,7 +587,8 @@ class MapFiles:
         regions: Files of polygons, of any suffix that `fileio.write_annotations` knows.
         probabilities: GeoTIFF of one band per class, if wanted.
         uncertainty: GeoTIFF of one band, if wanted.
-        overlay: GeoTIFF of the raster's picture under the classes' colours, if wanted.
+        overlay: GeoTIFF of the raster's picture under the colours of all classes but the
+            background, if wanted.
         opacity: How much of that the colours are, 0-1.
         least_area: Least area of a polygon, px.
         names: Of the classes, by class id.
@@ -759,6 +761,8 @@ class _Overlay:
         colors = _color_table(files.colors)
         self.colors = np.zeros((IGNORE + 1, 3), np.float32)
         self.colors[list(colors)] = [color[:3] for color in colors.values()]
+        bare = [i for i, name in enumerate(files.names) if name == BACKGROUND]
+        self.painted = ~np.isin(np.arange(IGNORE + 1), [*bare, IGNORE])
         ground = pd.DataFrame([(self.raster.identifier, 0, 0, raster.width, raster.height)],
                               columns=["raster", *tiling.WINDOW_COLUMNS])  # fmt: skip
         try:
@@ -781,7 +785,7 @@ class _Overlay:
         picture = imutils.preview_stretch(shown, valid, self.bounds).astype(np.float32)
         picture = np.broadcast_to(picture.reshape(*classes.shape, -1), (*classes.shape, 3))
         blended = picture + self.opacity * (self.colors[classes] - picture)
-        picture = np.where((classes != IGNORE)[..., None], blended, picture)
+        picture = np.where(self.painted[classes][..., None], blended, picture)
         pixels = np.concatenate([np.rint(picture), 255 * valid[..., None]], axis=2)
         pixels = pixels.astype(np.uint8).transpose(2, 0, 1)
         self.dst.write(pixels, window=RasterioWindow(*window))

@@ -245,8 +245,8 @@ class PredictionOptions:
             the map with the ending `_probabilities.tif`; 0 to 254 stand for 0 to 1, 255 is nodata.
         uncertainty: Of a map: write how much overlapping tiles disagree, likewise with the ending
             `_uncertainty.tif`: the root of the weighted variances of all classes' probabilities.
-        overlay: Of a map: how much of a picture, 0-1, the colours of the classes are over the
-            raster, written likewise with the ending `_overlay.tif`. None: no picture.
+        overlay: Of a map: how much of a picture, 0-1, the colours of the classes but the background
+            are over the raster, written likewise with the ending `_overlay.tif`. None: no picture.
         least_area: Of a map: smaller regions are left out of the files of polygons, px.
         colormap: Of a map: CSV of value, name and colour of its classes.
         readers: Threads that read ahead.
@@ -925,7 +925,9 @@ def run(task: Task, *, progress: bool = False) -> Prediction:
     result = _prediction(task, record, seconds)
     held = f"{result.count} objects"
     if result.pixels:
-        held = f"{sum(result.pixels.values())} pixels classified"
+        total = sum(result.pixels.values())
+        shares = (f"{name} {n / max(total, 1):.1%}" for name, n in result.pixels.items())
+        held = f"{total} pixels ({', '.join(shares)})"
     log.info(
         "%s: %s in %s; %d tiles predicted, %d empty ones skipped, %.1f s",
         predictor.raster.path, held, task.outputs[0], result.predicted, result.empty, seconds,
@@ -1033,6 +1035,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"a share is a number from 0 to 1, got {text!r}; rasters come first in the command"
+        ) from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="predict.py", allow_abbrev=False,
@@ -1080,9 +1091,9 @@ def _parser() -> argparse.ArgumentParser:
         help="of a map: also write OUT_probabilities.tif, a band per class, 0-254 for 0 to 1")
     add("--uncertainty", action="store_true",
         help="of a map: also write OUT_uncertainty.tif, how much overlapping tiles disagree")
-    add("--overlay", type=float, nargs="?", const=0.5, metavar="SHARE",
+    add("--overlay", type=_share, nargs="?", const=0.5, metavar="SHARE",
         help="of a map: also write OUT_overlay.tif, the raster under the classes' colours, which "
-        "are that share of it, 0-1 (if not given: 0.5)")
+        "are that share of it, 0-1 (if not given: 0.5); background is left as it is")
     add("--least-area", type=int, default=1, metavar="PX",
         help="of a map: smaller regions get no polygon (default: %(default)s)")
     add("--colormap", type=Path, metavar="CSV",

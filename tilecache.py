@@ -40,7 +40,11 @@ SHARD = 2048  # px, side of what is written at once, a file
 VALID, COUNTED = 1, 2  # bits of `known`
 MANIFEST, DONE, ROWS = "manifest.json", "done.jsonl", "rows.parquet"
 BLOCK, BLOCK_BYTES = 64, 2**24  # patches, and bytes of pixels, that are read at once, a file
-PATCH_LAYOUT = [BLOCK, BLOCK_BYTES, "training in an order of its own"]  # in keys of patches
+PATCH_LAYOUT = [
+    BLOCK,
+    BLOCK_BYTES,
+    "training in an order of its own, with names of classes",
+]  # in keys of patches
 JOB_BLOCKS = 4  # that a worker fills at a call: it is sent the handles and labels of all rasters
 KEPT_BLOCKS = 2  # in memory, per process; a batch may lie across an edge
 Handles = tuple[dict[str, fileio.Raster], dict[str, LabelSource] | None]
@@ -199,7 +203,7 @@ def _complete(
     folder.mkdir(parents=True, exist_ok=True)
     with fileio.exclusive(folder, wait=True):
         if fileio.is_finished(folder / MANIFEST, {"key": key}):
-            log.info("tiles are read from the cache %s", folder)
+            log.info("the cache %s is complete", folder)
             return folder
         done = fileio.Journal(folder / DONE)
         jobs = {name: job for name, job in plan().items() if name not in done.known}
@@ -207,7 +211,7 @@ def _complete(
         for name, _ in zip(jobs, filled, strict=True):
             done.add(name, None)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        log.info("%.1f MB of tiles in the cache %s", size / 1e6, folder)
+        log.info("%.1f MB in the cache %s", size / 1e6, folder)
         fileio.mark_finished(folder / MANIFEST, {"key": key}, outputs)
     return folder
 
@@ -341,6 +345,13 @@ class Patches:
     store: Path
     rows: pd.DataFrame
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes in the masks, by class id."""
+        import zarr
+
+        return tuple(zarr.open_group(store=str(self.store), mode="r").attrs["classes"])
+
     def __len__(self) -> int:
         """Return the number of patches."""
         return len(self.rows)
@@ -421,6 +432,7 @@ def cache_patches(
             "layout": PATCH_LAYOUT,
         })  # fmt: skip
     folder = Path(cache_dir).absolute() / f"patches-{key}"
+    names = next(iter(labels.values())).classes.names
 
     def plan() -> dict[str, tuple]:
         jobs, parts = {}, []
@@ -428,7 +440,7 @@ def cache_patches(
             part = kept[kept["split"] == split]
             if split == "train":  # the others are read in the order of the index
                 part = part.iloc[np.argsort(fileio.hash_rows(part[["raster", "x", "y"]], seed))]
-            block = _create_patches(folder / f"{split}.zarr", part, rasters)
+            block = _create_patches(folder / f"{split}.zarr", part, rasters, names)
             step = block * JOB_BLOCKS
             for first in range(0, len(part), step):
                 some = part.iloc[first : first + step]
@@ -459,16 +471,24 @@ def open_patches(folder: Path, split: str) -> Patches:
     """
     folder = Path(folder)
     if not is_complete(folder):
-        raise InputError(f"{folder} holds no complete patches; make them, or go on with it")
+        raise InputError(
+            f"{folder} holds no complete patches; make them, which goes on where it was stopped"
+        )
     rows = pd.read_parquet(folder / ROWS)
     return Patches(folder / f"{split}.zarr", rows[rows["split"] == split].reset_index(drop=True))
 
 
-def _create_patches(store: Path, part: pd.DataFrame, rasters: Mapping[str, fileio.Raster]) -> int:
+def _create_patches(
+    store: Path,
+    part: pd.DataFrame,
+    rasters: Mapping[str, fileio.Raster],
+    classes: Sequence[str],
+) -> int:
     """Make the arrays of a split, if they are not there; return how many patches a block has."""
     import zarr
 
     group, raster = zarr.open_group(store=str(store), mode="a"), next(iter(rasters.values()))
+    group.attrs["classes"] = list(classes)
     height, width = part[["height", "width"]].max() if len(part) else (1, 1)
     size, count = (int(height), int(width)), len(raster.bands)
     patch_bytes = count * size[0] * size[1] * np.dtype(raster.dtype).itemsize

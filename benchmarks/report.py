@@ -28,7 +28,9 @@ Memory is what a process needed at most above what it held before the work, impo
 what its children needed at most; where it says peak, all that the process held.
 [measurements.md](measurements.md) holds what takes longer or has to be looked at.
 """.strip()
-ORDER = ("clean", "tiling", "dask", "read", "train", "predict", "metrics", "memory")
+ORDER = (
+    "clean", "tiling", "dask", "read", "train", "predict", "metrics", "memory", "hdr", "composite",
+)  # fmt: skip
 MARKERS = "os^Dv<>"
 
 

@@ -278,10 +278,6 @@ def test_images_of_two_resolutions_are_read_in_one(tmp_path):
     np.testing.assert_array_equal(patches.read(0).image, image.raster.read(window))
     other = dataclasses.replace(both.constituents[0], resolution=0.9)
     assert other.made_from != both.constituents[0].made_from
-    with pytest.raises(InputError, match=r"holds pixels of .*c1\.tif, which is read in"):
-        masks.read_labels(
-            pairs[0].mask, both.images[0].raster, attribute="label", coordinates="pixel"
-        )
 
 
 # ---------------------------------------------------------------------------------------------

@@ -385,8 +385,9 @@ def test_an_overlay_is_the_picture_and_the_colours_in_their_shares(tmp_path, sha
     with rasterio.open(tmp_path / "map.tif") as dst:
         table = np.array([dst.colormap(1)[i][:3] for i in range(256)])
     paint_ = table[classes].transpose(2, 0, 1)
-    known, unknown = classes < 255, (classes == 255) & (raw > 0)
+    known, unknown = (classes > 0) & (classes < 255), np.isin(classes, (0, 255)) & (raw > 0)
     assert known.any()
+    assert (classes == 0).any()
     assert unknown.any()
     for layer, share in ((half, 0.5), (most, 0.7), (full, 1)):
         blend = (1 - share) * picture[:3] + share * paint_
