@@ -70,21 +70,24 @@ sample: $(READY)
 
 # pip is checked by the stamp, not by the folder: an interrupted set-up is repeated
 $(READY): requirements.txt constraints.txt
-	$(call make_environment,$(VENV),requirements.txt)
+	$(call make_environment,$(VENV),requirements.txt,constraints.txt)
 	touch $@
 
-# SAHI asks for opencv-python, which overwrites the cv2 of opencv-python-headless; see the file
+# SAHI asks for opencv-python, which overwrites the cv2 of opencv-python-headless; see the file.
+# DeepForest wants older safetensors than the project takes by itself, and they older others.
 $(BENCH_READY): requirements-bench.txt requirements.txt constraints.txt
-	$(call make_environment,$(BENCH_VENV),requirements-bench.txt)
+	grep -Ev '^(safetensors|huggingface_hub)==' constraints.txt > $(BENCH_VENV).tmp
+	$(call make_environment,$(BENCH_VENV),requirements-bench.txt,$(BENCH_VENV).tmp)
+	rm $(BENCH_VENV).tmp
 	$(BENCH_VENV)/bin/python -m pip install --quiet --no-deps sahi==0.12.0
 	touch $@
 
-# of a folder, and a file of requirements
+# of a folder, a file of requirements, and one of versions
 define make_environment
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	@# Debian ships Python without the module that makes environments
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || { $(SUDO) apt-get update && $(SUDO) apt-get install -y python3-venv; }
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install --quiet --upgrade pip
-	$(1)/bin/python -m pip install --quiet --prefer-binary -r $(2) -c constraints.txt
+	$(1)/bin/python -m pip install --quiet --prefer-binary -r $(2) -c $(3)
 endef

@@ -142,6 +142,12 @@ def prepare_search(
         InputError: Splits share ground, a split has no tile or object, a label is never seen in
             training, or a model as configured cannot be built.
     """
+    given = "detection" if any(image.labels is None for image in images) else "segmentation"
+    if conf.task != given:
+        raise InputError(
+            f"the images are annotated for {given}, but the configuration's task is {conf.task}; "
+            f"set task = {given!r}"
+        )
     rasters = {image.image_identifier: image.raster for image in images}
     indexes = {size: tiling.read_tiles(directory) for size, directory in tilings.items()}
     ground = blocks[blocks["split"] == "train"]

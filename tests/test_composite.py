@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 import numpy as np
 import pytest
 import rasterio
+import rasterio.shutil
 import torch
 from conftest import PROJECT
 from segments import texture, write_band
@@ -24,9 +26,11 @@ import imutils
 import masks
 import sampledata
 import tilecache
+import trials
 from composite import CompositeTrainingDataset, PatchOptions, TrainingDataset
 from datasets import BlockSampler, PatchDataset, TileBatches
 from ImageData import IGNORE, InputError, Window
+from ModelConfig import ModelConfig
 
 OPTIONS = PatchOptions(size=64, overlap=32, block_size=128)
 SEEN = imutils.Radiometry("none", (0.0,), (255.0,), (0.5,), (0.2,))
@@ -79,6 +83,38 @@ def test_the_key_does_not_depend_on_the_order_of_adding(pairs, tmp_path):
         other + (a + b)
 
 
+def test_a_mask_in_a_vrt_is_known_by_its_sources(pairs, tmp_path):
+    _, mask = write_pair(tmp_path, "v", 7)
+    vrt = tmp_path / "v.vrt"
+    rasterio.shutil.copy(mask, vrt, driver="VRT")
+    pair = dataclasses.replace(pairs[0], mask=vrt)
+    before = pair.made_from
+    with rasterio.open(mask, "r+") as dst:
+        pixels = dst.read(1)
+        pixels[200, 200] ^= 1
+        dst.write(pixels, 1)
+    assert pair.made_from != before
+
+
+def test_messages_speak_of_the_options_here(pairs, tmp_path):
+    wrong = of([dataclasses.replace(pairs[0], classes={"0": "calm", "5": "rough"})], tmp_path)
+    with pytest.raises(InputError, match=r"not among classes, .*with attribute_filter") as caught:
+        wrong.prepare(workers=1)
+    assert not re.search(r"[A-Z_]{5,}", str(caught.value))
+
+
+def test_images_of_two_resolutions_are_told(tmp_path, caplog):
+    for name, step in (("fine", 1.0), ("coarse", 2.0)):
+        for path in write_pair(tmp_path, name, 1):
+            with rasterio.open(path, "r+") as dst:
+                dst.crs, dst.transform = "EPSG:32633", rasterio.Affine(step, 0, 5e5, 0, -step, 5e6)
+    far = [TrainingDataset(tmp_path / f"{n}.tif", tmp_path / f"{n}_mask.tif") for n in
+           ("fine", "coarse")]  # fmt: skip
+    with pytest.raises(InputError, match="share ground"):
+        of(far, tmp_path / "cache").prepare(workers=1)
+    assert "have pixels of 1 to 2 m; give every pair the same resolution" in caplog.text
+
+
 def test_two_images_of_one_name_are_refused(pairs):
     with pytest.raises(InputError, match=r"differ in their stems.*'a'"):
         pairs[0] + dataclasses.replace(pairs[0], bands=(1,))
@@ -112,6 +148,9 @@ def test_empty_and_constant_patches_are_left_out_with_the_reason(made):
 
 def test_values_of_each_pair_mean_its_own_classes(made):
     assert made.classes.names == ("calm", "rough")
+    assert of(made.constituents, made.cache_directory).load_prepared_arrays()["test"].classes == (
+        "calm", "rough",
+    )  # fmt: skip
     for split, patches in made.load_prepared_arrays().items():
         for row, tile in enumerate(patches.rows.itertuples()):
             own = next(p for p in made.constituents if p.identifier == tile.raster)
@@ -248,6 +287,35 @@ def test_processes_write_what_one_does(made, tmp_path):
         mine = made.load_prepared_arrays()[split]
         np.testing.assert_array_equal(patches.images[:], mine.images[:])
         np.testing.assert_array_equal(patches.masks[:], mine.masks[:])
+
+
+def test_a_cluster_writes_what_is_written_here(made, tmp_path, cluster):
+    other = of(made.constituents, tmp_path).prepare(scheduler=cluster)
+    for split, patches in other.save_prepared_arrays(scheduler=cluster).items():
+        mine = made.load_prepared_arrays()[split]
+        np.testing.assert_array_equal(patches.images[:], mine.images[:])
+        np.testing.assert_array_equal(patches.masks[:], mine.masks[:])
+
+
+def test_a_search_trains_on_the_arrays_that_are_there(made, tmp_path):
+    conf = ModelConfig(task="segmentation", batch_size=4, train={"random_windows": False})
+    given = made.images, made.blocks, made.tilings, [1.0]
+    with pytest.raises(InputError, match=r"annotated for segmentation.*task is detection"):
+        trials.prepare_search(*given, dataclasses.replace(conf, task="detection"))
+    data, _ = trials.prepare_search(*given, conf, patches={64: made.folder})
+    tiles = trials.training_tiles(data, conf, 64)
+    assert isinstance(tiles, PatchDataset)
+    assert tiles.patches.store == made.folder / "train.zarr"
+    assert len(tiles) == len(made.load_prepared_arrays()["train"])
+    moved = dataclasses.replace(conf, train=dataclasses.replace(conf.train, random_windows=True))
+    with pytest.raises(InputError, match=r"train\.random_windows is on; turn it off"):
+        trials.prepare_search(*given, moved, patches={64: made.folder})
+    other = of(made.constituents[:1], tmp_path).prepare(workers=1)
+    other.save_prepared_arrays(workers=1)
+    with pytest.raises(InputError, match=r"lacks \d+ train tiles of 64 px"):
+        trials.prepare_search(*given, conf, patches={64: other.folder})
+    with pytest.raises(InputError, match="no complete patches"):
+        trials.prepare_search(*given, conf, patches={})
 
 
 def test_images_of_two_resolutions_are_read_in_one(tmp_path):

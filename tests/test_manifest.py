@@ -135,12 +135,30 @@ def test_a_run_takes_named_datasets(folder):
     assert (alone.TARGET_RESOLUTION, alone.MODEL_OPTIONS) == (0.5, {})
 
 
+def test_how_masks_of_named_datasets_are_read_goes_to_the_run(folder):
+    more = "mask_reference: true, coordinates: map, attribute_filter: area > 3, default_label: x"
+    registry = REGISTRY.replace("weight: 3", f"weight: 3, {more}")
+    params = run_with(folder, "[north]", registry)
+    assert params.MASK_REFERENCE
+    assert (params.COORDINATES, params.ATTRIBUTE_FILTER, params.DEFAULT_LABEL) == (
+        "map", "area > 3", "x",
+    )  # fmt: skip
+    assert run_with(folder, "[north]", registry, "COORDINATES: lonlat").COORDINATES == "lonlat"
+    plain = run_with(folder, "[north]", more="MASK_REFERENCE: true")
+    assert (plain.MASK_REFERENCE, plain.COORDINATES) == (True, "auto")
+
+
 @pytest.mark.parametrize(
     ("names", "registry", "message"),
     [
         ("[nort]", REGISTRY, "no dataset 'nort'; did you mean north"),
         ("[north, south]", REGISTRY, "need the same resolution.*set TARGET_RESOLUTION"),
         ("[north, south]", REGISTRY.replace("[2, 1]", "[1]", 1), "need the same bands"),
+        (
+            "[north, south]",
+            REGISTRY.replace("resolution: 0.5", "mask_reference: true"),
+            "need the same mask_reference.*set MASK_REFERENCE",
+        ),
         (
             "[north, south]",
             REGISTRY.replace("2: road", "1: road").replace(", resolution: 0.5", ""),
@@ -151,3 +169,8 @@ def test_a_run_takes_named_datasets(folder):
 def test_datasets_that_are_unknown_or_differ_are_refused(folder, names, registry, message):
     with pytest.raises(InputError, match=message):
         run_with(folder, names, registry)
+
+
+def test_named_datasets_take_one_name_of_the_attribute(folder):
+    with pytest.raises(InputError, match=r"LABEL_COLUMN_NAME is one name for the DATASETS"):
+        run_with(folder, "[north]", more="LABEL_COLUMN_NAME: [a, b]")
