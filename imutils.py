@@ -28,7 +28,7 @@ BACKGROUND_NAME, BACKGROUND_COLOR = "background", "#C8C8C8"  # of maps
 GOLDEN = 0.618034  # of the circle of hues, between two colours
 STRETCHES = ("none", "minmax", "percentile", "log", "hdr_log")
 LOG_STEEPNESS = 1000.0
-PIECE = 2**15  # values that `log_transform` takes through all its steps while they are in the cache
+PIECE = 2**16  # values that `log_transform` takes through all its steps while they are in the cache
 
 
 def rotate_bbox_90(
