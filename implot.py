@@ -39,6 +39,7 @@ from explore import explore as explore  # with the other pictures
 from explore import outlines, preview
 from ImageData import BOX_COLUMNS, IGNORE, ImageData, InputError, Window
 from imutils import (
+    BACKGROUND_NAME,
     COLORS,
     DETECTION_COLOR,
     OTHER,
@@ -1367,7 +1368,7 @@ def plot_class_map(
     colormap: Mapping[int, tuple[str, str]] | None = None,
     window: Window | None = None,
 ) -> Figure:
-    """Draw a raster, its class map, and half of each over the other.
+    """Draw a raster, its class map, and the classes but the background over the raster.
 
     Args:
         raster: The raster.
@@ -1391,7 +1392,8 @@ def plot_class_map(
     paint |= dict(colormap or {})
     pixels = np.bincount(classes.ravel(), minlength=IGNORE + 1)
     known_pixels = max(pixels[:IGNORE].sum(), 1)
-    picture = _paint_table({number: color for number, (_, color) in paint.items()})[classes]
+    colors = {number: color for number, (_, color) in paint.items()}
+    seen = {i: color for i, color in colors.items() if paint[i][0] != BACKGROUND_NAME}
     slope = window.height / window.width
     wide = slope < 1 / PANORAMA  # one above the other
     shape, high = ((3, 1), 3 * slope * WIDTH + 2) if wide else ((1, 3), slope * WIDTH / 3 + 1.2)
@@ -1400,14 +1402,15 @@ def plot_class_map(
         sharex=True, sharey=True,
     )  # fmt: skip
     extent = (window.x, window.x + window.width, window.y + window.height, window.y)
-    for ax, title, alpha in zip(
-        axes, ("raster", "classes", "both"), (0.0, 1.0, OVERLAY), strict=True
+    for ax, title, alpha, painted in zip(
+        axes, ("raster", "classes", "both"), (0.0, 1.0, OVERLAY), ({}, colors, seen), strict=True
     ):
         if alpha < 1:
             show_window(ax, raster, window, gray=alpha > 0)
         else:
             ax.set(xlabel="x (px)", ylabel="y (px)", facecolor="white")
         if alpha > 0:
+            picture = _paint_table(painted)[classes]
             ax.imshow(picture, extent=extent, alpha=alpha, interpolation="nearest")
         ax.set_title(title, fontsize="medium")
         ax.label_outer()

@@ -149,7 +149,7 @@ def compare(
 
     Args:
         rows: Of the ledger; trials of the same task. They are named by their number and by the
-            run and the hyperparameters in which they differ.
+            run and the hyperparameters in which they differ, one alone by its run.
         raster: One that the models were trained on; or a file or address, which has to fit each.
         window: The part, px, held whole.
         truth: Title -> what is known there, see `implot.plot_comparison`; class ids are those of
@@ -184,7 +184,7 @@ def compare(
             ids = np.full(IGNORE + 1, IGNORE, np.uint8)
             ids[: len(model.labels)] = [names.index(label) for label in model.labels]
             seen = ids[seen]
-        title = ", ".join(f"{name} {row[name]}" for name in tellers) or str(row["trial"])
+        title = ", ".join(f"{name} {row[name]}" for name in tellers) or str(row["run"])
         found[f"{number}: {title}"] = seen
     return implot.plot_comparison(opened, window, found, names)
 
@@ -408,17 +408,17 @@ def main(argv: Sequence[str]) -> int:
             raise InputError(f"--out must end in .parquet or .csv, got {args.out}")
         table = read_ledger(args.runs_dir, args.where)
         table = table if args.best is None else rank_rows(table, args.best)
+        names = dict.fromkeys([*SHOWN[:-1], *filter(None, [args.best]), SHOWN[-1]])
+        shown = table[[name for name in names if name in table]].dropna(axis=1, how="all")
+        told = "no run here"
+        if len(table):
+            told = shown.to_string(index=False, na_rep="", float_format="%.4g")
+        if args.best is not None:
+            told += f"\nthe best model: {table['checkpoint'].iloc[0]}"
         if args.out is not None:
             fileio.write_table(args.out, table)
-            sys.stdout.write(f"rows written to {args.out}: {len(table)}\n")
-        else:
-            names = dict.fromkeys([*SHOWN[:-1], *filter(None, [args.best]), SHOWN[-1]])
-            shown = table[[name for name in names if name in table]].dropna(axis=1, how="all")
-            sys.stdout.write(
-                "no run here\n"
-                if table.empty
-                else shown.to_string(index=False, na_rep="", float_format="%.4g") + "\n"
-            )
+            told += f"\nrows written to {args.out}: {len(table)}"
+        sys.stdout.write(f"{told}\n")
     except (InputError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return FAILED

@@ -33,7 +33,6 @@ import tiling
 from ImageData import IGNORE, ImageData, InputError, Window
 from imutils import Radiometry
 from LargeRasterOR import VIEWS, autocast
-from masks import BACKGROUND
 from ModelConfig import Views
 from strips import Tile, TilePredictor, batch_of, find_devices, load_model
 
@@ -761,7 +760,7 @@ class _Overlay:
         colors = _color_table(files.colors)
         self.colors = np.zeros((IGNORE + 1, 3), np.float32)
         self.colors[list(colors)] = [color[:3] for color in colors.values()]
-        bare = [i for i, name in enumerate(files.names) if name == BACKGROUND]
+        bare = [i for i, name in enumerate(files.names) if name == imutils.BACKGROUND_NAME]
         self.painted = ~np.isin(np.arange(IGNORE + 1), [*bare, IGNORE])
         ground = pd.DataFrame([(self.raster.identifier, 0, 0, raster.width, raster.height)],
                               columns=["raster", *tiling.WINDOW_COLUMNS])  # fmt: skip

@@ -185,10 +185,11 @@ def test_the_command_writes_and_shows_the_ledger(runs, tmp_path, capsys):
     written = pd.read_parquet(out)
     assert (written["AP50"] > 0.85).all()
     assert len(written) == len(ledger.read_ledger(runs, arguments[3])) > 0
-    assert capsys.readouterr().out == f"rows written to {out}: {len(written)}\n"
+    told = capsys.readouterr().out
     assert gridsearch.main(arguments) == 0
     shown = capsys.readouterr().out
     assert len(shown.splitlines()) == 1 + len(written)
+    assert told == f"{shown}rows written to {out}: {len(written)}\n"
     assert gridsearch.main(["ledger", str(tmp_path / "none")]) == ledger.FAILED
     assert "there is no folder of runs" in capsys.readouterr().err
     assert gridsearch.main([*arguments, "--out", "x.pkl"]) == ledger.FAILED
@@ -221,11 +222,12 @@ def test_folders_of_several_machines_are_one_table(runs, tmp_path, capsys):
     assert set(ledger.read_ledger(tmp_path / "other")["run"]) == {"deep"}
     arguments = ["ledger", str(runs), str(other), "--best", "AP50", "--where", "AP50 > 0.1"]
     assert gridsearch.main(arguments) == 0
-    first, second = capsys.readouterr().out.splitlines()[1:3]
+    _, first, second, *_, last = capsys.readouterr().out.splitlines()
     best = ledger.rank_rows(table, "AP50").iloc[0]
     assert f"{best['AP50']:.4g}" in first
     assert best["trial"] in first
     assert best["trial"] in second  # of the copy
+    assert last == f"the best model: {best['checkpoint']}"
 
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
@@ -264,6 +266,8 @@ def test_models_are_compared_on_one_window(tmp_path, monkeypatch, task):
         assert 0.2 < same.mean() < 0.9  # land and sea have other colours
         with pytest.raises(InputError, match="the models differ in their classes"):
             ledger.compare(rows, tmp_path / "a.tif", window, {"truth": np.zeros((150, 200), "u1")})
+    alone = ledger.compare(rows[:1], tmp_path / "a.tif", window, override=["radiometry"])
+    assert alone.axes[1].get_title().startswith("1: r")
     with pytest.raises(InputError, match="there are no trials to compare"):
         ledger.compare(rows[:0], tmp_path / "a.tif", window)
 
