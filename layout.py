@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -401,6 +402,7 @@ def _cached_copy(raster: Raster, cache_dir: Path) -> Raster | InputError:
             log.info("%s is being rewritten to %s", raster.path, copy)
             remove_strays(copy.parent)
             rewrite(raster.original or raster, copy)
+            os.utime(copy, ns=(changed, changed))  # of whatever clock
         found = Raster.open(copy, raster.bands).with_regions(raster.regions)
         return resampled(found, raster.target_resolution)
     except FullDiskError:

@@ -390,6 +390,9 @@ def test_a_repaired_raster_has_the_name_bands_and_regions_and_is_made_once(strip
     assert repair(raster, tmp_path).path.stat().st_mtime_ns == made
     os.utime(striped)  # the fingerprint may have missed what was written
     assert repair(raster, tmp_path).path.stat().st_mtime_ns > made
+    os.utime(striped, (2**32, 2**32))  # of a clock that was wrong
+    once = repair(raster, tmp_path).path.stat().st_ino
+    assert repair(raster, tmp_path).path.stat().st_ino == once
     assert repair(mended, tmp_path) is mended
 
 
