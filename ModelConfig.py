@@ -24,7 +24,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 from ImageData import InputError
-from manifest import NamedDataset, read_manifest, read_registry, select_datasets
+from manifest import DATASET_PARAMETERS, NamedDataset, read_manifest, read_registry, select_datasets
 from oldconfig import OldConfig, merge, read_config
 
 Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v3_large"]
@@ -471,22 +471,16 @@ def _listed(manifest: object, bucket: str | None) -> dict[str, Any]:
     }
 
 
-_PARAMETER_OF = {
-    "bands": "BANDS", "resolution": "TARGET_RESOLUTION", "coordinates": "COORDINATES",
-    "mask_reference": "MASK_REFERENCE", "attribute_filter": "ATTRIBUTE_FILTER",
-    "default_label": "DEFAULT_LABEL",
-}  # fmt: skip
-
-
 def _named(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters that named datasets stand for."""
     chosen = select_datasets(read_registry(given["DATASET_REGISTRY"]), given["DATASETS"])
     weights = {Path(i).stem: d.weight for d in chosen for i in d.images if d.weight != 1}
     options = {"train.raster_weights": [*map(list, weights.items())]} if weights else {}
-    if not isinstance(given["LABEL_COLUMN_NAME"], str):
+    bare = [d.name for d in chosen if d.attribute is None]
+    if bare and not isinstance(given["LABEL_COLUMN_NAME"], str):
         raise InputError(
-            "LABEL_COLUMN_NAME is one name for the DATASETS that have no attribute, got "
-            f"{given['LABEL_COLUMN_NAME']}; write their attributes to {given['DATASET_REGISTRY']}"
+            f"of named datasets LABEL_COLUMN_NAME is one name, got {given['LABEL_COLUMN_NAME']}; "
+            f"write the attribute of {bare} to {given['DATASET_REGISTRY']}"
         )
     return {
         "IMAGE_FILENAMES": [_absolute_name(i) for d in chosen for i in d.images],
@@ -494,22 +488,25 @@ def _named(given: Mapping[str, Any]) -> dict[str, Any]:
         "LABEL_COLUMN_NAME": [
             d.attribute or given["LABEL_COLUMN_NAME"] for d in chosen for _ in d.images
         ],
-        **{p: _common(chosen, name, given[p]) for name, p in _PARAMETER_OF.items()},
+        **{
+            parameter: _common(chosen, name, given[parameter], parameter)
+            for name, parameter in DATASET_PARAMETERS.items()
+        },
         "CLASSES": _merged_classes(chosen) or given["CLASSES"],
         "MODEL_OPTIONS": options | given["MODEL_OPTIONS"],
     }
 
 
-def _common(chosen: Sequence[NamedDataset], name: str, wanted: object) -> object:
-    """Return what all datasets have as a field, unless a parameter says what is wanted."""
-    values = {d.name: getattr(d, name) for d in chosen}
-    default = getattr(NamedDataset, name, None)
+def _common(chosen: Sequence[NamedDataset], name: str, wanted: object, parameter: str) -> object:
+    """Return what all datasets have as a field, unless a parameter that was set says otherwise."""
+    values, default = {d.name: getattr(d, name) for d in chosen}, getattr(NamedDataset, name, None)
     if wanted != default or set(values.values()) == {default}:
         return wanted
     if len(set(values.values())) > 1:
+        for_all = f"set {parameter} for all of them" if default is None else "write the same to all"
         raise InputError(
-            f"the datasets of a run need the same {name}, got {values}; set {_PARAMETER_OF[name]} "
-            "for all of them, or put them together with composite.CompositeTrainingDataset"
+            f"the datasets of a run need the same {name}, got {values}; {for_all}, or put them "
+            "together with composite.CompositeTrainingDataset"
         )
     value = next(iter(values.values()))
     return list(value) if isinstance(value, tuple) else value

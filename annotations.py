@@ -38,6 +38,7 @@ MIN_SIDE = 0.01  # px; a box thinner than this has no area in float32
 LARGE_LOSS = 0.3  # share of the rows that one step may drop before it is worth a warning
 ROW_BASE = 2**40  # index of the first row while steps run
 QUARANTINE_BOX_COLUMNS = [f"px_{name}" for name in BOX_COLUMNS]
+EDGE = 1e-4  # px; what reaches so little over an edge does so by rounding
 EARTH_RADIUS = 6_378_137.0  # m; a globe within 1 % of it is the Earth
 PARTS = "parts"  # folder of what each raster's cleaning left
 SAME_BOX_DIGITS = 6  # digits of px in which duplicates agree
@@ -496,7 +497,7 @@ class _Reading:
         scale: Pixels per unit of the diameter; where the file gives boxes or polygons, `resized`.
         unit: Where diameters belong to points of a map or a vector file, in the column
             `given_diameter`: what they are after scaling, "m" or "px".
-        resized: Pixels per pixel of the file, where it gives pixels; see `fileio.resampled`.
+        resized: Pixels per pixel of the raster's file, see `fileio.resampled`.
     """
 
     raw: pd.DataFrame
@@ -628,9 +629,9 @@ def _plan_reading(path: Path, raster: fileio.Raster, o: ReadingOptions) -> _Read
     if label not in raw.columns:
         raw = raw.assign(**{label: pd.Series(None, index=raw.index, dtype=object)})
 
-    size_xy = raster.pixel_size_xy if crs is None else (1.0, 1.0)
-    resized = 1 / math.sqrt(math.prod(size_xy))
-    o = replace(o, diameter_scale=o.diameter_scale * resized)
+    resized = 1 / math.sqrt(math.prod(raster.pixel_size_xy))
+    if crs is None:
+        o = replace(o, diameter_scale=o.diameter_scale * resized)
     steps = _choosing_steps(path, file, raster, o)
     steps |= _label_steps(raw, label, o.default_label)
     for name in numeric if is_table else ():
@@ -639,11 +640,10 @@ def _plan_reading(path: Path, raster: fileio.Raster, o: ReadingOptions) -> _Read
             remove_non_numeric_rows, column_name=name, default_diameter=default
         )
     if crs is None and raster.original is not None:
-        places = BOX_COLUMNS if from_columns or not is_table else numeric[:2]
-        steps["pixels as they are read"] = partial(
-            fileio.scale_pixels, scale_xy=1 / np.array(size_xy), x_names=places[::2],
-            y_names=places[1::2],
-        )  # fmt: skip
+        places = [] if file.kind == "vector" else BOX_COLUMNS
+        if is_table and not from_columns:
+            places = numeric[:2]
+        steps["pixels as they are read"] = partial(_resize, raster=raster, names=places)
     own_steps = [(name_of(step), step) for step in o.extra_steps]
     boxes_from, scale, unit = "boxes", resized, None
     if is_table and crs is None and not from_columns:
@@ -685,6 +685,28 @@ def _plan_reading(path: Path, raster: fileio.Raster, o: ReadingOptions) -> _Read
     if o.drop_duplicates:
         steps[DUPLICATE] = lambda df: df[~find_duplicates(df, label)]
     return _Reading(raw, steps, boxes_from, label, scale, unit, resized)
+
+
+def _resize(df: pd.DataFrame, raster: fileio.Raster, names: Sequence[str]) -> pd.DataFrame:
+    """Take places from pixels of the file to those in which a raster is read.
+
+    Args:
+        df: The rows.
+        raster: The raster. Boxes that reach into the last pixels of its file, of which no whole one
+            could be made, end where it does.
+        names: Columns of places, x and y by turns.
+    """
+    scale_xy = 1 / np.array(raster.pixel_size_xy)
+    df = fileio.scale_pixels(df, scale_xy, names[::2], names[1::2])
+    if list(names) != BOX_COLUMNS:
+        return df
+    file = np.array([raster.original.width, raster.original.height]) * scale_xy
+    own = (raster.width, raster.height)
+    ends = {name: (file[i % 2] + EDGE, own[i % 2]) for i, name in enumerate(names)}
+    return df.assign(**{
+        name: df[name].where(~df[name].between(-EDGE, most), df[name].clip(0, side))
+        for name, (most, side) in ends.items()
+    })  # fmt: skip
 
 
 def _check_columns(

@@ -210,7 +210,10 @@ def write_atlas(
         for name, raster in rasters.items()
     }
     with_errors = [name for name in rasters if (errors["raster"] == name).any()]
-    places = {name: [rasters[name].crs, rasters[name].transform] for name in with_errors}
+    places = {
+        name: [rasters[name].crs, rasters[name].transform, rasters[name].pixel_size_xy]
+        for name in with_errors
+    }
     made_from = {"errors": fileio.fingerprint(errors), "places": places}
     if not fileio.is_finished(folder / MANIFEST, made_from):
         with fileio.exclusive(folder, wait=True):

@@ -33,25 +33,24 @@ import splits
 import tilecache
 import tiling
 from ImageData import SPLITS, ImageData, InputError
-from manifest import NamedDataset, select_datasets
+from manifest import DATASET_PARAMETERS, NamedDataset, select_datasets
 from manifest import get_dataset as get_dataset  # here is where it is looked for
 from manifest import read_registry as read_registry
 
 log = logging.getLogger(__name__)
 
+ARRAYS = "arrays.txt"  # names the folder of the patches, which other indexes may share
 RESOLUTION_TOLERANCE = 0.2  # relative difference of pixels' sides from which on a warning tells
-# What parameters of the notebook, of which messages speak, are called here
-OWN_WORDS = {
-    "LABEL_COLUMN_NAME": "attribute", "CLASSES": "classes", "BANDS": "bands",
-    "MASK_REFERENCE": "mask_reference", "COORDINATES": "coordinates",
-    "TARGET_RESOLUTION": "resolution", "PATCH_SIZES": "PatchOptions.size",
+OWN_WORDS = {  # for parameters of a run, of which messages speak
+    **{parameter: name for name, parameter in DATASET_PARAMETERS.items()},
+    "LABEL_COLUMN_NAME": "attribute", "CLASSES": "classes", "PATCH_SIZES": "PatchOptions.size",
     "BLOCK_SIZE": "PatchOptions.block_size", "SPLIT_BY": "PatchOptions.split_by",
-    "TEST_PROPORTION": "PatchOptions.test_proportion", "MIN_VALID": "PatchOptions.min_valid",
+    "TEST_PROPORTION": "PatchOptions.test_proportion",
     "VALIDATION_PROPORTION": "PatchOptions.validation_proportion",
-    "ATTRIBUTE_FILTER": "attribute_filter", "DEFAULT_LABEL": "default_label",
-    "TILE_OVERLAP": "PatchOptions.overlap", "MIN_ANNOTATED": "PatchOptions.min_annotated",
-    "CENSORED_PIXELS_LIMIT": "PatchOptions.pixel_limit", "SEED": "PatchOptions.seed",
+    "MIN_VALID": "PatchOptions.min_valid", "CENSORED_PIXELS_LIMIT": "PatchOptions.pixel_limit",
+    "SEED": "PatchOptions.seed",
 }  # fmt: skip
+PARAMETER = re.compile(r"(?<![\w/'\"])[A-Z_]{4,}(?![\w/'\".])")  # in no path or quoted value
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ class TrainingDataset:
         classes: What the values mean, see `masks.make_table`; classes of different pairs that have
             the same name are one.
         mask_reference: Whether ground without a label is unknown, instead of background.
+        layer: Of the mask's file, where it has several.
         coordinates: See `annotations.ReadingOptions`.
         attribute_filter: Likewise.
         default_label: Likewise.
@@ -81,6 +81,7 @@ class TrainingDataset:
     attribute: str | None = None
     classes: Mapping[str, str] | tuple[str, ...] | None = None
     mask_reference: bool = False
+    layer: str | None = None
     coordinates: str = "auto"
     attribute_filter: str | None = None
     default_label: str | None = None
@@ -124,7 +125,7 @@ class TrainingDataset:
         """Read the labels, with classes of this pair only."""
         return masks.read_labels(
             self.mask, self.raster, attribute=self.attribute, classes=self.classes,
-            mask_reference=self.mask_reference, coordinates=self.coordinates,
+            mask_reference=self.mask_reference, layer=self.layer, coordinates=self.coordinates,
             attribute_filter=self.attribute_filter, default_label=self.default_label,
             workers=workers,
         )  # fmt: skip
@@ -155,7 +156,7 @@ class PatchOptions:
         pixel_limit: Handed to every filter.
         min_valid: Least share of a training patch that is valid ground.
         min_annotated: Least percentage of a training patch with a class other than background.
-        seed: Of the split and of the order of the patches.
+        seed: Of the split.
     """
 
     size: int = 256
@@ -183,6 +184,7 @@ class CompositeTrainingDataset:
         blocks: Ground blocks, once prepared.
         tilings: Size -> folder of the tile index, once prepared; `trials.prepare_search` takes the
             three as it takes those of the notebook.
+        prepared: The key of what was prepared.
     """
 
     constituents: tuple[TrainingDataset, ...]
@@ -191,6 +193,7 @@ class CompositeTrainingDataset:
     images: list[ImageData] | None = field(default=None, repr=False)
     blocks: pd.DataFrame | None = field(default=None, repr=False)
     tilings: dict[int, Path] | None = field(default=None, repr=False)
+    prepared: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Put the pairs in order; equal ones are one."""
@@ -222,9 +225,10 @@ class CompositeTrainingDataset:
         pairs = [
             TrainingDataset(
                 image, mask, bands=named.bands, attribute=named.attribute, classes=named.classes,
-                mask_reference=named.mask_reference, coordinates=named.coordinates,
-                attribute_filter=named.attribute_filter, default_label=named.default_label,
-                resolution=named.resolution, tags=(named.name, *named.tags), weight=named.weight,
+                mask_reference=named.mask_reference, layer=named.layer,
+                coordinates=named.coordinates, attribute_filter=named.attribute_filter,
+                default_label=named.default_label, resolution=named.resolution,
+                tags=(named.name, *named.tags), weight=named.weight,
             )
             for named in select_datasets(registry, names)
             for image, mask in zip(named.images, named.masks, strict=True)
@@ -256,19 +260,17 @@ class CompositeTrainingDataset:
 
     @property
     def key(self) -> str:
-        """Name of the prepared arrays: of the content of all files, and of all options."""
+        """Name of what is prepared: of the content of all files, and of all options."""
+        with _in_own_words():
+            pairs = [[pair.identifier, pair.made_from] for pair in self.constituents]
         return fileio.fingerprint(
-            {
-                "pairs": [[pair.identifier, pair.made_from] for pair in self.constituents],
-                "options": vars(self.options),
-                "layout": tilecache.PATCH_LAYOUT,
-            }
+            {"pairs": pairs, "options": vars(self.options), "layout": tilecache.PATCH_LAYOUT}
         )
 
     @property
     def folder(self) -> Path:
-        """Where the prepared arrays and the index of their tiles are, or would be."""
-        return Path(self.cache_directory).absolute() / f"patches-{self.key}"
+        """Where the tile index is, and the name of the folder with the prepared arrays."""
+        return Path(self.cache_directory).absolute() / f"composite-{self.key}"
 
     # -- preparing ------------------------------------------------------------------------------
 
@@ -298,6 +300,7 @@ class CompositeTrainingDataset:
         return self
 
     def _prepare(self, *, workers: int | None, scheduler: str | None, progress: bool) -> None:
+        options, key, folder = self.options, self.key, self.folder
         rasters = [pair.raster for pair in self.constituents]
         sizes = [raster.resolution for raster in rasters if raster.resolution]
         if sizes and max(sizes) > (1 + RESOLUTION_TOLERANCE) * min(sizes):
@@ -312,12 +315,11 @@ class CompositeTrainingDataset:
                 f"{kinds}; choose bands of each"
             )
         labels = [pair.read_labels(workers) for pair in self.constituents]
-        self.images = [
+        images = [
             ImageData(raster, raster.identifier, masks.empty_table(), source)
             for raster, source in zip(rasters, _with_common_classes(labels), strict=True)
         ]
-        options = self.options
-        self.blocks = splits.ground_blocks(
+        blocks = splits.ground_blocks(
             rasters, split_by=options.split_by, max_tile_size=options.size,
             block_size=options.block_size, test_proportion=options.test_proportion,
             validation_proportion=options.validation_proportion, seed=options.seed,
@@ -325,21 +327,22 @@ class CompositeTrainingDataset:
         tiled = tiling.TilingOptions(
             overlap=options.overlap, filters=options.filters, pixel_limit=options.pixel_limit,
             min_valid=options.min_valid, min_annotated=options.min_annotated, seed=options.seed,
-            evaluation_overlap=tiling.evaluation_overlap(self.images),
+            evaluation_overlap=tiling.evaluation_overlap(images),
         )  # fmt: skip
-        self.tilings = tiling.make_tiles(
-            self.images, self.blocks, [options.size],
-            self.folder / "index", tiled,
+        tilings = tiling.make_tiles(
+            images, blocks, [options.size], folder / "index", tiled,
             workers=workers, scheduler=scheduler, progress=progress,
         )  # fmt: skip
-        kept = self.tiles[self.tiles["kept"]]
-        splits.audit_splits(kept, {raster.identifier: raster for raster in rasters})
+        tiles, _ = tiling.read_tiles(tilings[options.size])
+        splits.audit_splits(tiles[tiles["kept"]], {raster.identifier: raster for raster in rasters})
+        self.images, self.blocks, self.tilings, self.prepared = images, blocks, tilings, key
 
     @property
     def tiles(self) -> pd.DataFrame:
         """The tile index, with `kept` and the `reason` why not; see `tiling.read_tiles`."""
         self._need_prepared()
-        tiles, _ = tiling.read_tiles(self.tilings[self.options.size])
+        (index,) = self.tilings.values()
+        tiles, _ = tiling.read_tiles(index)
         return tiles
 
     @property
@@ -393,13 +396,17 @@ class CompositeTrainingDataset:
             The patches of each split.
         """
         self._need_prepared()
-        tilecache.cache_patches(
+        key, folder = self.key, self.folder
+        if key != self.prepared:
+            raise InputError("files or options have changed since prepare(); call it again")
+        patches = tilecache.cache_patches(
             self.tiles,
             {image.image_identifier: image.raster for image in self.images},
             {image.image_identifier: image.labels for image in self.images},
-            Path(self.cache_directory), key=self.key, seed=self.options.seed,
+            Path(self.cache_directory),
             workers=workers, scheduler=scheduler, progress=progress,
         )  # fmt: skip
+        fileio.write_text(folder / ARRAYS, patches.name)
         return self.load_prepared_arrays()
 
     def load_prepared_arrays(self) -> dict[str, tilecache.Patches]:
@@ -408,15 +415,34 @@ class CompositeTrainingDataset:
         Raises:
             InputError: There are none.
         """
-        return {split: tilecache.open_patches(self.folder, split) for split in SPLITS}
+        patches = self._arrays()
+        if patches is None:
+            raise InputError(
+                f"no arrays are saved in {self.cache_directory} for these files and options; call "
+                "prepare() and save_prepared_arrays(), which go on where they were stopped"
+            )
+        return {split: tilecache.open_patches(patches, split) for split in SPLITS}
 
     def delete_prepared_arrays(self) -> None:
-        """Delete the patches, and the index of their tiles; the files they come from stay."""
-        if self.folder.is_dir():
-            with fileio.exclusive(self.folder):
-                (self.folder / tilecache.MANIFEST).unlink(missing_ok=True)  # incomplete from now on
-                shutil.rmtree(self.folder)
-        self.images = self.blocks = self.tilings = None
+        """Delete the patches, and the index of their tiles; the files they come from stay.
+
+        Composites with the very same patches lose theirs.
+        """
+        for folder in (self._arrays(), self.folder):
+            if folder is not None and folder.is_dir():
+                with fileio.exclusive(folder):
+                    (folder / tilecache.MANIFEST).unlink(missing_ok=True)  # incomplete from now on
+                    shutil.rmtree(folder)
+        self.images = self.blocks = self.tilings = self.prepared = None
+
+    def _arrays(self) -> Path | None:
+        """Return the folder of the patches; None: there is none."""
+        try:
+            name = (self.folder / ARRAYS).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        folder = self.folder.with_name(name)
+        return folder if tilecache.is_complete(folder) else None
 
 
 @contextmanager
@@ -424,7 +450,7 @@ def _in_own_words() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        told = re.sub(r"\b[A-Z_]{4,}\b", lambda m: OWN_WORDS.get(m[0], m[0]), str(error))
+        told = PARAMETER.sub(lambda found: OWN_WORDS.get(found[0], found[0]), str(error))
         raise InputError(told) from error
 
 

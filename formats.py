@@ -53,6 +53,7 @@ from ImageData import BOX_COLUMNS, CENTER_COLUMNS, InputError, RasterHandle
 log = logging.getLogger(__name__)
 
 X_COLUMNS, Y_COLUMNS = ["pixel_x", "xmin", "xmax"], ["pixel_y", "ymin", "ymax"]
+AREA = "area_px"  # column: of regions
 PIXEL_COLUMNS = [*CENTER_COLUMNS, "diameter", "label", *BOX_COLUMNS]
 YOLO_NAMES = ("classes.txt", "data.yaml", "dataset.yaml")
 TOLERANCE = 1e-6  # px; a polygon whose bounds differ by more from its box does not stand for it
@@ -112,12 +113,14 @@ def read_annotation_file(
     if remote and suffix in (".csv", ".parquet", ".xml", ".txt"):
         raise InputError(
             f"{path} is an address, of which only vector files are read, such as GeoPackage, "
-            "FlatGeobuf or GeoJSON; copy it to DF_DIR"
+            "FlatGeobuf or GeoJSON; copy it to this machine"
         )
     if suffix == ".csv":
         return AnnotationFile(read_table(path, text_columns), "table")
     if not remote and not path.exists():
-        raise InputError(f"annotation file {path} does not exist; check DF_DIR and the names in it")
+        raise InputError(
+            f"annotation file {path} does not exist; check its name and folder (of a run, DF_DIR)"
+        )
     if path.is_file() and not path.stat().st_size:
         raise InputError(f"{path} is empty (0 bytes); write it again, or leave its raster out")
     if suffix == ".parquet":
@@ -177,7 +180,7 @@ def read_table(path: Path, text_columns: Sequence[str] = (), *, rows: bool = Tru
     path = Path(path)
     if not path.exists():
         raise InputError(
-            f"annotation table {path} does not exist; check DF_DIR and the names in it"
+            f"annotation table {path} does not exist; check its name and folder (of a run, DF_DIR)"
         )
     try:
         # index_col: cells beyond the header must not shift the columns, but be an error
@@ -697,9 +700,13 @@ def annotation_writer(
 
     def in_file(df: pd.DataFrame) -> pd.DataFrame:
         if size_xy == (1, 1):
-            return df
-        diameter = df["diameter"] * math.sqrt(math.prod(size_xy))
-        return scale_pixels(df, size_xy).assign(diameter=diameter)
+            return _measured(df)
+        _check_boxes(df)
+        given = [[name for name in names if name in df] for names in (X_COLUMNS, Y_COLUMNS)]
+        df = scale_pixels(df, size_xy, *given)
+        if AREA in df.columns:
+            df = df.assign(**{AREA: df[AREA] * math.prod(size_xy)})
+        return _measured(df.drop(columns="diameter", errors="ignore"))  # the longer side, here, too
 
     with (
         atomic_path(path) as temporary,
@@ -719,7 +726,7 @@ def annotation_writer(
 
         def append(df: pd.DataFrame) -> None:
             nonlocal empty, columns
-            df = in_file(_measured(df))
+            df = in_file(df)
             if df.empty:
                 empty = df
                 return
@@ -733,28 +740,30 @@ def annotation_writer(
 
         yield append
         if not columns:
-            write(_measured(empty))
+            write(in_file(empty))
 
 
 def scale_pixels(
     df: pd.DataFrame,
     scale_xy: Sequence[float],
-    x_names: Sequence[str] = X_COLUMNS,
-    y_names: Sequence[str] = Y_COLUMNS,
+    x_names: Sequence[str] = (),
+    y_names: Sequence[str] = (),
 ) -> pd.DataFrame:
-    """Return places in pixels of another size.
+    """Return places in pixels of another size, to a millionth of one.
 
     Args:
-        df: Frame with places in the columns named, of which it may lack some, and in `geometry`.
+        df: Frame with places in the columns named, and in `geometry` if it holds geometries.
         scale_xy: New pixels per old one, in x and in y.
         x_names: Columns that count pixels to the right.
         y_names: Columns that count pixels down.
     """
-    names = {name: scale for names, scale in zip((x_names, y_names), scale_xy, strict=True)
-             for name in names if name in df.columns}  # fmt: skip
-    df = df.assign(**{name: df[name] * scale for name, scale in names.items()})
+    named = {name: scale for names, scale in zip((x_names, y_names), scale_xy, strict=True)
+             for name in names}  # fmt: skip
+    df = df.assign(**{name: (df[name] * scale).round(6) for name, scale in named.items()})
     if "geometry" in df.columns:
-        shapes = shapely.transform(df["geometry"].to_numpy(object), lambda xy: xy * [*scale_xy])
+        shapes = df["geometry"].to_numpy(object, copy=True)
+        there = shapely.is_geometry(shapes)
+        shapes[there] = shapely.transform(shapes[there], lambda xy: xy * [*scale_xy])
         df = df.assign(geometry=pd.Series(shapes, index=df.index, dtype=object))
     return df
 
@@ -764,10 +773,14 @@ def _layer_of(path: Path) -> str:
     return path.stem.lstrip(string.punctuation.replace("_", "")) or "objects"
 
 
-def _measured(df: pd.DataFrame) -> pd.DataFrame:
-    """Return boxes with their centres and diameters, where these are not given."""
+def _check_boxes(df: pd.DataFrame) -> None:
     if missing := [name for name in (*BOX_COLUMNS, "label") if name not in df.columns]:
         raise InputError(f"boxes to write need the columns {missing}, got {list(df.columns)}")
+
+
+def _measured(df: pd.DataFrame) -> pd.DataFrame:
+    """Return boxes with their centres and diameters, where these are not given."""
+    _check_boxes(df)
     df = df.reset_index(drop=True)
     low, high = df[BOX_COLUMNS[:2]].to_numpy(float), df[BOX_COLUMNS[2:]].to_numpy(float)
     center, side = low + (high - low) / 2, high - low

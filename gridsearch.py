@@ -148,8 +148,14 @@ def run_search(
         The leaderboard, see `read_leaderboard`.
 
     Raises:
-        InputError: The run holds trials made from other input, or every trial failed.
+        InputError: The run holds trials made from other input, every trial failed, or the space
+            lacks a hyperparameter.
     """
+    if lacking := [name for name in HYPERPARAMETERS if not search_space.get(name)]:
+        raise InputError(
+            f"search_space needs a list of values of each of {list(HYPERPARAMETERS)}; it lacks "
+            f"{lacking}"
+        )
     check_logger(logger, logger_options or {})
     run_dir, conf = Path(run_dir), copy.copy(conf)
     for name in ("init_from", "weights"):  # workers may be started elsewhere

@@ -1389,11 +1389,12 @@ def plot_class_map(
     names = [str(i) for i in range(count)] if labels is None else list(labels)
     paint = dict(enumerate(zip(names, class_colors(names), strict=True)))
     paint |= {i: (names[i] if labels else name, color) for i, (name, color) in known.items()}
+    bare = {i for i, (name, _) in paint.items() if name == BACKGROUND_NAME}
     paint |= dict(colormap or {})
     pixels = np.bincount(classes.ravel(), minlength=IGNORE + 1)
     known_pixels = max(pixels[:IGNORE].sum(), 1)
     colors = {number: color for number, (_, color) in paint.items()}
-    seen = {i: color for i, color in colors.items() if paint[i][0] != BACKGROUND_NAME}
+    seen = {i: color for i, color in colors.items() if i not in bare}
     slope = window.height / window.width
     wide = slope < 1 / PANORAMA  # one above the other
     shape, high = ((3, 1), 3 * slope * WIDTH + 2) if wide else ((1, 3), slope * WIDTH / 3 + 1.2)

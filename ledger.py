@@ -151,14 +151,14 @@ def compare(
         rows: Of the ledger; trials of the same task. They are named by their number and by the
             run and the hyperparameters in which they differ, one alone by its run.
         raster: One that the models were trained on; or a file or address, which has to fit each.
-        window: The part, px, held whole.
+        window: The part, in px as the models read them, held whole.
         truth: Title -> what is known there, see `implot.plot_comparison`; class ids are those of
             the models, which then have the same classes.
         opening: See `predict.open_raster`.
 
     Raises:
-        InputError: There are no rows, or they differ in task, or, with class ids as truth, in
-            classes; see `load_model` and `predict.open_raster`.
+        InputError: There are no rows, or they differ in task or resolution, or, with class ids as
+            truth, in classes; see `load_model` and `predict.open_raster`.
     """
     if rows.empty:
         raise InputError("there are no trials to compare; take rows that are complete")
@@ -173,12 +173,19 @@ def compare(
             "them without the truth, whose class ids are of one of them"
         )
     found: dict[str, pd.DataFrame | np.ndarray] = dict(truth or {})
+    sizes: set[tuple[float, float]] = set()
     tellers = ["run", *(name for name in HYPERPARAMETERS if name in rows)]
     tellers = [name for name in tellers if len(set(rows[name])) > 1]
     for number, ((_, row), model) in enumerate(zip(rows.iterrows(), models, strict=True), start=1):
         opened = raster
         if not isinstance(raster, fileio.Raster):
             opened = predict.open_raster(raster, model.contract, **opening)
+        sizes.add(opened.pixel_size_xy)
+        if len(sizes) > 1:
+            raise InputError(
+                f"the models read {opened.path.name} in pixels of different size, so that the "
+                "window is other ground for each; compare models of one resolution"
+            )
         seen = predict.predict_window(model, opened, window)
         if isinstance(seen, np.ndarray):
             ids = np.full(IGNORE + 1, IGNORE, np.uint8)
@@ -410,11 +417,11 @@ def main(argv: Sequence[str]) -> int:
         table = table if args.best is None else rank_rows(table, args.best)
         names = dict.fromkeys([*SHOWN[:-1], *filter(None, [args.best]), SHOWN[-1]])
         shown = table[[name for name in names if name in table]].dropna(axis=1, how="all")
-        told = "no run here"
+        told = "no run here" if args.where is None else "no trial meets the condition"
         if len(table):
             told = shown.to_string(index=False, na_rep="", float_format="%.4g")
         if args.best is not None:
-            told += f"\nthe best model: {table['checkpoint'].iloc[0]}"
+            told += f"\nthe best model: {table['checkpoint'].iloc[0] or 'its checkpoint is gone'}"
         if args.out is not None:
             fileio.write_table(args.out, table)
             told += f"\nrows written to {args.out}: {len(table)}"

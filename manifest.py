@@ -16,6 +16,7 @@ A registry is a YAML file of datasets that have names, to be used together in an
       classes: {1: house, 2: road}           # value: name
       tags: [urban, tropical]
       resolution: 0.5                        # m per px, to which images are resampled
+      layer: houses                          # of a mask's file that has several
       coordinates: auto                      # of the masks, as COORDINATES of a run
       mask_reference: false                  # true: ground without a label is unknown
       attribute_filter: area > 10            # which polygons to use
@@ -164,6 +165,11 @@ def _find(name: str, folder: Path, bucket: str | None) -> tuple[str, str | Path 
 # Registry of named datasets
 # ---------------------------------------------------------------------------------------------
 
+DATASET_PARAMETERS = {  # field of a dataset -> the parameter of a run that says so for all of them
+    "bands": "BANDS", "resolution": "TARGET_RESOLUTION", "coordinates": "COORDINATES",
+    "mask_reference": "MASK_REFERENCE", "attribute_filter": "ATTRIBUTE_FILTER",
+    "default_label": "DEFAULT_LABEL", "layer": "LAYER",
+}  # fmt: skip
 TAG = "tag:"  # before a tag, where names of datasets are chosen
 
 
@@ -180,6 +186,7 @@ class NamedDataset:
         classes: Value -> name; None: all values are classes.
         tags: Words to choose it by.
         resolution: m per px to which images are resampled; None: as they are.
+        layer: Of the masks' files, where they have several.
         coordinates: Of the masks, see `annotations.ReadingOptions`.
         mask_reference: Whether ground without a label is unknown, instead of background.
         attribute_filter: Which polygons to use; None: all.
@@ -195,6 +202,7 @@ class NamedDataset:
     classes: dict[str | int, str] | None = None
     tags: tuple[str, ...] = ()
     resolution: float | None = Field(default=None, gt=0)
+    layer: str | None = None
     coordinates: str = "auto"
     mask_reference: bool = False
     attribute_filter: str | None = None

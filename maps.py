@@ -592,6 +592,7 @@ class MapFiles:
         least_area: Least area of a polygon, px.
         names: Of the classes, by class id.
         colors: Of the classes, `#RRGGBB`.
+        background: Class id of the background; None: there is none.
     """
 
     classes: Path
@@ -603,6 +604,7 @@ class MapFiles:
     least_area: int
     names: tuple[str, ...]
     colors: tuple[str, ...]
+    background: int | None
 
 
 def write_map(
@@ -760,8 +762,7 @@ class _Overlay:
         colors = _color_table(files.colors)
         self.colors = np.zeros((IGNORE + 1, 3), np.float32)
         self.colors[list(colors)] = [color[:3] for color in colors.values()]
-        bare = [i for i, name in enumerate(files.names) if name == imutils.BACKGROUND_NAME]
-        self.painted = ~np.isin(np.arange(IGNORE + 1), [*bare, IGNORE])
+        self.painted = ~np.isin(np.arange(IGNORE + 1), [files.background, IGNORE])
         ground = pd.DataFrame([(self.raster.identifier, 0, 0, raster.width, raster.height)],
                               columns=["raster", *tiling.WINDOW_COLUMNS])  # fmt: skip
         try:

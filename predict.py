@@ -439,7 +439,8 @@ class DetectionTask(Task):
         """What is written of the detections, and how."""
         names = [str(path) for path in self.outputs]
         wanted = self.options
-        return {"outputs": names, "geometry": wanted.geometry, "density_cell": wanted.density_cell}
+        form = {"outputs": names, "geometry": wanted.geometry, "density_cell": wanted.density_cell}
+        return form | _form_of_pixels(self.predictor.raster)
 
     def merge(self, made: Iterator[int]) -> dict[str, object]:
         """Write the catalogue; see `Task`."""
@@ -493,6 +494,7 @@ class MapTask(Task):
             _beside(path, "uncertainty") if wanted.uncertainty else None,
             None if wanted.overlay is None else _beside(path, "overlay"), wanted.overlay or 0.0,
             wanted.least_area, *_names_and_colors(self.labels, wanted),
+            next((i for i, n in enumerate(self.labels) if n == imutils.BACKGROUND_NAME), None),
         )  # fmt: skip
 
     @property
@@ -506,12 +508,16 @@ class MapTask(Task):
     def form(self) -> dict[str, object]:
         """What is written of the map, and how."""
         files = self.map_files
-        return {
-            "outputs": [str(path) for path in self.outputs],
-            "further": [str(path) for path in self.further],
-            "least_area": files.least_area,
-            "classes": [list(pair) for pair in zip(files.names, files.colors, strict=True)],
-        } | ({"opacity": files.opacity} if files.overlay else {})
+        return (
+            {
+                "outputs": [str(path) for path in self.outputs],
+                "further": [str(path) for path in self.further],
+                "least_area": files.least_area,
+                "classes": [list(pair) for pair in zip(files.names, files.colors, strict=True)],
+            }
+            | ({"opacity": files.opacity} if files.overlay else {})
+            | _form_of_pixels(self.predictor.raster)
+        )
 
     def merge(self, made: Iterator[int]) -> dict[str, object]:
         """Write the map and what goes with it; see `Task`."""
@@ -528,6 +534,11 @@ class MapTask(Task):
 
         found = maps.write_map(self.predictor, self.map_files, counted())
         return {"gaps": gaps, **found, **numbers}
+
+
+def _form_of_pixels(raster: fileio.Raster) -> dict[str, object]:
+    """Return how large pixels were, in those of the file, that are written as the file's."""
+    return {} if raster.original is None else {"pixel_size_xy": list(raster.pixel_size_xy)}
 
 
 def _names_and_colors(
@@ -637,6 +648,11 @@ def prepare(
     with tempfile.TemporaryDirectory() as folder:  # warns of layouts that read slowly
         fileio.check_layout([opened], repair=False, cache_dir=folder)
     paths = _check_names(outputs, opened, model.labels, wanted, [checkpoint], kind)
+    if opened.original is not None and kind == SEGMENTATION and paths[0].suffix.lower() == ".png":
+        log.warning(
+            "%s: a PNG has no map reference; its pixels are those that are read, of %.4g m, not "
+            "those of the raster's file", paths[0], opened.resolution,
+        )  # fmt: skip
     settings = _grid_settings(contract, wanted, kind)
     if wanted.scheduler is None:
         devices = strips.find_devices(wanted.device)

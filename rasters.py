@@ -842,7 +842,9 @@ def _source(path: Path | str) -> tuple[str, bool]:
         return address, False
     text = str(path)
     if not Path(text).exists():
-        raise InputError(f"raster {text} does not exist; check its name (IMG_DIR, IMAGE_FILENAMES)")
+        raise InputError(
+            f"raster {text} does not exist; check its name and folder (of a run, IMG_DIR)"
+        )
     if Path(text).suffix.lower() in (".fits", ".fit", ".fts"):
         return _fits_as_vrt(Path(text)), True
     if is_hdr(Path(text)):

@@ -398,8 +398,6 @@ def cache_patches(
     labels: Mapping[str, LabelSource],
     cache_dir: Path,
     *,
-    key: str | None = None,
-    seed: int = 0,
     workers: int | None = None,
     scheduler: str | None = None,
     progress: bool = False,
@@ -411,8 +409,6 @@ def cache_patches(
         rasters: Identifier -> raster; all have the same bands and type.
         labels: Identifier -> the classes of its pixels.
         cache_dir: Folder of all caches.
-        key: Names what the patches are made from; None: the content of rasters, labels and index.
-        seed: Of the order.
         workers: Processes that read; None: all cores.
         scheduler: Of a Dask cluster that is to read.
         progress: Show a bar.
@@ -424,13 +420,12 @@ def cache_patches(
         InputError: A raster or label cannot be read.
     """
     kept = tiles[tiles["kept"] & (tiles["angle"] == 0)]
-    if key is None:
-        key = fileio.fingerprint({
-            "rasters": {n: [r.made_from, fileio.raster_fingerprint(r)] for n, r in rasters.items()},
-            "labels": {name: source.made_from for name, source in labels.items()},
-            "tiles": kept[["raster", *tiling.WINDOW_COLUMNS, "split"]], "seed": seed,
-            "layout": PATCH_LAYOUT,
-        })  # fmt: skip
+    key = fileio.fingerprint({
+        "rasters": {n: [r.made_from, fileio.raster_fingerprint(r)] for n, r in rasters.items()},
+        "labels": {name: source.made_from for name, source in labels.items()},
+        "tiles": kept[["window", "raster", *tiling.WINDOW_COLUMNS, "split"]],
+        "layout": PATCH_LAYOUT,
+    })  # fmt: skip
     folder = Path(cache_dir).absolute() / f"patches-{key}"
     names = next(iter(labels.values())).classes.names
 
@@ -439,7 +434,7 @@ def cache_patches(
         for split in SPLITS:
             part = kept[kept["split"] == split]
             if split == "train":  # the others are read in the order of the index
-                part = part.iloc[np.argsort(fileio.hash_rows(part[["raster", "x", "y"]], seed))]
+                part = part.iloc[np.argsort(fileio.hash_rows(part[["raster", "x", "y"]], 0))]
             block = _create_patches(folder / f"{split}.zarr", part, rasters, names)
             step = block * JOB_BLOCKS
             for first in range(0, len(part), step):

@@ -27,7 +27,7 @@ import splits
 import tilecache
 import tiling
 from datasets import HardTiles, TileDataModule, TileDataset, class_ids
-from ImageData import BOX_COLUMNS, CENTER_COLUMNS, SPLITS, ImageData, InputError, LabelSource
+from ImageData import BOX_COLUMNS, CENTER_COLUMNS, ImageData, InputError, LabelSource
 from LargeRasterOR import LargeRasterORModel
 from LargeRasterSeg import LargeRasterSegModel
 from learning import DivergedError, TileModel
@@ -115,7 +115,6 @@ def prepare_search(
     stretch_options: HdrLogOptions | None = None,
     scheduler: str | None = None,
     cache_dir: Path | None = None,
-    patches: Mapping[int, Path] | None = None,
 ) -> tuple[SearchData, pd.DataFrame]:
     """Fix what all trials share, and refuse what would fail after hours of training.
 
@@ -130,9 +129,8 @@ def prepare_search(
         stretch_options: See there.
         scheduler: Of a Dask cluster that is to read the pixels for it.
         cache_dir: Where all tiles are to be cached, see `tilecache`; None: they are not. Those
-            with masks are, one by one, if training takes them as they are (`random_windows`).
-        patches: Tile size -> folder in which they are already, see `tilecache.cache_patches`, or
-            `folder` of a composite; with it `random_windows` must be off.
+            with masks are, one by one, if training takes them as they are (`random_windows`); those
+            of a composite in its `cache_directory` are taken as they are there.
 
     Returns:
         The shared data, and the number of objects, or pixels, per label and split (of the last tile
@@ -142,11 +140,10 @@ def prepare_search(
         InputError: Splits share ground, a split has no tile or object, a label is never seen in
             training, or a model as configured cannot be built.
     """
-    given = "detection" if any(image.labels is None for image in images) else "segmentation"
-    if conf.task != given:
+    if conf.task == "detection" and any(image.labels is not None for image in images):
         raise InputError(
-            f"the images are annotated for {given}, but the configuration's task is {conf.task}; "
-            f"set task = {given!r}"
+            "the images have a class for every pixel, but the configuration's task is detection; "
+            "set task = 'segmentation'"
         )
     rasters = {image.image_identifier: image.raster for image in images}
     indexes = {size: tiling.read_tiles(directory) for size, directory in tilings.items()}
@@ -186,14 +183,9 @@ def prepare_search(
     model.load_pretrained()
     model.create_trainer()
     ranks.processes(conf.accelerator, conf.devices)
-    if patches is not None:
-        _check_patches(patches, indexes, conf)
-        data = replace(data, patches=dict(patches))
-    elif cache_dir is not None and labels is not None and not conf.train.random_windows:
+    if cache_dir is not None and labels is not None and not conf.train.random_windows:
         folders = {
-            size: tilecache.cache_patches(
-                tiles, rasters, labels, cache_dir, seed=conf.seed, scheduler=scheduler
-            )
+            size: tilecache.cache_patches(tiles, rasters, labels, cache_dir, scheduler=scheduler)
             for size, (tiles, _) in indexes.items()
         }
         data = replace(data, patches=folders)
@@ -201,28 +193,6 @@ def prepare_search(
         folder = tilecache.cache_tiles(rasters, labels, blocks, cache_dir, scheduler=scheduler)
         data = replace(data, cache=folder)
     return data, counts
-
-
-def _check_patches(
-    patches: Mapping[int, Path],
-    indexes: Mapping[int, tuple[pd.DataFrame, pd.DataFrame]],
-    conf: ModelConfig,
-) -> None:
-    if conf.train.random_windows:
-        raise InputError(
-            "patches are tiles as they are, but train.random_windows is on; turn it off, or train "
-            "without patches"
-        )
-    for size, (tiles, _) in indexes.items():
-        kept = tiles[tiles["kept"]]
-        for split in SPLITS:
-            stored = tilecache.open_patches(patches.get(size, Path()), split).rows
-            lacking = ~kept["window"][kept["split"] == split].isin(stored["window"])
-            if lacking.any():
-                raise InputError(
-                    f"{patches[size]} lacks {lacking.sum()} {split} tiles of {size} px; make the "
-                    "patches of this index"
-                )
 
 
 def training_tiles(data: SearchData, conf: ModelConfig, tile_size: int) -> TileDataset:

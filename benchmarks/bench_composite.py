@@ -124,7 +124,7 @@ def making(folder: Path, count: int) -> common.Work:
 
     def work() -> int:
         place = folder / f"new_{next(number)}"
-        tilecache.cache_patches(both.tiles, rasters, labels, place, key="new", workers=1)
+        tilecache.cache_patches(both.tiles, rasters, labels, place, workers=1)
         shutil.rmtree(place)
         return count
 

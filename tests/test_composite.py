@@ -101,6 +101,13 @@ def test_messages_speak_of_the_options_here(pairs, tmp_path):
     with pytest.raises(InputError, match=r"not among classes, .*with attribute_filter") as caught:
         wrong.prepare(workers=1)
     assert not re.search(r"[A-Z_]{5,}", str(caught.value))
+    folder = tmp_path / "BANDS"
+    gone = of([dataclasses.replace(pairs[0], image=folder / "CLASSES.tif", bands=(7,))], tmp_path)
+    with pytest.raises(InputError, match=r"BANDS/CLASSES\.tif does not exist"):
+        gone.load_prepared_arrays()
+    (image, _), gone = write_pair(tmp_path, "g", 1), gone.constituents[0]
+    with pytest.raises(InputError, match=r"got \[7\] in bands"):
+        of([dataclasses.replace(gone, image=image)], tmp_path).load_prepared_arrays()
 
 
 def test_images_of_two_resolutions_are_told(tmp_path, caplog):
@@ -110,8 +117,11 @@ def test_images_of_two_resolutions_are_told(tmp_path, caplog):
                 dst.crs, dst.transform = "EPSG:32633", rasterio.Affine(step, 0, 5e5, 0, -step, 5e6)
     far = [TrainingDataset(tmp_path / f"{n}.tif", tmp_path / f"{n}_mask.tif") for n in
            ("fine", "coarse")]  # fmt: skip
+    both = of(far, tmp_path / "cache")
     with pytest.raises(InputError, match="share ground"):
-        of(far, tmp_path / "cache").prepare(workers=1)
+        both.prepare(workers=1)
+    with pytest.raises(InputError, match=r"call prepare\(\) first"):
+        both.save_prepared_arrays(workers=1)
     assert "have pixels of 1 to 2 m; give every pair the same resolution" in caplog.text
 
 
@@ -210,7 +220,7 @@ def test_nodata_is_remembered(tmp_path):
 
 def test_what_changed_is_another_key_and_what_is_deleted_is_gone(tmp_path):
     both = of([TrainingDataset(*write_pair(tmp_path, "d", 3))], tmp_path / "cache")
-    with pytest.raises(InputError, match="no complete patches"):
+    with pytest.raises(InputError, match="no arrays are saved in"):
         both.load_prepared_arrays()
     with pytest.raises(InputError, match=r"call prepare\(\) first"):
         both.save_prepared_arrays()
@@ -229,8 +239,25 @@ def test_what_changed_is_another_key_and_what_is_deleted_is_gone(tmp_path):
     both.delete_prepared_arrays()
     assert not both.folder.exists()
     assert folder.exists()
-    with pytest.raises(InputError, match="no complete patches"):
+    with pytest.raises(InputError, match="no arrays are saved in"):
         both.load_prepared_arrays()
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # index and arrays of the first
+
+
+def test_what_changed_since_it_was_prepared_is_not_saved(tmp_path):
+    image, mask = write_pair(tmp_path, "e", 4)
+    both = of([TrainingDataset(image, mask)], tmp_path / "cache").prepare(workers=1)
+    both.options = dataclasses.replace(OPTIONS, overlap=0)
+    with pytest.raises(InputError, match=r"have changed since prepare\(\); call it again"):
+        both.save_prepared_arrays(workers=1)
+    assert len(both.tiles)  # those of before
+    both.options = OPTIONS
+    with rasterio.open(mask, "r+") as dst:
+        pixels = dst.read(1)
+        pixels[200, 200] ^= 1
+        dst.write(pixels, 1)
+    with pytest.raises(InputError, match=r"have changed since prepare\(\); call it again"):
+        both.save_prepared_arrays(workers=1)
 
 
 KILLED = """
@@ -263,7 +290,7 @@ def test_what_is_killed_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(tilecache, "BLOCK", 4)
     monkeypatch.setattr(tilecache, "JOB_BLOCKS", 1)
     both, jobs, fill = of([TrainingDataset(*paths)], cache), [], tilecache._fill_patches
-    with pytest.raises(InputError, match="no complete patches"):
+    with pytest.raises(InputError, match="no arrays are saved in"):
         both.load_prepared_arrays()
 
     def count(job, **handles):
@@ -297,25 +324,17 @@ def test_a_cluster_writes_what_is_written_here(made, tmp_path, cluster):
         np.testing.assert_array_equal(patches.masks[:], mine.masks[:])
 
 
-def test_a_search_trains_on_the_arrays_that_are_there(made, tmp_path):
+def test_a_search_trains_on_the_arrays_that_are_there(made):
     conf = ModelConfig(task="segmentation", batch_size=4, train={"random_windows": False})
     given = made.images, made.blocks, made.tilings, [1.0]
-    with pytest.raises(InputError, match=r"annotated for segmentation.*task is detection"):
+    with pytest.raises(InputError, match=r"a class for every pixel.*set task = 'segmentation'"):
         trials.prepare_search(*given, dataclasses.replace(conf, task="detection"))
-    data, _ = trials.prepare_search(*given, conf, patches={64: made.folder})
+    before = set(made.cache_directory.iterdir())
+    data, _ = trials.prepare_search(*given, conf, cache_dir=made.cache_directory)
+    assert set(made.cache_directory.iterdir()) == before
     tiles = trials.training_tiles(data, conf, 64)
     assert isinstance(tiles, PatchDataset)
-    assert tiles.patches.store == made.folder / "train.zarr"
-    assert len(tiles) == len(made.load_prepared_arrays()["train"])
-    moved = dataclasses.replace(conf, train=dataclasses.replace(conf.train, random_windows=True))
-    with pytest.raises(InputError, match=r"train\.random_windows is on; turn it off"):
-        trials.prepare_search(*given, moved, patches={64: made.folder})
-    other = of(made.constituents[:1], tmp_path).prepare(workers=1)
-    other.save_prepared_arrays(workers=1)
-    with pytest.raises(InputError, match=r"lacks \d+ train tiles of 64 px"):
-        trials.prepare_search(*given, conf, patches={64: other.folder})
-    with pytest.raises(InputError, match="no complete patches"):
-        trials.prepare_search(*given, conf, patches={})
+    assert tiles.patches.store == made.load_prepared_arrays()["train"].store
 
 
 def test_images_of_two_resolutions_are_read_in_one(tmp_path):

@@ -722,12 +722,55 @@ def test_pixels_in_files_are_those_of_the_raster_not_of_a_view(tmp_path, place, 
         assert shapely.normalize(found).equals_exact(shapely.normalize(shape), 1e-6)
 
 
+def view_of(plain, size):
+    """Return a handle that reads a raster in pixels so many times as wide."""
+    width, height = int(plain.width / size + 1e-6), int(plain.height / size + 1e-6)
+    return dataclasses.replace(
+        plain, width=width, height=height, original=plain, target_resolution=1.0,
+        transform=tuple(rasterio.Affine(*plain.transform) @ rasterio.Affine.scale(size))[:6],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".txt"])
+def test_objects_at_the_edges_survive_pixels_of_another_size(tmp_path, suffix):
+    for size in np.linspace(0.27, 3.7, 40):
+        plain = canvas("mercator")
+        view = view_of(plain, size)
+        boxes = [[view.width - 20, view.height - 17, view.width, view.height], [0, 0, 20, 9]]
+        df = table_of(np.array(boxes, float), ["a", "b"])
+        path = fileio.write_annotations(tmp_path / f"x{suffix}", df, view)
+        back = an.preprocess_df(path, view, box_source="columns")
+        np.testing.assert_allclose(boxes_of(back), boxes, atol=1e-4, err_msg=str(size))
+    (tmp_path / "y.csv").write_text("xmin,ymin,xmax,ymax,label\n630,470,640,480,a\n")
+    view = view_of(plain, 3)  # whose last pixel ends before that of the file
+    back = an.preprocess_df(tmp_path / "y.csv", view, box_source="columns")
+    np.testing.assert_allclose(boxes_of(back), [[210, 470 / 3, 213, 160]])
+    (tmp_path / "y.csv").write_text("xmin,ymin,xmax,ymax,label\n600,470,643,480,a\n1,1,9,9,a\n")
+    back = an.preprocess_df(tmp_path / "y.csv", view, box_source="columns")
+    assert back.quarantine["reason"].tolist() == [an.OVER_RIGHT]
+
+
+def test_what_only_looks_like_a_geometry_is_left_alone(tmp_path):
+    view = view_of(canvas("mercator"), 4)
+    text = "xmin,ymin,xmax,ymax,label,geometry\n8,8,16,16,a,POINT (1 2)\n"
+    (tmp_path / "x.csv").write_text(text)
+    found = an.read_annotations(tmp_path / "x.csv", view, box_source="columns")
+    np.testing.assert_allclose(boxes_of(found), [[2, 2, 4, 4]])
+    df = table_of(np.array([[2.0, 2, 4, 4]]), ["a"], geometry=[np.nan], area_px=[4])
+    path = fileio.write_annotations(tmp_path / "y.csv", df, view)
+    written = pd.read_csv(path)
+    assert written[["area_px", "diameter"]].to_numpy() == pytest.approx(np.array([[64, 8]]))
+    shapes = gpd.GeoDataFrame(
+        {"label": ["a"], "xmin": ["west"]}, geometry=[shapely.box(8, 8, 16, 16)]
+    )
+    shapes.to_file(tmp_path / "z.gpkg")
+    found = an.read_annotations(tmp_path / "z.gpkg", view, coordinates="pixel")
+    np.testing.assert_allclose(boxes_of(found), [[2, 2, 4, 4]])
+
+
 def test_diameters_of_a_view_are_in_pixels_of_the_file(tmp_path):
     plain = canvas("mercator")
-    view = dataclasses.replace(
-        plain, width=160, height=120, original=plain, target_resolution=1.0,
-        transform=tuple(rasterio.Affine(*plain.transform) @ rasterio.Affine.scale(4))[:6],
-    )  # fmt: skip
+    view = view_of(plain, 4)
     path = tmp_path / "x.csv"
     path.write_text("pixel_x,pixel_y,diameter,label\n100,80,10,a\n200,80,20,a\n")
     cleaned = an.preprocess_df(path, view, max_diameter=19, diameter_scale=2)
@@ -743,3 +786,8 @@ def test_diameters_of_a_view_are_in_pixels_of_the_file(tmp_path):
     shapes.to_file(tmp_path / "x.gpkg")
     cleaned = an.preprocess_df(tmp_path / "x.gpkg", view, max_diameter=39, coordinates="pixel")
     np.testing.assert_allclose(boxes_of(cleaned), [[9, 9, 11, 11], [2, 2, 6, 6]])
+    shapes.set_geometry(
+        shapely.transform(shapes.geometry.to_numpy(), plain.to_map), crs="EPSG:3857"
+    ).iloc[1:].to_file(tmp_path / "map.gpkg")
+    cleaned = an.preprocess_df(tmp_path / "map.gpkg", view, max_diameter=39)
+    np.testing.assert_allclose(boxes_of(cleaned), [[2, 2, 6, 6]], atol=1e-6)

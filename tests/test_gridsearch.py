@@ -165,6 +165,13 @@ def test_the_grid_is_trained_once_and_then_left_alone(prepared, tmp_path, counte
     pd.testing.assert_frame_equal(board, again)
 
 
+def test_a_space_without_a_hyperparameter_is_refused_before_anything_is_written(prepared, tmp_path):
+    space = {name: values for name, values in SPACE.items() if name != "patch_size"}
+    with pytest.raises(InputError, match=r"it lacks \['patch_size', 'n_epochs'\]"):
+        gridsearch.run_search(prepared.data, space | {"n_epochs": []}, conf(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_board_is_sorted_by_test_and_the_best_chosen_by_validation(prepared, tmp_path, counted):
     board = gridsearch.run_search(prepared.data, SPACE, conf(), tmp_path)
     assert board["AP50"].is_monotonic_decreasing

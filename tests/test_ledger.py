@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
+import rasterio
 from oracle import Oracle, draw
 from painter import Painter, paint
 from test_gridsearch import SPACE, conf, fake_training
@@ -268,6 +270,14 @@ def test_models_are_compared_on_one_window(tmp_path, monkeypatch, task):
             ledger.compare(rows, tmp_path / "a.tif", window, {"truth": np.zeros((150, 200), "u1")})
     alone = ledger.compare(rows[:1], tmp_path / "a.tif", window, override=["radiometry"])
     assert alone.axes[1].get_title().startswith("1: r")
+    for number, model in enumerate(models.values(), start=1):
+        model.contract = dataclasses.replace(model.contract, resolution=0.2 * number)
+    with rasterio.open(tmp_path / "a.tif", "r+") as dst:
+        dst.crs, dst.transform = "EPSG:32617", rasterio.Affine(0.1, 0, 404000, 0, -0.1, 3285000)
+    with pytest.raises(InputError, match="compare models of one resolution"):
+        ledger.compare(
+            rows, tmp_path / "a.tif", Window(10, 10, 50, 50), override=["radiometry"], resample=True
+        )
     with pytest.raises(InputError, match="there are no trials to compare"):
         ledger.compare(rows[:0], tmp_path / "a.tif", window)
 

@@ -136,12 +136,15 @@ def test_a_run_takes_named_datasets(folder):
 
 
 def test_how_masks_of_named_datasets_are_read_goes_to_the_run(folder):
-    more = "mask_reference: true, coordinates: map, attribute_filter: area > 3, default_label: x"
+    more = (
+        "layer: l, mask_reference: true, coordinates: map, attribute_filter: area > 3, "
+        "default_label: x"
+    )
     registry = REGISTRY.replace("weight: 3", f"weight: 3, {more}")
     params = run_with(folder, "[north]", registry)
     assert params.MASK_REFERENCE
-    assert (params.COORDINATES, params.ATTRIBUTE_FILTER, params.DEFAULT_LABEL) == (
-        "map", "area > 3", "x",
+    assert (params.COORDINATES, params.ATTRIBUTE_FILTER, params.DEFAULT_LABEL, params.LAYER) == (
+        "map", "area > 3", "x", "l",
     )  # fmt: skip
     assert run_with(folder, "[north]", registry, "COORDINATES: lonlat").COORDINATES == "lonlat"
     plain = run_with(folder, "[north]", more="MASK_REFERENCE: true")
@@ -157,7 +160,7 @@ def test_how_masks_of_named_datasets_are_read_goes_to_the_run(folder):
         (
             "[north, south]",
             REGISTRY.replace("resolution: 0.5", "mask_reference: true"),
-            "need the same mask_reference.*set MASK_REFERENCE",
+            "need the same mask_reference.*write the same to all",
         ),
         (
             "[north, south]",
@@ -172,5 +175,6 @@ def test_datasets_that_are_unknown_or_differ_are_refused(folder, names, registry
 
 
 def test_named_datasets_take_one_name_of_the_attribute(folder):
-    with pytest.raises(InputError, match=r"LABEL_COLUMN_NAME is one name for the DATASETS"):
-        run_with(folder, "[north]", more="LABEL_COLUMN_NAME: [a, b]")
+    with pytest.raises(InputError, match=r"is one name, got .*write the attribute of \['south'\]"):
+        run_with(folder, "[south]", more="LABEL_COLUMN_NAME: [a, b]")
+    assert run_with(folder, "[north]", more="LABEL_COLUMN_NAME: [a]").label_columns == ["kind"]

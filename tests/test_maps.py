@@ -396,6 +396,14 @@ def test_an_overlay_is_the_picture_and_the_colours_in_their_shares(tmp_path, sha
     np.testing.assert_array_equal(full[:3, known], paint_[:, known])
 
 
+def test_a_background_of_another_name_is_left_as_it_is(tmp_path):
+    path = paint(tmp_path / "a.tif", 200, 150)
+    (tmp_path / "colors.csv").write_text("0,Hintergrund,#FF0000\n")
+    picture, full, classes = overlays(path, tmp_path, (0, 1), colormap=tmp_path / "colors.csv")
+    assert (classes == 0).any()
+    np.testing.assert_array_equal(full[:3, classes == 0], picture[:3, classes == 0])
+
+
 def test_an_overlay_lies_on_the_raster_and_shows_its_first_three_bands(tmp_path):
     rng = np.random.default_rng(0)
     pixels = (10 ** rng.uniform(-3, 4, (5, 90, 120))).astype("float32")
