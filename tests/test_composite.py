@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 
+import geopandas as gpd
 import numpy as np
 import pytest
 import rasterio
 import rasterio.shutil
+import shapely
 import torch
 from conftest import PROJECT
 from segments import texture, write_band
@@ -335,6 +337,34 @@ def test_a_search_trains_on_the_arrays_that_are_there(made):
     tiles = trials.training_tiles(data, conf, 64)
     assert isinstance(tiles, PatchDataset)
     assert tiles.patches.store == made.load_prepared_arrays()["train"].store
+
+
+def test_what_the_documentation_shows_trains_a_model(tmp_path, monkeypatch):
+    text = (PROJECT / "docs" / "own_data.md").read_text()
+    (shown,) = (part for part in text.split("```") if "TrainingDataset(" in part)
+    corners = np.random.default_rng(0).integers(0, 480, (60, 2)) * [2, 1]
+    for place, name in enumerate(("north", "south")):
+        mask = np.zeros((512, 1024), np.uint8)
+        for x, y in corners:
+            mask[y : y + 24, x : x + 24] = 7
+        layout = {
+            "width": 1024, "height": 512, "dtype": "uint8", "crs": "EPSG:32633",
+            "transform": rasterio.Affine(1, 0, 1e4 * place, 0, -1, 512),
+        }  # fmt: skip
+        with fileio.create_raster(tmp_path / f"{name}.tif", count=3, **layout) as dst:
+            dst.write(np.repeat(20 + 20 * mask[None], 3, axis=0))
+        with fileio.create_raster(tmp_path / f"{name}_mask.tif", count=1, **layout) as dst:
+            dst.write(mask[None])
+    houses = shapely.box(corners[:, 0], 488 - corners[:, 1],
+                         corners[:, 0] + 24, 512 - corners[:, 1])  # fmt: skip
+    frame = gpd.GeoDataFrame({"kind": [1] * 60}, geometry=houses, crs="EPSG:32633")
+    frame.to_file(tmp_path / "north.gpkg")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(shown.removeprefix("python").replace("[20]", "[1]"), names)
+    assert names["both"].classes.names == ("background", "house")
+    assert names["leaderboard"]["state"].tolist() == ["complete"]
+    assert (tmp_path / "runs" / "both" / "best.ckpt").exists()
 
 
 def test_images_of_two_resolutions_are_read_in_one(tmp_path):
