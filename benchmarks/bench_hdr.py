@@ -126,6 +126,7 @@ if __name__ == "__main__":
             },
             agree=(("windows", "windows, whole"),),
             once=("copy, rows of float", "copy, tiles of half"),
+            aims=(common.Aim("memory, logarithm", "memory, copied", 0.9),),
         ),
         __doc__,
     )
