@@ -50,7 +50,7 @@ OWN_WORDS = {  # for parameters of a run, of which messages speak
     "MIN_VALID": "PatchOptions.min_valid", "CENSORED_PIXELS_LIMIT": "PatchOptions.pixel_limit",
     "SEED": "PatchOptions.seed",
 }  # fmt: skip
-PARAMETER = re.compile(r"(?<![\w/'\"])[A-Z_]{4,}(?![\w/'\".])")  # in no path or quoted value
+PARAMETER = re.compile(r"(?<![\w/'\"])[A-Z_]{4,}(?![\w/'\"]|\.\w)")  # in no path or quoted value
 
 
 @dataclass(frozen=True)
