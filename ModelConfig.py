@@ -512,9 +512,9 @@ def _common(chosen: Sequence[NamedDataset], name: str, wanted: object, parameter
     return list(value) if isinstance(value, tuple) else value
 
 
-def _merged_classes(chosen: Sequence[NamedDataset]) -> dict[str | int, str]:
+def _merged_classes(chosen: Sequence[NamedDataset]) -> dict[str | int, str | int]:
     """Put the classes of datasets together; a value must mean the same in all."""
-    merged: dict[str | int, str] = {}
+    merged: dict[str | int, str | int] = {}
     for named in chosen:
         for value, name in (named.classes or {}).items():
             if merged.setdefault(value, name) != name:

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -90,7 +91,10 @@ class TrainingDataset:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse a weight that is none."""
+        """Find the files from any folder, for other processes; refuse a weight that is none."""
+        for name in ("image", "mask"):
+            if (path := Path(getattr(self, name))).exists():
+                object.__setattr__(self, name, path.absolute())
         if not (np.isfinite(self.weight) and self.weight > 0):
             raise InputError(f"weight must be > 0, got {self.weight:g}; leave the pair out instead")
 
@@ -172,7 +176,16 @@ class PatchOptions:
     seed: int = 0
 
 
-@dataclass
+class Prepared(NamedTuple):
+    """What is prepared, and the key of what it was made of."""
+
+    key: str
+    images: list[ImageData]
+    blocks: pd.DataFrame
+    tilings: dict[int, Path]
+
+
+@dataclass(slots=True)
 class CompositeTrainingDataset:
     """Pairs of image and mask that are trained on together.
 
@@ -180,20 +193,13 @@ class CompositeTrainingDataset:
         constituents: The pairs, in the order of their names, whatever order they were added in.
         options: See `PatchOptions`.
         cache_directory: Folder of all prepared arrays and tile indexes.
-        images: The labelled rasters, once prepared.
-        blocks: Ground blocks, once prepared.
-        tilings: Size -> folder of the tile index, once prepared; `trials.prepare_search` takes the
-            three as it takes those of the notebook.
-        prepared: The key of what was prepared.
+        prepared: What `prepare` made; None: nothing yet.
     """
 
     constituents: tuple[TrainingDataset, ...]
     options: PatchOptions = PatchOptions()
     cache_directory: Path = Path("data/cache")
-    images: list[ImageData] | None = field(default=None, repr=False)
-    blocks: pd.DataFrame | None = field(default=None, repr=False)
-    tilings: dict[int, Path] | None = field(default=None, repr=False)
-    prepared: str | None = field(default=None, repr=False)
+    prepared: Prepared | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         """Put the pairs in order; equal ones are one."""
@@ -308,6 +314,11 @@ class CompositeTrainingDataset:
                 "the images have pixels of %.3g to %.3g m; give every pair the same resolution to "
                 "read them in one", min(sizes), max(sizes),
             )  # fmt: skip
+        if len({raster.bands for raster in rasters}) > 1:
+            log.warning(
+                "different bands are read of the images, so that a prediction has to be told which "
+                "to read (bands, --bands)"
+            )
         kinds = {r.path.name: f"{len(r.bands)} x {r.dtype}" for r in rasters}
         if len(set(kinds.values())) > 1:
             raise InputError(
@@ -335,20 +346,34 @@ class CompositeTrainingDataset:
         )  # fmt: skip
         tiles, _ = tiling.read_tiles(tilings[options.size])
         splits.audit_splits(tiles[tiles["kept"]], {raster.identifier: raster for raster in rasters})
-        self.images, self.blocks, self.tilings, self.prepared = images, blocks, tilings, key
+        self.prepared = Prepared(key, images, blocks, tilings)
+        self._warn_of_splits()
 
     @property
     def tiles(self) -> pd.DataFrame:
         """The tile index, with `kept` and the `reason` why not; see `tiling.read_tiles`."""
-        self._need_prepared()
         (index,) = self.tilings.values()
         tiles, _ = tiling.read_tiles(index)
         return tiles
 
     @property
+    def images(self) -> list[ImageData]:
+        """The labelled rasters."""
+        return self._made.images
+
+    @property
+    def blocks(self) -> pd.DataFrame:
+        """Blocks of ground, see `splits.ground_blocks`."""
+        return self._made.blocks
+
+    @property
+    def tilings(self) -> dict[int, Path]:
+        """Size -> folder of the tile index; `trials.prepare_search` takes it as the notebook's."""
+        return self._made.tilings
+
+    @property
     def classes(self) -> masks.ClassTable:
         """The classes of all pairs."""
-        self._need_prepared()
         return self.images[0].labels.classes
 
     def describe(self) -> pd.DataFrame:
@@ -372,9 +397,20 @@ class CompositeTrainingDataset:
         """The weights of all pairs, as `train.raster_weights` of a configuration has them."""
         return tuple((pair.identifier, pair.weight) for pair in self.constituents)
 
-    def _need_prepared(self) -> None:
-        if self.tilings is None:
+    @property
+    def _made(self) -> Prepared:
+        if self.prepared is None:
             raise InputError("nothing is prepared yet; call prepare() first")
+        return self.prepared
+
+    def _warn_of_splits(self) -> None:
+        tiles = self.tiles
+        for name, part in tiles[tiles["kept"]].groupby("raster"):
+            if lacking := [split for split in SPLITS if split not in set(part["split"])]:
+                log.warning(
+                    "%s has no patch for %s; a lower PatchOptions.block_size, or another seed, "
+                    "spreads it", name, " and ".join(lacking),
+                )  # fmt: skip
 
     # -- prepared arrays ------------------------------------------------------------------------
 
@@ -395,9 +431,8 @@ class CompositeTrainingDataset:
         Returns:
             The patches of each split.
         """
-        self._need_prepared()
-        key, folder = self.key, self.folder
-        if key != self.prepared:
+        made, folder = self._made, self.folder
+        if self.key != made.key:
             raise InputError("files or options have changed since prepare(); call it again")
         patches = tilecache.cache_patches(
             self.tiles,
@@ -433,7 +468,7 @@ class CompositeTrainingDataset:
                 with fileio.exclusive(folder):
                     (folder / tilecache.MANIFEST).unlink(missing_ok=True)  # incomplete from now on
                     shutil.rmtree(folder)
-        self.images = self.blocks = self.tilings = self.prepared = None
+        self.prepared = None
 
     def _arrays(self) -> Path | None:
         """Return the folder of the patches; None: there is none."""

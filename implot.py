@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -1513,7 +1514,7 @@ def plot_comparison(
         elif content is not None:
             _draw_labelled(ax, content, colors)
             title = f"{title}: {len(content):,}"
-        ax.set_title(title, fontsize="small")
+        ax.set_title(textwrap.fill(title, 110 // columns), fontsize="small")
         ax.label_outer()
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     for ax in axes.flat[len(panels) :]:

@@ -422,6 +422,8 @@ def main(argv: Sequence[str]) -> int:
             told = shown.to_string(index=False, na_rep="", float_format="%.4g")
         if args.best is not None:
             told += f"\nthe best model: {table['checkpoint'].iloc[0] or 'its checkpoint is gone'}"
+            if len(set(table["split_hash"])) > 1:
+                told += "\nnote: these were measured on different ground (split_hash)"
         if args.out is not None:
             fileio.write_table(args.out, table)
             told += f"\nrows written to {args.out}: {len(table)}"

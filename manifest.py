@@ -183,7 +183,7 @@ class NamedDataset:
         masks: Of each image.
         bands: None: all but alpha.
         attribute: None: "label".
-        classes: Value -> name; None: all values are classes.
+        classes: Value -> name, or number as in `masks.make_table`; None: all values are classes.
         tags: Words to choose it by.
         resolution: m per px to which images are resampled; None: as they are.
         layer: Of the masks' files, where they have several.
@@ -199,7 +199,7 @@ class NamedDataset:
     masks: tuple[str, ...] = Field(min_length=1)
     bands: tuple[int, ...] | None = None
     attribute: str | None = None
-    classes: dict[str | int, str] | None = None
+    classes: dict[str | int, str | int] | None = None
     tags: tuple[str, ...] = ()
     resolution: float | None = Field(default=None, gt=0)
     layer: str | None = None

@@ -150,7 +150,8 @@ def make_table(values: Iterable[object], classes: Classes, *, background: bool) 
             turned = {text_of(meaning): value for value, meaning in meanings.items()}
             raise InputError(
                 f"CLASSES says what values mean, {{value: name}}, and the values are "
-                f"{found[:SHOWN]}, got {meanings}; did you mean {turned}?"
+                f"{found[:SHOWN]}, got {meanings}; did you mean {turned}? (A DEFAULT_LABEL is a "
+                "value, too)"
             )
         if all(isinstance(m, int) and not isinstance(m, bool) for m in meanings.values()):
             named = _named_by_number(meanings, background)

@@ -125,7 +125,8 @@ class DataContract:
 
     Attributes:
         tile_size: Side of the tiles, px.
-        bands: One-based indexes of the bands read of a file, in their order.
+        bands: One-based indexes of the bands read of a file, in their order; of the first of the
+            training's, where `mixed_bands`.
         band_count: Number of bands of the files, without alpha.
         dtype: Type of the raw pixels.
         radiometry: How they, and auxiliary bands, become input.
@@ -135,6 +136,8 @@ class DataContract:
         anchors: Of a detector, see `fit_anchors`.
         detections_per_tile: Of a detector, most detections kept of a tile.
         auxiliary: Which bands are added to those of a file; None: none.
+        mixed_bands: Whether other bands were read of some files than of others.
+        resolution_range: Least and largest of the training's files; None: they have `resolution`.
     """
 
     tile_size: Annotated[int, Field(ge=1)]
@@ -148,6 +151,8 @@ class DataContract:
     anchors: Anchors | None = None
     detections_per_tile: Annotated[int, Field(ge=1)] | None = None
     auxiliary: AuxiliaryOptions | None = None
+    mixed_bands: bool = False
+    resolution_range: tuple[float, float] | None = None
 
     @property
     def channels(self) -> int:

@@ -83,6 +83,7 @@ def open_raster(
     *,
     resolution_tolerance: float | None = 0.2,
     resample: bool = False,
+    bands: Sequence[int] | None = None,
     override: Collection[str] = (),
     region_paths: tuple[Path | None, Path | None] = (None, None),
     aux_vector_file: Path | str | None = None,
@@ -96,6 +97,7 @@ def open_raster(
         resolution_tolerance: Largest relative difference of the ground resolutions; None allows
             any. It cannot be checked where the raster or the training data have no CRS.
         resample: Read the raster in pixels of the training's size.
+        bands: One-based indexes of the bands to read, in the model's order; None: the training's.
         override: Checks to leave out, of `CHECKS`.
         region_paths: Files of the area of interest and of ignored regions; pixels outside them are
             not compared.
@@ -110,8 +112,15 @@ def open_raster(
     """
     if strangers := sorted(set(override) - set(CHECKS)):
         raise InputError(f"override names {strangers}, which are no checks; there are {CHECKS}")
+    if bands is None and contract.mixed_bands:
+        raise InputError(
+            f"the model was trained on files of which different bands were read; say which of "
+            f"{path} are its {len(contract.bands)} bands, in their order (--bands, bands=)"
+        )
+    if bands is not None and len(bands) != len(contract.bands):
+        raise InputError(f"the model reads {len(contract.bands)} bands, got bands {list(bands)}")
     try:
-        raster = fileio.read_raster(path, contract.bands)
+        raster = fileio.read_raster(path, bands or contract.bands)
     except InputError as error:
         if "BANDS" not in str(error):
             raise
@@ -125,7 +134,7 @@ def open_raster(
         raster = fileio.resampled(raster, contract.resolution)
     raster = raster.with_regions(annotations.read_regions(*region_paths, raster, "auto"))
     broken = {}
-    if raster.band_count != contract.band_count:
+    if raster.band_count != contract.band_count and bands is None:
         broken["bands"] = f"it has {raster.band_count} bands, training had {contract.band_count}"
     if raster.dtype != contract.dtype:
         broken["dtype"] = f"its pixels are {raster.dtype}, training had {contract.dtype}"
@@ -134,10 +143,13 @@ def open_raster(
     )
     trained, found = contract.resolution, raster.resolution
     if trained and found and resolution_tolerance is not None:
-        if max(trained, found) > min(trained, found) * (1 + resolution_tolerance):
+        least, most = contract.resolution_range or (trained, trained)
+        if not least / (1 + resolution_tolerance) <= found <= most * (1 + resolution_tolerance):
+            told = f"{least:.4g}" if least == most else f"{least:.4g} to {most:.4g}"
             broken["resolution"] = (
-                f"its pixels are {found:.4g} m wide, in training they were {trained:.4g} m "
-                f"(RESOLUTION_TOLERANCE {resolution_tolerance:g})"
+                f"its pixels are {found:.4g} m wide, in training they were {told} m "
+                f"(RESOLUTION_TOLERANCE {resolution_tolerance:g}); --resample (resample=True) "
+                f"reads it in pixels of {trained:.4g} m"
             )
     elif (trained or found) and resolution_tolerance is not None:
         which = path if trained else "the model's training"
@@ -246,7 +258,8 @@ class PredictionOptions:
         uncertainty: Of a map: write how much overlapping tiles disagree, likewise with the ending
             `_uncertainty.tif`: the root of the weighted variances of all classes' probabilities.
         overlay: Of a map: how much of a picture, 0-1, the colours of the classes but the background
-            are over the raster, written likewise with the ending `_overlay.tif`. None: no picture.
+            are over the raster, written likewise with the ending `_overlay.tif`, beside a PNG
+            `_overlay.png`. None: no picture.
         least_area: Of a map: smaller regions are left out of the files of polygons, px.
         colormap: Of a map: CSV of value, name and colour of its classes.
         readers: Threads that read ahead.
@@ -257,6 +270,7 @@ class PredictionOptions:
         override: Checks of `open_raster` to leave out.
         resolution_tolerance: See `open_raster`.
         resample: Likewise.
+        bands: Likewise.
     """
 
     tile_size: Annotated[int, Field(ge=32)] | None = None
@@ -286,6 +300,7 @@ class PredictionOptions:
     override: tuple[str, ...] = ()
     resolution_tolerance: Annotated[float, Field(ge=0)] | None = 0.2
     resample: bool = False
+    bands: tuple[Positive, ...] | None = None
 
 
 def options_of(
@@ -550,7 +565,9 @@ def _names_and_colors(
 
 
 def _beside(output: Path, what: str) -> Path:
-    return output.with_name(f"{output.stem}_{what}.tif")
+    # a picture is a picture beside a picture
+    suffix = ".png" if what == "overlay" and output.suffix.lower() == ".png" else ".tif"
+    return output.with_name(f"{output.stem}_{what}{suffix}")
 
 
 def predict_raster(
@@ -641,7 +658,7 @@ def prepare(
         raster = Path(raster).absolute()  # other processes may work elsewhere
     opened = open_raster(
         raster, contract, resolution_tolerance=wanted.resolution_tolerance,
-        resample=wanted.resample,
+        resample=wanted.resample, bands=wanted.bands,
         override=wanted.override, region_paths=(wanted.aoi, wanted.ignore),
         aux_vector_file=wanted.aux_vector_file,
     )  # fmt: skip
@@ -1108,8 +1125,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--uncertainty", action="store_true",
         help="of a map: also write OUT_uncertainty.tif, how much overlapping tiles disagree")
     add("--overlay", type=_share, nargs="?", const=0.5, metavar="SHARE",
-        help="of a map: also write OUT_overlay.tif, the raster under the classes' colours, which "
-        "are that share of it, 0-1 (if not given: 0.5); background is left as it is")
+        help="of a map: also write OUT_overlay.tif (.png beside a .png), the raster under the "
+        "classes' colours, which are that share of it, 0-1 (if not given: 0.5); background is "
+        "left as it is")
     add("--least-area", type=int, default=1, metavar="PX",
         help="of a map: smaller regions get no polygon (default: %(default)s)")
     add("--colormap", type=Path, metavar="CSV",
@@ -1125,6 +1143,8 @@ def _parser() -> argparse.ArgumentParser:
         help="largest relative difference of the pixels' sides (default: %(default)s)")
     add("--resample", action="store_true",
         help="read the raster in pixels of the training's size, whatever its own are")
+    add("--bands", type=int, nargs="+", metavar="BAND",
+        help="which bands to read, counted from 1, in the model's order (default: the training's)")
     add("--resume", action="store_true", help="keep outputs that are complete")
     add("--overwrite", action="store_true",
         help="replace outputs that exist, and drop what a differing command left unfinished")

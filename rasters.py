@@ -691,7 +691,7 @@ def read_rasters(
             shown = {name: f"{side:.4g} m" for name, side in sides.items()}
             raise InputError(
                 f"the rasters of a run need ground resolutions within RESOLUTION_TOLERANCE = "
-                f"{resolution_tolerance:g} of each other, got {shown}; resample them, or set "
+                f"{resolution_tolerance:g} of each other, got {shown}; set TARGET_RESOLUTION, or "
                 "RESOLUTION_TOLERANCE = None if objects look alike at all of them"
             )
     return rasters
@@ -1026,7 +1026,8 @@ def create_png(path: Path, **profile: object) -> Iterator[rasterio.io.DatasetWri
 
     Args:
         path: The file to make.
-        profile: See `create_raster`; one band, or three, of bytes, at most `PNG_SIDE` px a side.
+        profile: See `create_raster`; one, three or four bands of bytes, at most `PNG_SIDE` px a
+            side.
     """
     with atomic_path(path) as temporary:
         draft = temporary.with_suffix(".tif")

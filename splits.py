@@ -489,7 +489,7 @@ def check_classes(
     for name in there.index[(there[["validation", "test"]] == 0).any(axis=1)]:
         log.warning(
             "class %s is not on the ground of every split: %s px; means over classes leave it out "
-            "there", name, dict(there.loc[name]),
+            "there", name, there.loc[name].to_dict(),
         )  # fmt: skip
     return counts
 

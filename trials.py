@@ -483,6 +483,7 @@ def _radiometry_of(checkpoint: str, data: SearchData) -> imutils.Radiometry:
 def make_contract(data: SearchData, module: TileDataModule, tile_size: int) -> DataContract:
     """Derive what depends on the training tiles of a trial, for its model and its checkpoint."""
     raster = next(iter(data.rasters.values()))
+    sizes = [other.resolution for other in data.rasters.values() if other.resolution]
     return DataContract(
         tile_size=tile_size,
         bands=raster.own.bands,
@@ -491,6 +492,8 @@ def make_contract(data: SearchData, module: TileDataModule, tile_size: int) -> D
         auxiliary=masks.auxiliary_of(raster),
         radiometry=data.radiometry,
         resolution=raster.resolution,
+        mixed_bands=len({other.own.bands for other in data.rasters.values()}) > 1,
+        resolution_range=(min(sizes), max(sizes)) if sizes else None,
         split_hash=fileio.fingerprint(data.blocks),
         evaluation_overlap=min(data.evaluation_overlap, tile_size // 2),
         **task_of(module.conf).contract(module),

@@ -28,6 +28,7 @@ import imutils
 import masks
 import sampledata
 import tilecache
+import tiling
 import trials
 from composite import CompositeTrainingDataset, PatchOptions, TrainingDataset
 from datasets import BlockSampler, PatchDataset, TileBatches
@@ -156,6 +157,32 @@ def test_empty_and_constant_patches_are_left_out_with_the_reason(made):
     assert {"", "constant_filter"} == set(table["reason"])
     assert table["patches"].sum() == len(tiles)
     np.testing.assert_allclose(table.groupby("raster")["share"].sum(), 1)
+
+
+def test_an_image_without_patches_of_a_split_is_told(pairs, tmp_path, caplog):
+    third = of([*pairs, TrainingDataset(*write_pair(tmp_path, "c", 5))], tmp_path)
+    third.options = dataclasses.replace(OPTIONS, split_by="raster")
+    third.prepare(workers=1)
+    told = [r.getMessage() for r in caplog.records if "has no patch for" in r.getMessage()]
+    assert len(told) == 3
+    assert all(" and " in text for text in told)
+    with pytest.raises(AttributeError):
+        third.option = OPTIONS  # a misspelt name must not be taken in silence
+
+
+def test_a_choice_of_bands_per_image_is_told_and_kept(pairs, tmp_path, caplog):
+    image, mask = write_pair(tmp_path, "d", 6)
+    with rasterio.open(image) as src:
+        pixels, profile = src.read(1), src.profile | {"count": 2}
+    with rasterio.open(tmp_path / "e.tif", "w", **profile) as dst:
+        dst.write(np.stack([255 - pixels, pixels]))
+    mixed = of([pairs[0], TrainingDataset(tmp_path / "e.tif", mask, bands=(2,))], tmp_path / "x")
+    mixed.prepare(workers=1)
+    assert "different bands are read" in caplog.text
+    conf = ModelConfig(task="segmentation", batch_size=4)
+    data, _ = trials.prepare_search(mixed.images, mixed.blocks, mixed.tilings, [1.0], conf)
+    module = trials._module(data, *tiling.read_tiles(data.tilings[64]), conf, 1.0)
+    assert trials.make_contract(data, module, 64).mixed_bands
 
 
 def test_values_of_each_pair_mean_its_own_classes(made):

@@ -230,6 +230,12 @@ def test_folders_of_several_machines_are_one_table(runs, tmp_path, capsys):
     assert best["trial"] in first
     assert best["trial"] in second  # of the copy
     assert last == f"the best model: {best['checkpoint']}"
+    apart = runs.parent / "apart"
+    shutil.copytree(runs / "deep", apart / "elsewhere")
+    record = apart / "elsewhere" / "trials" / "made_from.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"ground": "other"}))
+    assert gridsearch.main(["ledger", str(runs), str(apart), "--best", "AP50"]) == 0
+    assert "measured on different ground" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])

@@ -396,6 +396,18 @@ def test_an_overlay_is_the_picture_and_the_colours_in_their_shares(tmp_path, sha
     np.testing.assert_array_equal(full[:3, known], paint_[:, known])
 
 
+def test_beside_a_png_the_overlay_is_one(tmp_path):
+    path = paint(tmp_path / "a.tif", 200, 150, hole=(30, 20, 90, 60), nodata=0)
+    for name in ("map.png", "other.tif"):
+        predict_map(path, tmp_path, names=(name,), overlay=0.5)
+    shown = read(tmp_path / "map_overlay.png")
+    assert shown.shape == (4, 150, 200)
+    np.testing.assert_array_equal(shown, read(tmp_path / "other_overlay.tif"))
+    assert {p.name for p in tmp_path.glob("map*")} == {
+        "map.png", "map_overlay.png", "map.png.provenance.json",
+    }  # fmt: skip
+
+
 def test_a_background_of_another_name_is_left_as_it_is(tmp_path):
     path = paint(tmp_path / "a.tif", 200, 150)
     (tmp_path / "colors.csv").write_text("0,Hintergrund,#FF0000\n")

@@ -104,6 +104,27 @@ def test_a_raster_of_another_resolution_is_resampled_on_request(tmp_path, contra
     assert predict.options_of({"resample": True}).resample
 
 
+def test_a_training_of_several_sizes_fits_rasters_between_them(tmp_path, contract):
+    mixed = replace(contract, resolution_range=(0.1, 0.3))
+    for scale in (0.9, 2, 3.5):
+        path = write(tmp_path / f"a{scale}.tif", scale=scale)
+        assert predict.open_raster(path, mixed).resolution == pytest.approx(0.1 * scale, rel=1e-3)
+    with pytest.raises(InputError, match=r"in training they were 0\.1 to 0\.3 m .*--resample"):
+        predict.open_raster(write(tmp_path / "b.tif", scale=4), mixed)
+
+
+def test_a_training_of_several_choices_of_bands_asks_for_one(tmp_path, contract):
+    path, mixed = write(tmp_path / "a.tif"), replace(contract, mixed_bands=True)
+    with pytest.raises(InputError, match=r"say which of .*a\.tif are its 2 bands.*--bands"):
+        predict.open_raster(path, mixed)
+    assert predict.open_raster(path, mixed, bands=(2, 1)).bands == (2, 1)
+    four = write(tmp_path / "b.tif", count=4)
+    assert predict.open_raster(four, mixed, bands=(4, 1)).bands == (4, 1)
+    with pytest.raises(InputError, match=r"reads 2 bands, got bands \[1\]"):
+        predict.open_raster(path, contract, bands=[1])
+    assert predict.options_of({"bands": [2, 1]}).bands == (2, 1)
+
+
 def test_bands_that_are_not_there_cannot_be_overridden(tmp_path, contract):
     path = write(tmp_path / "a.tif", count=2)
     with pytest.raises(InputError, match=r"cannot give the bands .*bands 1 to 2, got \[3\]"):
