@@ -368,7 +368,8 @@ def test_a_search_trains_on_the_arrays_that_are_there(made):
 
 def test_what_the_documentation_shows_trains_a_model(tmp_path, monkeypatch):
     text = (PROJECT / "docs" / "own_data.md").read_text()
-    (shown,) = (part for part in text.split("```") if "TrainingDataset(" in part)
+    shown, loop = (part.removeprefix("python") for part in text.split("```")
+                   if "TrainingDataset(" in part or "BlockSampler(" in part)  # fmt: skip
     corners = np.random.default_rng(0).integers(0, 480, (60, 2)) * [2, 1]
     for place, name in enumerate(("north", "south")):
         mask = np.zeros((512, 1024), np.uint8)
@@ -388,10 +389,12 @@ def test_what_the_documentation_shows_trains_a_model(tmp_path, monkeypatch):
     frame.to_file(tmp_path / "north.gpkg")
     monkeypatch.chdir(tmp_path)
     names = {}
-    exec(shown.removeprefix("python").replace("[20]", "[1]"), names)
+    exec(shown.replace("[20]", "[1]"), names)
     assert names["both"].classes.names == ("background", "house")
     assert names["leaderboard"]["state"].tolist() == ["complete"]
     assert (tmp_path / "runs" / "both" / "best.ckpt").exists()
+    exec(loop, names)
+    assert sum(len(images) for images, _ in names["loader"]) == len(names["train"])
 
 
 def test_images_of_two_resolutions_are_read_in_one(tmp_path):
