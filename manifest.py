@@ -29,7 +29,9 @@ from __future__ import annotations
 import csv
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -242,7 +244,7 @@ def _named_dataset(path: Path, name: str, value: object) -> NamedDataset:
     try:
         named = TypeAdapter(NamedDataset).validate_python({"name": name} | listed)
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        wrong = "; ".join(map(_told, error.errors()))
         raise InputError(f"registry {path}: {name}: {wrong}") from None
     if len(named.images) != len(named.masks):
         raise InputError(
@@ -254,6 +256,16 @@ def _named_dataset(path: Path, name: str, value: object) -> NamedDataset:
         for key in ("images", "masks")
     }
     return TypeAdapter(NamedDataset).validate_python({"name": name} | listed | places)
+
+
+def _told(error: Mapping[str, Any]) -> str:
+    """Say what is wrong with a field, and of an unknown one which might be meant."""
+    name, message = ".".join(map(str, error["loc"])), error["msg"]
+    if error["type"] == "unexpected_keyword_argument":
+        known = [field.name for field in fields(NamedDataset)]
+        close = difflib.get_close_matches(name, known, n=1)
+        message = f"no such field; did you mean {close[0]}?" if close else f"fields are {known}"
+    return f"{name}: {message}"
 
 
 def get_dataset(registry: Mapping[str, NamedDataset], name: str) -> NamedDataset:

@@ -93,7 +93,7 @@ def describe_masks(images: Sequence[ImageData], shares: pd.DataFrame) -> pd.Data
 
     Returns:
         One row per raster: see `describe_pairs` up to `counted`; `polygons` (0: a mask raster),
-        those `dropped`, and the `labels` with their shares over all rasters.
+        those `dropped`, and `labels_of_all`, with their shares over all rasters.
     """
     shown = ", ".join(f"{row.Index}: {row.all:.1%}" for row in shares.itertuples())
     rows = {
@@ -101,7 +101,7 @@ def describe_masks(images: Sequence[ImageData], shares: pd.DataFrame) -> pd.Data
             **_describe_raster(image.raster),
             "polygons": len(image.df),
             "dropped": len(getattr(image.labels, "quarantine", ())),
-            "labels": shown,
+            "labels_of_all": shown,
         }
         for image in images
     }

@@ -545,7 +545,7 @@ def test_unknown_names_are_told_with_the_nearest(registry, names, message):
         ("a: [", "cannot be read as YAML"),
         ("a: 3", "a must hold images and masks, got 3"),
         ("a: {images: [x.tif]}", "masks"),
-        ("a: {images: [x.tif], masks: [x.tif], wieght: 2}", "wieght"),
+        ("a: {images: [x.tif], masks: [x.tif], wieght: 2}", r"wieght: .* did you mean weight\?"),
         ("a: {images: [x.tif, y.tif], masks: [x.gpkg]}", "2 images and 1 masks"),
         ("a: {images: [x.tif], masks: [x.gpkg], weight: 0}", "weight"),
     ],

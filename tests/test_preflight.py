@@ -201,7 +201,7 @@ def test_a_segmentation_is_planned_by_its_tiles_and_classes(cover, capsys):
     pairs, plan, shares, misfits = preflight.check_masks(run)
     assert misfits == []
     assert pairs["size"].tolist() == ["384 x 384"] * 2
-    assert pairs["labels"].str.startswith("calm: ").all()
+    assert pairs["labels_of_all"].str.startswith("calm: ").all()
     # blocks are no larger than what is looked at of each: the shares are exact
     px = np.zeros(2)
     for image in made.images:
