@@ -643,7 +643,10 @@ def _plan_reading(path: Path, raster: fileio.Raster, o: ReadingOptions) -> _Read
         places = [] if file.kind == "vector" else BOX_COLUMNS
         if is_table and not from_columns:
             places = numeric[:2]
-        steps["pixels as they are read"] = partial(_resize, raster=raster, names=places)
+        steps["pixels as they are read"] = partial(
+            fileio.scale_pixels, scale_xy=1 / np.array(raster.pixel_size_xy), x_names=places[::2],
+            y_names=places[1::2],
+        )  # fmt: skip
     own_steps = [(name_of(step), step) for step in o.extra_steps]
     boxes_from, scale, unit = "boxes", resized, None
     if is_table and crs is None and not from_columns:
@@ -682,31 +685,24 @@ def _plan_reading(path: Path, raster: fileio.Raster, o: ReadingOptions) -> _Read
             steps |= _geometry_steps(raster, o, crs, from_file=not is_table, unit=unit)
         _add(steps, own_steps)
         steps["measure boxes"] = measure_bboxes
+    if raster.original is not None:
+        steps["edges as they are read"] = partial(_end_with_raster, raster=raster)
     if o.drop_duplicates:
         steps[DUPLICATE] = lambda df: df[~find_duplicates(df, label)]
     return _Reading(raw, steps, boxes_from, label, scale, unit, resized)
 
 
-def _resize(df: pd.DataFrame, raster: fileio.Raster, names: Sequence[str]) -> pd.DataFrame:
-    """Take places from pixels of the file to those in which a raster is read.
-
-    Args:
-        df: The rows.
-        raster: The raster. Boxes that reach into the last pixels of its file, of which no whole one
-            could be made, end where it does.
-        names: Columns of places, x and y by turns.
-    """
-    scale_xy = 1 / np.array(raster.pixel_size_xy)
-    df = fileio.scale_pixels(df, scale_xy, names[::2], names[1::2])
-    if list(names) != BOX_COLUMNS:
-        return df
-    file = np.array([raster.original.width, raster.original.height]) * scale_xy
-    own = (raster.width, raster.height)
-    ends = {name: (file[i % 2] + EDGE, own[i % 2]) for i, name in enumerate(names)}
-    return df.assign(**{
-        name: df[name].where(~df[name].between(-EDGE, most), df[name].clip(0, side))
-        for name, (most, side) in ends.items()
-    })  # fmt: skip
+def _end_with_raster(df: pd.DataFrame, raster: fileio.Raster) -> pd.DataFrame:
+    """Let objects in the last pixels of a file, of which no whole one could be made, end before."""
+    sides = {"x": (raster.width, raster.original.width, raster.pixel_size_xy[0]),
+             "y": (raster.height, raster.original.height, raster.pixel_size_xy[1])}  # fmt: skip
+    cut = {}
+    for name in {*BOX_COLUMNS, *CENTER_COLUMNS} & set(df.columns):
+        side, of_file, size = sides["x" if name in fileio.X_COLUMNS else "y"]
+        inner = side - EDGE if name in CENTER_COLUMNS else side
+        near = df[name].between(-EDGE, of_file / size + EDGE)
+        cut[name] = df[name].mask(near, df[name].clip(0, inner))
+    return df.assign(**cut)
 
 
 def _check_columns(

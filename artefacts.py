@@ -37,6 +37,7 @@ PROBE_BYTES = 2**20  # a disk that cannot take them is full
 STALE_SECONDS = 86_400.0  # from then on a temporary file of another machine is a stray
 LOCK_NAME = ".lock"
 SCHEMES = {"https": "vsicurl", "http": "vsicurl", "s3": "vsis3", "gs": "vsigs", "az": "vsiaz"}
+COARSEST_TIME = 2_000_000_000  # ns, between two times that a disk tells apart (FAT)
 PIECES, PIECE_BYTES = 64, 2**16  # of a file, for its fingerprint
 
 # ---------------------------------------------------------------------------------------------
@@ -304,6 +305,14 @@ def _used(function: FunctionType) -> dict[str, object]:
         else value
         for name, value in used.items()
     }
+
+
+def set_time(path: Path, changed: int) -> None:
+    """Give a file a time of change (ns), or the next one that its disk can hold."""
+    os.utime(path, ns=(changed, changed))
+    if path.stat().st_mtime_ns < changed:
+        later = changed + COARSEST_TIME
+        os.utime(path, ns=(later, later))
 
 
 def content_fingerprint(path: Path | str) -> str:

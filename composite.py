@@ -273,10 +273,9 @@ class CompositeTrainingDataset:
             {"pairs": pairs, "options": vars(self.options), "layout": tilecache.PATCH_LAYOUT}
         )
 
-    @property
-    def folder(self) -> Path:
-        """Where the tile index is, and the name of the folder with the prepared arrays."""
-        return Path(self.cache_directory).absolute() / f"composite-{self.key}"
+    def _folder(self, key: str) -> Path:
+        """Return where the tile index is, and the name of the folder with the prepared arrays."""
+        return Path(self.cache_directory).absolute() / f"composite-{key}"
 
     # -- preparing ------------------------------------------------------------------------------
 
@@ -306,7 +305,7 @@ class CompositeTrainingDataset:
         return self
 
     def _prepare(self, *, workers: int | None, scheduler: str | None, progress: bool) -> None:
-        options, key, folder = self.options, self.key, self.folder
+        options, key = self.options, self.key
         rasters = [pair.raster for pair in self.constituents]
         sizes = [raster.resolution for raster in rasters if raster.resolution]
         if sizes and max(sizes) > (1 + RESOLUTION_TOLERANCE) * min(sizes):
@@ -341,7 +340,7 @@ class CompositeTrainingDataset:
             evaluation_overlap=tiling.evaluation_overlap(images),
         )  # fmt: skip
         tilings = tiling.make_tiles(
-            images, blocks, [options.size], folder / "index", tiled,
+            images, blocks, [options.size], self._folder(key) / "index", tiled,
             workers=workers, scheduler=scheduler, progress=progress,
         )  # fmt: skip
         tiles, _ = tiling.read_tiles(tilings[options.size])
@@ -405,8 +404,13 @@ class CompositeTrainingDataset:
 
     def _warn_of_splits(self) -> None:
         tiles = self.tiles
-        for name, part in tiles[tiles["kept"]].groupby("raster"):
-            if lacking := [split for split in SPLITS if split not in set(part["split"])]:
+        kept = tiles[tiles["kept"]]
+        for name in (pair.identifier for pair in self.constituents):
+            seen = set(kept["split"][kept["raster"] == name])
+            lacking = [split for split in SPLITS if split not in seen]
+            if not seen:
+                log.warning("%s has no patch; describe() tells why each was left out", name)
+            elif lacking and self.options.split_by == "block":
                 log.warning(
                     "%s has no patch for %s; a lower PatchOptions.block_size, or another seed, "
                     "spreads it", name, " and ".join(lacking),
@@ -431,18 +435,19 @@ class CompositeTrainingDataset:
         Returns:
             The patches of each split.
         """
-        made, folder = self._made, self.folder
+        made = self._made
         if self.key != made.key:
             raise InputError("files or options have changed since prepare(); call it again")
-        patches = tilecache.cache_patches(
+        given = (
             self.tiles,
-            {image.image_identifier: image.raster for image in self.images},
-            {image.image_identifier: image.labels for image in self.images},
+            {image.image_identifier: image.raster for image in made.images},
+            {image.image_identifier: image.labels for image in made.images},
             Path(self.cache_directory),
-            workers=workers, scheduler=scheduler, progress=progress,
-        )  # fmt: skip
-        fileio.write_text(folder / ARRAYS, patches.name)
-        return self.load_prepared_arrays()
+        )
+        folder = tilecache.patches_folder(*given)
+        fileio.write_text(self._folder(made.key) / ARRAYS, folder.name)
+        tilecache.cache_patches(*given, workers=workers, scheduler=scheduler, progress=progress)
+        return {split: tilecache.open_patches(folder, split) for split in SPLITS}
 
     def load_prepared_arrays(self) -> dict[str, tilecache.Patches]:
         """Return the patches of each split that were saved for the same files and options.
@@ -450,34 +455,35 @@ class CompositeTrainingDataset:
         Raises:
             InputError: There are none.
         """
-        patches = self._arrays()
-        if patches is None:
+        folder = self._arrays(self.key)
+        if folder is None or not tilecache.is_complete(folder):
             raise InputError(
                 f"no arrays are saved in {self.cache_directory} for these files and options; call "
                 "prepare() and save_prepared_arrays(), which go on where they were stopped"
             )
-        return {split: tilecache.open_patches(patches, split) for split in SPLITS}
+        return {split: tilecache.open_patches(folder, split) for split in SPLITS}
 
     def delete_prepared_arrays(self) -> None:
-        """Delete the patches, and the index of their tiles; the files they come from stay.
+        """Delete what was prepared, or else what is there of these files and options.
 
-        Composites with the very same patches lose theirs.
+        The files stay. Composites with the very same patches lose theirs.
         """
-        for folder in (self._arrays(), self.folder):
+        key = self.key if self.prepared is None else self.prepared.key
+        for folder in (self._arrays(key), self._folder(key)):
             if folder is not None and folder.is_dir():
                 with fileio.exclusive(folder):
-                    (folder / tilecache.MANIFEST).unlink(missing_ok=True)  # incomplete from now on
+                    for name in (tilecache.MANIFEST, tilecache.DONE):  # what is left is nothing
+                        (folder / name).unlink(missing_ok=True)
                     shutil.rmtree(folder)
         self.prepared = None
 
-    def _arrays(self) -> Path | None:
-        """Return the folder of the patches; None: there is none."""
+    def _arrays(self, key: str) -> Path | None:
+        """Return the folder of the patches, complete or not; None: there is none."""
         try:
-            name = (self.folder / ARRAYS).read_text(encoding="utf-8")
+            name = (self._folder(key) / ARRAYS).read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
-        folder = self.folder.with_name(name)
-        return folder if tilecache.is_complete(folder) else None
+        return self._folder(key).with_name(name)
 
 
 @contextmanager

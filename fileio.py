@@ -37,6 +37,7 @@ from artefacts import (
 from formats import (
     ANNOTATION_SUFFIXES,
     PIXEL_COLUMNS,
+    X_COLUMNS,
     AnnotationFile,
     annotation_writer,
     files_of,
@@ -61,8 +62,9 @@ from rasters import (
 )
 
 __all__ = [
-    "ANNOTATION_SUFFIXES", "PIXEL_COLUMNS", "PNG_SIDE", "AnnotationFile", "FullDiskError",
-    "Journal", "Raster", "Regions", "address_of", "annotation_writer", "append_line", "atomic_path",
+    "ANNOTATION_SUFFIXES", "PIXEL_COLUMNS", "PNG_SIDE", "X_COLUMNS", "AnnotationFile",
+    "FullDiskError", "Journal", "Raster", "Regions", "address_of", "annotation_writer",
+    "append_line", "atomic_path",
     "check_layout", "content_fingerprint", "create_png", "create_raster", "diagnose", "exclusive",
     "files_of", "fingerprint", "hash_rows", "identifier_from_tilename", "is_finished", "main",
     "mark_finished", "on_grid", "raster_fingerprint", "read_annotation_file", "read_colormap",

@@ -703,10 +703,16 @@ def annotation_writer(
             return _measured(df)
         _check_boxes(df)
         given = [[name for name in names if name in df] for names in (X_COLUMNS, Y_COLUMNS)]
-        df = scale_pixels(df, size_xy, *given)
+        before, df = df, scale_pixels(df, size_xy, *given)
         if AREA in df.columns:
             df = df.assign(**{AREA: df[AREA] * math.prod(size_xy)})
-        return _measured(df.drop(columns="diameter", errors="ignore"))  # the longer side, here, too
+        if "diameter" not in df.columns:
+            return _measured(df)
+        given, side = df["diameter"], _longer_side(before)
+        scaled = given * math.sqrt(math.prod(size_xy))
+        return _measured(
+            df.assign(diameter=np.where(np.isclose(given, side), _longer_side(df), scaled))
+        )
 
     with (
         atomic_path(path) as temporary,
@@ -778,13 +784,18 @@ def _check_boxes(df: pd.DataFrame) -> None:
         raise InputError(f"boxes to write need the columns {missing}, got {list(df.columns)}")
 
 
+def _longer_side(df: pd.DataFrame) -> np.ndarray:
+    x0, y0, x1, y1 = df[BOX_COLUMNS].to_numpy(float).T
+    return np.maximum(x1 - x0, y1 - y0)
+
+
 def _measured(df: pd.DataFrame) -> pd.DataFrame:
     """Return boxes with their centres and diameters, where these are not given."""
     _check_boxes(df)
     df = df.reset_index(drop=True)
     low, high = df[BOX_COLUMNS[:2]].to_numpy(float), df[BOX_COLUMNS[2:]].to_numpy(float)
-    center, side = low + (high - low) / 2, high - low
-    measured = {"pixel_x": center[:, 0], "pixel_y": center[:, 1], "diameter": side.max(axis=1)}
+    center = low + (high - low) / 2
+    measured = {"pixel_x": center[:, 0], "pixel_y": center[:, 1], "diameter": _longer_side(df)}
     return df.assign(**{name: v for name, v in measured.items() if name not in df.columns})
 
 

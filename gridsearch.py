@@ -151,7 +151,7 @@ def run_search(
         InputError: The run holds trials made from other input, every trial failed, or the space
             lacks a hyperparameter.
     """
-    if lacking := [name for name in HYPERPARAMETERS if not search_space.get(name)]:
+    if lacking := [name for name in HYPERPARAMETERS if not len(search_space.get(name, ()))]:
         raise InputError(
             f"search_space needs a list of values of each of {list(HYPERPARAMETERS)}; it lacks "
             f"{lacking}"

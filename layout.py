@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ from artefacts import (
     content_fingerprint,
     fingerprint,
     remove_strays,
+    set_time,
     write_json,
 )
 from ImageData import InputError, Window
@@ -402,7 +402,8 @@ def _cached_copy(raster: Raster, cache_dir: Path) -> Raster | InputError:
             log.info("%s is being rewritten to %s", raster.path, copy)
             remove_strays(copy.parent)
             rewrite(raster.original or raster, copy)
-            os.utime(copy, ns=(changed, changed))  # of whatever clock
+            if copy.stat().st_mtime_ns < changed:  # of another clock
+                set_time(copy, changed)
         found = Raster.open(copy, raster.bands).with_regions(raster.regions)
         return resampled(found, raster.target_resolution)
     except FullDiskError:

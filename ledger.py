@@ -173,14 +173,14 @@ def compare(
             "them without the truth, whose class ids are of one of them"
         )
     found: dict[str, pd.DataFrame | np.ndarray] = dict(truth or {})
-    sizes: set[tuple[float, float]] = set()
+    sizes: set[tuple[int, int]] = set()
     tellers = ["run", *(name for name in HYPERPARAMETERS if name in rows)]
     tellers = [name for name in tellers if len(set(rows[name])) > 1]
     for number, ((_, row), model) in enumerate(zip(rows.iterrows(), models, strict=True), start=1):
         opened = raster
         if not isinstance(raster, fileio.Raster):
             opened = predict.open_raster(raster, model.contract, **opening)
-        sizes.add(opened.pixel_size_xy)
+        sizes.add((opened.width, opened.height))
         if len(sizes) > 1:
             raise InputError(
                 f"the models read {opened.path.name} in pixels of different size, so that the "
@@ -421,8 +421,9 @@ def main(argv: Sequence[str]) -> int:
         if len(table):
             told = shown.to_string(index=False, na_rep="", float_format="%.4g")
         if args.best is not None:
-            told += f"\nthe best model: {table['checkpoint'].iloc[0] or 'its checkpoint is gone'}"
-            if len(set(table["split_hash"])) > 1:
+            best = table["checkpoint"].iloc[0]
+            told += f"\nthe best model: {best if isinstance(best, str) else 'its file is gone'}"
+            if len(set(table["split_hash"].dropna())) > 1:
                 told += "\nnote: these were measured on different ground (split_hash)"
         if args.out is not None:
             fileio.write_table(args.out, table)

@@ -145,7 +145,7 @@ def open_raster(
     if trained and found and resolution_tolerance is not None:
         least, most = contract.resolution_range or (trained, trained)
         if not least / (1 + resolution_tolerance) <= found <= most * (1 + resolution_tolerance):
-            told = f"{least:.4g}" if least == most else f"{least:.4g} to {most:.4g}"
+            told = " to ".join(dict.fromkeys(f"{side:.4g}" for side in (least, most)))
             broken["resolution"] = (
                 f"its pixels are {found:.4g} m wide, in training they were {told} m "
                 f"(RESOLUTION_TOLERANCE {resolution_tolerance:g}); --resample (resample=True) "

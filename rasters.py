@@ -35,7 +35,14 @@ from rasterio.errors import CRSError, NotGeoreferencedWarning, RasterioError
 from rasterio.vrt import WarpedVRT
 from rasterio.windows import Window as RasterioWindow
 
-from artefacts import address_of, atomic_path, content_fingerprint, exclusive, find_full
+from artefacts import (
+    address_of,
+    atomic_path,
+    content_fingerprint,
+    exclusive,
+    find_full,
+    set_time,
+)
 from hdr import is_hdr, open_hdr
 from ImageData import InputError, Window
 
@@ -985,7 +992,7 @@ def _copy_hdr(path: Path, copy: Path) -> None:
             dst.descriptions = image.channels
             for block in image.blocks():
                 dst.write(image.read(block), window=RasterioWindow(*block))
-    os.utime(copy, ns=(changed, changed))
+    set_time(copy, changed)
 
 
 @contextmanager

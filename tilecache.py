@@ -155,15 +155,7 @@ def cache_tiles(
     Raises:
         InputError: A raster or label cannot be read.
     """
-    made_from = {
-        "rasters": {
-            name: [raster.made_from, fileio.raster_fingerprint(raster)]
-            for name, raster in rasters.items()
-        },
-        "labels": {name: source.made_from for name, source in (labels or {}).items()},
-        "blocks": blocks,
-        "layout": [CHUNK, SHARD],
-    }
+    made_from = _made_from(rasters, labels) | {"blocks": blocks, "layout": [CHUNK, SHARD]}
     key = fileio.fingerprint(made_from)
     folder = Path(cache_dir).absolute() / f"tiles-{key}"
 
@@ -419,14 +411,8 @@ def cache_patches(
     Raises:
         InputError: A raster or label cannot be read.
     """
-    kept = tiles[tiles["kept"] & (tiles["angle"] == 0)]
-    key = fileio.fingerprint({
-        "rasters": {n: [r.made_from, fileio.raster_fingerprint(r)] for n, r in rasters.items()},
-        "labels": {name: source.made_from for name, source in labels.items()},
-        "tiles": kept[["window", "raster", *tiling.WINDOW_COLUMNS, "split"]],
-        "layout": PATCH_LAYOUT,
-    })  # fmt: skip
-    folder = Path(cache_dir).absolute() / f"patches-{key}"
+    kept = _whole_tiles(tiles)
+    folder = patches_folder(tiles, rasters, labels, cache_dir)
     names = next(iter(labels.values())).classes.names
 
     def plan() -> dict[str, tuple]:
@@ -446,7 +432,48 @@ def cache_patches(
 
     fill = partial(_fill_patches, rasters=dict(rasters), labels=dict(labels))
     work = {"workers": workers, "scheduler": scheduler, "progress": progress}
-    return _complete(folder, key, plan, fill, [ROWS, *(f"{s}.zarr" for s in SPLITS)], work)
+    return _complete(folder, folder.name, plan, fill, [ROWS, *(f"{s}.zarr" for s in SPLITS)], work)
+
+
+def patches_folder(
+    tiles: pd.DataFrame,
+    rasters: Mapping[str, fileio.Raster],
+    labels: Mapping[str, LabelSource],
+    cache_dir: Path,
+) -> Path:
+    """Return the folder to which `cache_patches`, given the same, writes."""
+    made_from = _made_from(rasters, labels) | {
+        "tiles": _whole_tiles(tiles)[["window", "raster", *tiling.WINDOW_COLUMNS, "split"]],
+        "layout": PATCH_LAYOUT,
+    }
+    return Path(cache_dir).absolute() / f"patches-{fileio.fingerprint(made_from)}"
+
+
+def _whole_tiles(tiles: pd.DataFrame) -> pd.DataFrame:
+    """Return the tiles that are kept, without turned twins."""
+    return tiles[tiles["kept"] & (tiles["angle"] == 0)]
+
+
+def _made_from(
+    rasters: Mapping[str, fileio.Raster], labels: Mapping[str, LabelSource] | None
+) -> dict[str, object]:
+    """Return what a cache is made of: the content of files, whenever they were written."""
+    given = {
+        "rasters": {n: [r.made_from, fileio.raster_fingerprint(r)] for n, r in rasters.items()},
+        "labels": {name: source.made_from for name, source in (labels or {}).items()},
+    }
+    return _by_content(given)
+
+
+def _by_content(value: object) -> object:
+    match value:
+        case Path():
+            return fileio.content_fingerprint(value) if value.is_file() else str(value)
+        case Mapping():
+            return {key: _by_content(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_by_content(item) for item in value]
+    return value
 
 
 def is_complete(folder: Path) -> bool:

@@ -160,14 +160,19 @@ def test_empty_and_constant_patches_are_left_out_with_the_reason(made):
 
 
 def test_an_image_without_patches_of_a_split_is_told(pairs, tmp_path, caplog):
-    third = of([*pairs, TrainingDataset(*write_pair(tmp_path, "c", 5))], tmp_path)
-    third.options = dataclasses.replace(OPTIONS, split_by="raster")
-    third.prepare(workers=1)
-    told = [r.getMessage() for r in caplog.records if "has no patch for" in r.getMessage()]
-    assert len(told) == 3
-    assert all(" and " in text for text in told)
+    image, mask = write_pair(tmp_path, "flat", 5)
+    with rasterio.open(image, "r+") as dst:
+        dst.write(np.full((1, 384, 384), 9, np.uint8))
+    both = of([*pairs, TrainingDataset(image, mask)], tmp_path / "cache")
+    both.prepare(workers=1)
+    (told,) = [r.getMessage() for r in caplog.records if "flat has no patch" in r.getMessage()]
+    assert "flat has no patch for train" in told
+    caplog.clear()
+    both.options = dataclasses.replace(OPTIONS, split_by="raster", filters=())
+    both.prepare(workers=1)
+    assert "has no patch" not in caplog.text  # each is of one split by wish
     with pytest.raises(AttributeError):
-        third.option = OPTIONS  # a misspelt name must not be taken in silence
+        both.option = OPTIONS  # a misspelt name must not be taken in silence
 
 
 def test_a_choice_of_bands_per_image_is_told_and_kept(pairs, tmp_path, caplog):
@@ -287,6 +292,54 @@ def test_what_changed_since_it_was_prepared_is_not_saved(tmp_path):
         dst.write(pixels, 1)
     with pytest.raises(InputError, match=r"have changed since prepare\(\); call it again"):
         both.save_prepared_arrays(workers=1)
+
+
+def test_what_was_stopped_can_be_deleted_and_what_was_half_deleted_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(tilecache, "BLOCK", 4)
+    monkeypatch.setattr(tilecache, "JOB_BLOCKS", 1)
+    cache = tmp_path / "cache"
+    both = of([TrainingDataset(*write_pair(tmp_path, "f", 4))], cache).prepare(workers=1)
+    fill, jobs = tilecache._fill_patches, []
+
+    def stop(job, **handles):
+        if len(jobs) == 3:
+            raise KeyboardInterrupt
+        jobs.append(job)
+        fill(job, **handles)
+
+    monkeypatch.setattr(tilecache, "_fill_patches", stop)
+    with pytest.raises(KeyboardInterrupt):
+        both.save_prepared_arrays(workers=1)
+    monkeypatch.setattr(tilecache, "_fill_patches", fill)
+    with pytest.raises(InputError, match="no arrays are saved"):
+        both.load_prepared_arrays()
+    both.delete_prepared_arrays()
+    assert not list(cache.glob("*/*"))
+
+    whole = both.prepare(workers=1).save_prepared_arrays(workers=1)["train"].images[:]
+
+    def half(folder):
+        remove(folder / "train.zarr" / "image" / "c")
+        raise KeyboardInterrupt
+
+    remove = composite.shutil.rmtree
+    monkeypatch.setattr(composite.shutil, "rmtree", half)
+    with pytest.raises(KeyboardInterrupt):
+        both.delete_prepared_arrays()
+    monkeypatch.setattr(composite.shutil, "rmtree", remove)
+    again = both.prepare(workers=1).save_prepared_arrays(workers=1)["train"].images[:]
+    np.testing.assert_array_equal(again, whole)
+
+
+def test_a_touched_file_is_the_same_file(tmp_path):
+    image, mask = write_pair(tmp_path, "t", 4)
+    both = of([TrainingDataset(image, mask)], tmp_path / "cache").prepare(workers=1)
+    both.save_prepared_arrays(workers=1)
+    made = set((tmp_path / "cache").iterdir())
+    for path in (image, mask):
+        os.utime(path, (1e9, 1e9))
+    both.prepare(workers=1).save_prepared_arrays(workers=1)
+    assert set((tmp_path / "cache").iterdir()) == made
 
 
 KILLED = """

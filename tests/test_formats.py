@@ -731,7 +731,7 @@ def view_of(plain, size):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".json", ".txt"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_objects_at_the_edges_survive_pixels_of_another_size(tmp_path, suffix):
     for size in np.linspace(0.27, 3.7, 40):
         plain = canvas("mercator")
@@ -748,6 +748,29 @@ def test_objects_at_the_edges_survive_pixels_of_another_size(tmp_path, suffix):
     (tmp_path / "y.csv").write_text("xmin,ymin,xmax,ymax,label\n600,470,643,480,a\n1,1,9,9,a\n")
     back = an.preprocess_df(tmp_path / "y.csv", view, box_source="columns")
     assert back.quarantine["reason"].tolist() == [an.OVER_RIGHT]
+    (tmp_path / "z.csv").write_text(
+        "pixel_x,pixel_y,diameter,label\n620,460,40,a\n639.5,479.5,1,a\n638,470,30,a\n"
+    )
+    back = an.preprocess_df(tmp_path / "z.csv", view)
+    np.testing.assert_allclose(back.df["xmax"], 213, atol=1e-3)
+    reasons = set(back.quarantine["reason"])  # the second is in what is not read at all
+    assert reasons == {an.OFF_RASTER, an.OVER_RIGHT}
+    shapes = gpd.GeoDataFrame({"label": ["a"]}, geometry=[shapely.box(600, 440, 640, 480)])
+    shapes.to_file(tmp_path / "px.gpkg")
+    shapes.set_geometry(
+        shapely.transform(shapes.geometry.to_numpy(), plain.to_map), crs="EPSG:3857"
+    ).to_file(tmp_path / "map.gpkg")
+    for name, place in (("px", "pixel"), ("map", "auto")):
+        back = an.preprocess_df(tmp_path / f"{name}.gpkg", view, coordinates=place)
+        np.testing.assert_allclose(boxes_of(back), [[200, 440 / 3, 213, 160]], atol=1e-4)
+
+
+def test_a_diameter_that_is_given_is_kept(tmp_path):
+    view = view_of(canvas("mercator"), 3)
+    boxes = np.array([[0.0, 5, 20, 45], [30, 30, 50, 40]])
+    df = table_of(boxes, ["cut", "whole"], diameter=[60.0, 20.0])
+    fileio.write_annotations(tmp_path / "x.csv", df, view)
+    assert pd.read_csv(tmp_path / "x.csv")["diameter"].tolist() == pytest.approx([180, 60])
 
 
 def test_what_only_looks_like_a_geometry_is_left_alone(tmp_path):

@@ -168,7 +168,10 @@ def test_the_grid_is_trained_once_and_then_left_alone(prepared, tmp_path, counte
 def test_a_space_without_a_hyperparameter_is_refused_before_anything_is_written(prepared, tmp_path):
     space = {name: values for name, values in SPACE.items() if name != "patch_size"}
     with pytest.raises(InputError, match=r"it lacks \['patch_size', 'n_epochs'\]"):
-        gridsearch.run_search(prepared.data, space | {"n_epochs": []}, conf(), tmp_path / "run")
+        gridsearch.run_search(
+            prepared.data, space | {"n_epochs": [], "learning_rate": np.geomspace(1e-4, 1e-2, 3)},
+            conf(), tmp_path / "run",
+        )  # fmt: skip
     assert not (tmp_path / "run").exists()
 
 

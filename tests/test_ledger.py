@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -236,6 +237,13 @@ def test_folders_of_several_machines_are_one_table(runs, tmp_path, capsys):
     record.write_text(json.dumps(json.loads(record.read_text()) | {"ground": "other"}))
     assert gridsearch.main(["ledger", str(runs), str(apart), "--best", "AP50"]) == 0
     assert "measured on different ground" in capsys.readouterr().out
+    path = Path(best["checkpoint"])
+    content = path.read_bytes()
+    path.unlink()
+    only = ["--where", f"trial == '{best['trial']}'"]
+    assert gridsearch.main(["ledger", str(runs), str(other), "--best", "AP50", *only]) == 0
+    path.write_bytes(content)  # which others compare
+    assert capsys.readouterr().out.splitlines()[-1] == "the best model: its file is gone"
 
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
