@@ -447,7 +447,7 @@ def test_no_name_escapes_its_folder_or_breaks_a_stage(badly_named, tmp_path):
     for image in images:
         placed = SimpleNamespace(
             path=image.raster.path, width=384, height=384, crs=utm["crs"],
-            to_map=lambda xy: xy * [2, -2],
+            original=None, pixel_size_xy=(1.0, 1.0), to_map=lambda xy: xy * [2, -2],
         )  # fmt: skip
         for suffix in fileio.ANNOTATION_SUFFIXES:
             path = out / "maps" / f"{image.image_identifier}{suffix}"
@@ -668,7 +668,9 @@ def test_bombs_cost_no_memory_and_end_with_a_clear_error(tmp_path):
 TABLE = pd.DataFrame(np.random.default_rng(0).uniform(0, 90, (400, 2)), columns=["xmin", "ymin"])
 TABLE = TABLE.assign(xmax=TABLE["xmin"] + 2, ymax=TABLE["ymin"] + 2, label="a", score=0.5)
 PIXELS = np.random.default_rng(0).integers(0, 255, (1, 300, 300), dtype="uint8")
-PLACE = SimpleNamespace(path=Path("r.tif"), crs=None, width=100, height=100)
+PLACE = SimpleNamespace(
+    path=Path("r.tif"), crs=None, width=100, height=100, original=None, pixel_size_xy=(1.0, 1.0)
+)
 
 
 def write_raster(path):
