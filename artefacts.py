@@ -281,6 +281,8 @@ def _identity(value: object, above: frozenset[int]) -> object:
             return [value.__qualname__, inner(value.__code__), inner(defaults), inner(_used(value))]
         case ModuleType():
             return value.__name__
+        case logging.Logger():  # whatever it tells at the moment
+            return value.name
         case type():
             members = {k: m for k, m in vars(value).items() if isinstance(m, FunctionType)}
             return [value.__qualname__, inner(members)]

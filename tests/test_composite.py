@@ -261,7 +261,8 @@ def test_what_changed_is_another_key_and_what_is_deleted_is_gone(tmp_path):
     both.prepare(workers=1).save_prepared_arrays(workers=1)
     again = of([TrainingDataset(*write_pair(tmp_path, "d", 3))], tmp_path / "cache")
     assert len(again.load_prepared_arrays()["train"])  # the same content, without preparing
-    folder, before = both.folder, both.key
+    before = both.key
+    folder = both._folder(before)
     with rasterio.open(both.constituents[0].mask, "r+") as dst:
         pixels = dst.read(1)
         pixels[200, 200] ^= 1
@@ -269,9 +270,11 @@ def test_what_changed_is_another_key_and_what_is_deleted_is_gone(tmp_path):
     assert both.key != before
     assert folder.exists()
     both.prepare(workers=1).save_prepared_arrays(workers=1)
-    assert both.folder != folder
+    after = both._folder(both.key)
+    assert after != folder
+    assert after.exists()
     both.delete_prepared_arrays()
-    assert not both.folder.exists()
+    assert not after.exists()
     assert folder.exists()
     with pytest.raises(InputError, match="no arrays are saved in"):
         both.load_prepared_arrays()

@@ -15,6 +15,7 @@ import pytest
 import rasterio
 from conftest import PROJECT, REAL_DATA
 
+import annotations
 import fileio
 from ImageData import InputError, Window
 
@@ -245,6 +246,13 @@ def test_an_edited_filter_is_another_one(monkeypatch):
     monkeypatch.setitem(globals(), "LIMIT", 5)
     assert fileio.fingerprint(uses_a_global) != after
     assert fileio.fingerprint([lambda i: i > 1]) != fileio.fingerprint([lambda i: i < 1])
+    log, level = annotations.log, annotations.log.level
+    before = fileio.fingerprint(annotations.preprocess_df)
+    log.setLevel("ERROR" if level != logging.ERROR else "INFO")
+    try:  # what is logged changes no result
+        assert fileio.fingerprint(annotations.preprocess_df) == before
+    finally:
+        log.setLevel(level)
 
 
 @pytest.mark.parametrize(
