@@ -697,23 +697,6 @@ def annotation_writer(
     empty = pd.DataFrame({name: pd.Series(dtype=float) for name in BOX_COLUMNS} | {"label": []})
     columns: list[str] = []
     size_xy = raster.pixel_size_xy
-
-    def in_file(df: pd.DataFrame) -> pd.DataFrame:
-        if size_xy == (1, 1):
-            return _measured(df)
-        _check_boxes(df)
-        given = [[name for name in names if name in df] for names in (X_COLUMNS, Y_COLUMNS)]
-        before, df = df, scale_pixels(df, size_xy, *given)
-        if AREA in df.columns:
-            df = df.assign(**{AREA: df[AREA] * math.prod(size_xy)})
-        if "diameter" not in df.columns:
-            return _measured(df)
-        given, side = df["diameter"], _longer_side(before)
-        scaled = given * math.sqrt(math.prod(size_xy))
-        return _measured(
-            df.assign(diameter=np.where(np.isclose(given, side), _longer_side(df), scaled))
-        )
-
     with (
         atomic_path(path) as temporary,
         opened(
@@ -732,7 +715,7 @@ def annotation_writer(
 
         def append(df: pd.DataFrame) -> None:
             nonlocal empty, columns
-            df = in_file(df)
+            df = _in_file(df, size_xy)
             if df.empty:
                 empty = df
                 return
@@ -746,7 +729,30 @@ def annotation_writer(
 
         yield append
         if not columns:
-            write(in_file(empty))
+            write(_in_file(empty, size_xy))
+
+
+def _in_file(df: pd.DataFrame, size_xy: tuple[float, float]) -> pd.DataFrame:
+    """Return boxes in pixels of the raster's file, with centres and diameters.
+
+    A diameter that is the longer side of its box stays so, another one is scaled as a length is.
+
+    Args:
+        df: Boxes in pixels as the raster is read.
+        size_xy: Width and height of one of those in pixels of the file.
+    """
+    if size_xy == (1, 1):
+        return _measured(df)
+    _check_boxes(df)
+    places = [[name for name in names if name in df] for names in (X_COLUMNS, Y_COLUMNS)]
+    moved, area = scale_pixels(df, size_xy, *places), math.prod(size_xy)
+    if AREA in df.columns:
+        moved = moved.assign(**{AREA: df[AREA] * area})
+    if "diameter" in df.columns:
+        is_side = np.isclose(df["diameter"], _longer_side(df))
+        scaled = df["diameter"] * math.sqrt(area)
+        moved = moved.assign(diameter=np.where(is_side, _longer_side(moved), scaled))
+    return _measured(moved)
 
 
 def scale_pixels(
