@@ -853,17 +853,18 @@ def prepare_all(
         [Path(str(pattern).replace("{raster}", Path(raster).stem)) for pattern in patterns]
         for raster in rasters
     ]
-    flat = [path.absolute() for paths in outputs for path in paths]
+    tasks = [
+        prepare(checkpoint, raster, paths, **options)
+        for raster, paths in zip(rasters, outputs, strict=True)
+    ]
+    flat = [path.absolute() for task in tasks for path in (*task.outputs, *task.further)]
     if doubled := sorted({str(path) for path in flat if flat.count(path) > 1}):
         raise InputError(
             f"{', '.join(doubled)} would be written more than once; rasters that share a command "
             "need {raster} in the name of the output, such as maps/{raster}.gpkg, and names of "
             "their own"
         )
-    return [
-        prepare(checkpoint, raster, paths, **options)
-        for raster, paths in zip(rasters, outputs, strict=True)
-    ]
+    return tasks
 
 
 @lru_cache(maxsize=2)  # many rasters are prepared for one checkpoint

@@ -408,6 +408,18 @@ def test_beside_a_png_the_overlay_is_one(tmp_path):
     }  # fmt: skip
 
 
+def test_rasters_of_a_command_do_not_write_over_each_other(tmp_path):
+    rasters = [paint(tmp_path / f"{name}.tif", 100, 90) for name in ("a", "a_overlay", "b")]
+    out = tmp_path / "out"
+    out.mkdir()
+    for options, names in (({"overlay": 0.5}, "{raster}.png"), ({}, "same.tif")):
+        with pytest.raises(InputError, match=r"(a_overlay\.png|same\.tif) would be written more"):
+            predict.prepare_all(Painter(), rasters, [out / names], **(OPTIONS | options))
+    tasks = predict.prepare_all(Painter(), rasters, [out / "{raster}.png"], **OPTIONS)
+    assert [task.outputs[0].name for task in tasks] == ["a.png", "a_overlay.png", "b.png"]
+    assert not list(out.iterdir())
+
+
 def test_a_background_of_another_name_is_left_as_it_is(tmp_path):
     path = paint(tmp_path / "a.tif", 200, 150)
     (tmp_path / "colors.csv").write_text("0,Hintergrund,#FF0000\n")
