@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import logging
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -853,18 +854,23 @@ def prepare_all(
         [Path(str(pattern).replace("{raster}", Path(raster).stem)) for pattern in patterns]
         for raster in rasters
     ]
+    _check_apart(itertools.chain(*outputs))
     tasks = [
         prepare(checkpoint, raster, paths, **options)
         for raster, paths in zip(rasters, outputs, strict=True)
     ]
-    flat = [path.absolute() for task in tasks for path in (*task.outputs, *task.further)]
+    _check_apart(path for task in tasks for path in (*task.outputs, *task.further))
+    return tasks
+
+
+def _check_apart(paths: Iterable[Path]) -> None:
+    flat = [path.absolute() for path in paths]
     if doubled := sorted({str(path) for path in flat if flat.count(path) > 1}):
         raise InputError(
             f"{', '.join(doubled)} would be written more than once; rasters that share a command "
             "need {raster} in the name of the output, such as maps/{raster}.gpkg, and names of "
             "their own"
         )
-    return tasks
 
 
 @lru_cache(maxsize=2)  # many rasters are prepared for one checkpoint
