@@ -40,6 +40,10 @@ from manifest import read_registry as read_registry
 
 log = logging.getLogger(__name__)
 
+LABEL_OPTIONS = (  # of a pair and of a named dataset, as `masks.read_labels` has them
+    "attribute", "classes", "mask_reference", "layer", "coordinates", "attribute_filter",
+    "default_label",
+)  # fmt: skip
 ARRAYS = "arrays.txt"  # names the folder of the patches, which other indexes may share
 RESOLUTION_TOLERANCE = 0.2  # relative difference of pixels' sides from which on a warning tells
 OWN_WORDS = {  # for parameters of a run, of which messages speak
@@ -128,9 +132,7 @@ class TrainingDataset:
     def read_labels(self, workers: int | None = 1) -> masks.Labels:
         """Read the labels, with classes of this pair only."""
         return masks.read_labels(
-            self.mask, self.raster, attribute=self.attribute, classes=self.classes,
-            mask_reference=self.mask_reference, layer=self.layer, coordinates=self.coordinates,
-            attribute_filter=self.attribute_filter, default_label=self.default_label,
+            self.mask, self.raster, **{name: getattr(self, name) for name in LABEL_OPTIONS},
             workers=workers,
         )  # fmt: skip
 
@@ -228,13 +230,11 @@ class CompositeTrainingDataset:
             names: Of datasets, or `tag:` with a tag; see `manifest.select_datasets`.
             options: See `PatchOptions`.
         """
+        same = (*LABEL_OPTIONS, "bands", "resolution", "weight")
         pairs = [
             TrainingDataset(
-                image, mask, bands=named.bands, attribute=named.attribute, classes=named.classes,
-                mask_reference=named.mask_reference, layer=named.layer,
-                coordinates=named.coordinates, attribute_filter=named.attribute_filter,
-                default_label=named.default_label, resolution=named.resolution,
-                tags=(named.name, *named.tags), weight=named.weight,
+                image, mask, tags=(named.name, *named.tags),
+                **{name: getattr(named, name) for name in same},
             )
             for named in select_datasets(registry, names)
             for image, mask in zip(named.images, named.masks, strict=True)
@@ -307,23 +307,18 @@ class CompositeTrainingDataset:
     def _prepare(self, *, workers: int | None, scheduler: str | None, progress: bool) -> None:
         options, key = self.options, self.key
         rasters = [pair.raster for pair in self.constituents]
-        sizes = [raster.resolution for raster in rasters if raster.resolution]
-        if sizes and max(sizes) > (1 + RESOLUTION_TOLERANCE) * min(sizes):
+        span = fileio.resolution_range(rasters)
+        if span and span[1] > (1 + RESOLUTION_TOLERANCE) * span[0]:
             log.warning(
                 "the images have pixels of %.3g to %.3g m; give every pair the same resolution to "
-                "read them in one", min(sizes), max(sizes),
+                "read them in one", *span,
             )  # fmt: skip
         if len({raster.bands for raster in rasters}) > 1:
             log.warning(
                 "different bands are read of the images, so that a prediction has to be told which "
                 "to read (bands, --bands)"
             )
-        kinds = {r.path.name: f"{len(r.bands)} x {r.dtype}" for r in rasters}
-        if len(set(kinds.values())) > 1:
-            raise InputError(
-                f"the images of a composite need the same number of bands and the same type, got "
-                f"{kinds}; choose bands of each"
-            )
+        fileio.check_kinds(rasters, "images of a composite", "choose bands of each")
         labels = [pair.read_labels(workers) for pair in self.constituents]
         images = [
             ImageData(raster, raster.identifier, masks.empty_table(), source)
@@ -442,11 +437,12 @@ class CompositeTrainingDataset:
             self.tiles,
             {image.image_identifier: image.raster for image in made.images},
             {image.image_identifier: image.labels for image in made.images},
-            Path(self.cache_directory),
         )
-        folder = tilecache.patches_folder(*given)
+        folder = tilecache.patches_folder(*given, Path(self.cache_directory))
         fileio.write_text(self._folder(made.key) / ARRAYS, folder.name)
-        tilecache.cache_patches(*given, workers=workers, scheduler=scheduler, progress=progress)
+        tilecache.cache_patches(
+            *given, folder, workers=workers, scheduler=scheduler, progress=progress
+        )
         return {split: tilecache.open_patches(folder, split) for split in SPLITS}
 
     def load_prepared_arrays(self) -> dict[str, tilecache.Patches]:

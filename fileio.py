@@ -53,24 +53,26 @@ from rasters import (
     PNG_SIDE,
     Raster,
     Regions,
+    check_kinds,
     create_png,
     create_raster,
     on_grid,
     read_raster,
     read_rasters,
     resampled,
+    resolution_range,
 )
 
 __all__ = [
     "ANNOTATION_SUFFIXES", "PIXEL_COLUMNS", "PNG_SIDE", "X_COLUMNS", "AnnotationFile",
     "FullDiskError", "Journal", "Raster", "Regions", "address_of", "annotation_writer",
-    "append_line", "atomic_path",
-    "check_layout", "content_fingerprint", "create_png", "create_raster", "diagnose", "exclusive",
-    "files_of", "fingerprint", "hash_rows", "identifier_from_tilename", "is_finished", "main",
-    "mark_finished", "on_grid", "raster_fingerprint", "read_annotation_file", "read_colormap",
-    "read_raster", "read_rasters", "read_table", "recreate_directory", "remove_strays", "resampled",
-    "rewrite", "scale_pixels", "terminable", "this_machine", "write_annotations", "write_json",
-    "write_table", "write_text", "writing",
+    "append_line", "atomic_path", "check_kinds", "check_layout", "content_fingerprint",
+    "create_png", "create_raster", "diagnose", "exclusive", "files_of", "fingerprint", "hash_rows",
+    "identifier_from_tilename", "is_finished", "main", "mark_finished", "on_grid",
+    "raster_fingerprint", "read_annotation_file", "read_colormap", "read_raster", "read_rasters",
+    "read_table", "recreate_directory", "remove_strays", "resampled", "resolution_range", "rewrite",
+    "scale_pixels", "terminable", "this_machine", "write_annotations", "write_json", "write_table",
+    "write_text", "writing",
 ]  # fmt: skip
 
 DOCTOR_EXIT = 3  # a raster reads slowly and was not rewritten

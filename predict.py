@@ -455,8 +455,7 @@ class DetectionTask(Task):
         """What is written of the detections, and how."""
         names = [str(path) for path in self.outputs]
         wanted = self.options
-        form = {"outputs": names, "geometry": wanted.geometry, "density_cell": wanted.density_cell}
-        return form | _form_of_pixels(self.predictor.raster)
+        return {"outputs": names, "geometry": wanted.geometry, "density_cell": wanted.density_cell}
 
     def merge(self, made: Iterator[int]) -> dict[str, object]:
         """Write the catalogue; see `Task`."""
@@ -510,7 +509,7 @@ class MapTask(Task):
             _beside(path, "uncertainty") if wanted.uncertainty else None,
             None if wanted.overlay is None else _beside(path, "overlay"), wanted.overlay or 0.0,
             wanted.least_area, *_names_and_colors(self.labels, wanted),
-            next((i for i, n in enumerate(self.labels) if n == imutils.BACKGROUND_NAME), None),
+            masks.ClassTable(self.labels, {}).background,
         )  # fmt: skip
 
     @property
@@ -524,16 +523,12 @@ class MapTask(Task):
     def form(self) -> dict[str, object]:
         """What is written of the map, and how."""
         files = self.map_files
-        return (
-            {
-                "outputs": [str(path) for path in self.outputs],
-                "further": [str(path) for path in self.further],
-                "least_area": files.least_area,
-                "classes": [list(pair) for pair in zip(files.names, files.colors, strict=True)],
-            }
-            | ({"opacity": files.opacity} if files.overlay else {})
-            | _form_of_pixels(self.predictor.raster)
-        )
+        return {
+            "outputs": [str(path) for path in self.outputs],
+            "further": [str(path) for path in self.further],
+            "least_area": files.least_area,
+            "classes": [list(pair) for pair in zip(files.names, files.colors, strict=True)],
+        } | ({"opacity": files.opacity} if files.overlay else {})
 
     def merge(self, made: Iterator[int]) -> dict[str, object]:
         """Write the map and what goes with it; see `Task`."""
@@ -550,11 +545,6 @@ class MapTask(Task):
 
         found = maps.write_map(self.predictor, self.map_files, counted())
         return {"gaps": gaps, **found, **numbers}
-
-
-def _form_of_pixels(raster: fileio.Raster) -> dict[str, object]:
-    """Return how large pixels were, in those of the file, that are written as the file's."""
-    return {} if raster.original is None else {"pixel_size_xy": list(raster.pixel_size_xy)}
 
 
 def _names_and_colors(
@@ -695,6 +685,8 @@ def prepare(
         "regions": opened.regions.digest() if opened.regions else None,
         "auxiliary": opened.made_from.get("auxiliary"),
     }
+    if opened.original is not None:  # of whose pixels the files are to tell
+        plan["pixel_size_xy"] = opened.pixel_size_xy
     plan = json.loads(json.dumps(plan))
     predictor, task = {
         DETECTION: (strips.StripPredictor, DetectionTask),

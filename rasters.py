@@ -15,7 +15,7 @@ import secrets
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -685,23 +685,36 @@ def read_rasters(
     for raster in rasters:
         _warn_of_palette(raster)
         _warn_of_false_alpha(raster)
-    kinds = {r.path.name: f"{len(r.bands)} x {r.dtype}" for r in rasters}
-    if len(set(kinds.values())) > 1:
-        raise InputError(
-            f"the rasters of a run need the same number of bands and the same type, got {kinds}; "
-            "choose common bands with BANDS, or run those that differ apart"
-        )
-    sides = {r.path.name: r.resolution for r in rasters if r.resolution}
-    if sides and resolution_tolerance is not None:
-        smallest, largest = min(sides.values()), max(sides.values())
+    check_kinds(
+        rasters, "rasters of a run",
+        "choose common bands with BANDS, or run those that differ apart",
+    )  # fmt: skip
+    span = resolution_range(rasters)
+    if span and resolution_tolerance is not None:
+        smallest, largest = span
         if largest > smallest * (1 + resolution_tolerance):
-            shown = {name: f"{side:.4g} m" for name, side in sides.items()}
+            shown = {r.path.name: f"{r.resolution:.4g} m" for r in rasters if r.resolution}
             raise InputError(
                 f"the rasters of a run need ground resolutions within RESOLUTION_TOLERANCE = "
                 f"{resolution_tolerance:g} of each other, got {shown}; set TARGET_RESOLUTION, or "
                 "RESOLUTION_TOLERANCE = None if objects look alike at all of them"
             )
     return rasters
+
+
+def check_kinds(rasters: Sequence[Raster], which: str, remedy: str) -> None:
+    """Refuse rasters that differ in the number of bands or the type; say which, and what to do."""
+    kinds = {r.path.name: f"{len(r.bands)} x {r.dtype}" for r in rasters}
+    if len(set(kinds.values())) > 1:
+        raise InputError(
+            f"the {which} need the same number of bands and the same type, got {kinds}; {remedy}"
+        )
+
+
+def resolution_range(rasters: Iterable[Raster]) -> tuple[float, float] | None:
+    """Return the least and the largest side of a pixel on the ground, m; None: none is known."""
+    sides = [raster.resolution for raster in rasters if raster.resolution]
+    return (min(sides), max(sides)) if sides else None
 
 
 def resampled(raster: Raster, resolution: float | None) -> Raster:

@@ -40,11 +40,8 @@ SHARD = 2048  # px, side of what is written at once, a file
 VALID, COUNTED = 1, 2  # bits of `known`
 MANIFEST, DONE, ROWS = "manifest.json", "done.jsonl", "rows.parquet"
 BLOCK, BLOCK_BYTES = 64, 2**24  # patches, and bytes of pixels, that are read at once, a file
-PATCH_LAYOUT = [
-    BLOCK,
-    BLOCK_BYTES,
-    "training in an order of its own, with names of classes",
-]  # in keys of patches
+# in keys of patches
+PATCH_LAYOUT = [BLOCK, BLOCK_BYTES, "training in an order of its own, with names of classes"]
 JOB_BLOCKS = 4  # that a worker fills at a call: it is sent the handles and labels of all rasters
 KEPT_BLOCKS = 2  # in memory, per process; a batch may lie across an edge
 Handles = tuple[dict[str, fileio.Raster], dict[str, LabelSource] | None]
@@ -156,8 +153,7 @@ def cache_tiles(
         InputError: A raster or label cannot be read.
     """
     made_from = _made_from(rasters, labels) | {"blocks": blocks, "layout": [CHUNK, SHARD]}
-    key = fileio.fingerprint(made_from)
-    folder = Path(cache_dir).absolute() / f"tiles-{key}"
+    folder = Path(cache_dir).absolute() / f"tiles-{fileio.fingerprint(made_from)}"
 
     def plan() -> dict[str, tuple]:
         jobs = {}
@@ -171,12 +167,11 @@ def cache_tiles(
         return jobs
 
     work = {"workers": workers, "scheduler": scheduler, "progress": progress}
-    return _complete(folder, key, plan, _fill, [f"{s}.zarr" for s in SPLITS], work)
+    return _complete(folder, plan, _fill, [f"{s}.zarr" for s in SPLITS], work)
 
 
 def _complete(
     folder: Path,
-    key: str,
     plan: Callable[[], Mapping[str, object]],
     fill: Callable[[object], None],
     outputs: Sequence[str],
@@ -185,8 +180,7 @@ def _complete(
     """Do what is left to do of a cache, one process at a time; return its folder.
 
     Args:
-        folder: Of the cache.
-        key: Of what it is made from.
+        folder: Of the cache, named after what it is made from.
         plan: Makes the arrays that are not there, and returns the jobs by name.
         fill: Does a job.
         outputs: What is there in the end.
@@ -194,7 +188,7 @@ def _complete(
     """
     folder.mkdir(parents=True, exist_ok=True)
     with fileio.exclusive(folder, wait=True):
-        if fileio.is_finished(folder / MANIFEST, {"key": key}):
+        if fileio.is_finished(folder / MANIFEST, {"key": folder.name}):
             log.info("the cache %s is complete", folder)
             return folder
         done = fileio.Journal(folder / DONE)
@@ -204,7 +198,7 @@ def _complete(
             done.add(name, None)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         log.info("%.1f MB in the cache %s", size / 1e6, folder)
-        fileio.mark_finished(folder / MANIFEST, {"key": key}, outputs)
+        fileio.mark_finished(folder / MANIFEST, {"key": folder.name}, outputs)
     return folder
 
 
@@ -388,7 +382,7 @@ def cache_patches(
     tiles: pd.DataFrame,
     rasters: Mapping[str, fileio.Raster],
     labels: Mapping[str, LabelSource],
-    cache_dir: Path,
+    folder: Path,
     *,
     workers: int | None = None,
     scheduler: str | None = None,
@@ -400,19 +394,18 @@ def cache_patches(
         tiles: Tile index of one size; turned twins are left out.
         rasters: Identifier -> raster; all have the same bands and type.
         labels: Identifier -> the classes of its pixels.
-        cache_dir: Folder of all caches.
+        folder: Of the cache, as `patches_folder` names it.
         workers: Processes that read; None: all cores.
         scheduler: Of a Dask cluster that is to read.
         progress: Show a bar.
 
     Returns:
-        The folder of the cache, for `open_patches`.
+        The folder, for `open_patches`.
 
     Raises:
         InputError: A raster or label cannot be read.
     """
     kept = _whole_tiles(tiles)
-    folder = patches_folder(tiles, rasters, labels, cache_dir)
     names = next(iter(labels.values())).classes.names
 
     def plan() -> dict[str, tuple]:
@@ -432,7 +425,7 @@ def cache_patches(
 
     fill = partial(_fill_patches, rasters=dict(rasters), labels=dict(labels))
     work = {"workers": workers, "scheduler": scheduler, "progress": progress}
-    return _complete(folder, folder.name, plan, fill, [ROWS, *(f"{s}.zarr" for s in SPLITS)], work)
+    return _complete(folder, plan, fill, [ROWS, *(f"{s}.zarr" for s in SPLITS)], work)
 
 
 def patches_folder(
@@ -441,7 +434,7 @@ def patches_folder(
     labels: Mapping[str, LabelSource],
     cache_dir: Path,
 ) -> Path:
-    """Return the folder to which `cache_patches`, given the same, writes."""
+    """Return the folder of the patches of an index, in that of all caches, by their content."""
     made_from = _made_from(rasters, labels) | {
         "tiles": _whole_tiles(tiles)[["window", "raster", *tiling.WINDOW_COLUMNS, "split"]],
         "layout": PATCH_LAYOUT,

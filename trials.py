@@ -185,7 +185,13 @@ def prepare_search(
     ranks.processes(conf.accelerator, conf.devices)
     if cache_dir is not None and labels is not None and not conf.train.random_windows:
         folders = {
-            size: tilecache.cache_patches(tiles, rasters, labels, cache_dir, scheduler=scheduler)
+            size: tilecache.cache_patches(
+                tiles,
+                rasters,
+                labels,
+                tilecache.patches_folder(tiles, rasters, labels, cache_dir),
+                scheduler=scheduler,
+            )
             for size, (tiles, _) in indexes.items()
         }
         data = replace(data, patches=folders)
@@ -483,7 +489,6 @@ def _radiometry_of(checkpoint: str, data: SearchData) -> imutils.Radiometry:
 def make_contract(data: SearchData, module: TileDataModule, tile_size: int) -> DataContract:
     """Derive what depends on the training tiles of a trial, for its model and its checkpoint."""
     raster = next(iter(data.rasters.values()))
-    sizes = [other.resolution for other in data.rasters.values() if other.resolution]
     return DataContract(
         tile_size=tile_size,
         bands=raster.own.bands,
@@ -493,7 +498,7 @@ def make_contract(data: SearchData, module: TileDataModule, tile_size: int) -> D
         radiometry=data.radiometry,
         resolution=raster.resolution,
         mixed_bands=len({other.own.bands for other in data.rasters.values()}) > 1,
-        resolution_range=(min(sizes), max(sizes)) if sizes else None,
+        resolution_range=fileio.resolution_range(data.rasters.values()),
         split_hash=fileio.fingerprint(data.blocks),
         evaluation_overlap=min(data.evaluation_overlap, tile_size // 2),
         **task_of(module.conf).contract(module),

@@ -124,7 +124,8 @@ def making(folder: Path, count: int) -> common.Work:
 
     def work() -> int:
         place = folder / f"new_{next(number)}"
-        tilecache.cache_patches(both.tiles, rasters, labels, place, workers=1)
+        given = both.tiles, rasters, labels
+        tilecache.cache_patches(*given, tilecache.patches_folder(*given, place), workers=1)
         shutil.rmtree(place)
         return count
 
